@@ -1,0 +1,101 @@
+"""Checks before training that ``--bpipe`` can do what the arguments ask for."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from ..schedule.balance import BudgetError, balance
+from ..schedule.base import one_f_one_b
+from ..schedule.ops import default_budget
+from .log import refuse
+from .options import TRANSPORTS, Options
+
+
+def check(args: Any, options: Options) -> str | None:
+    """Look at Megatron's parsed arguments.
+
+    Returns:
+        None if BPipe can run; a sentence if there is nothing for it to do and stock should run.
+
+    Raises:
+        Refused: it cannot run; rank 0 has said which flag, its value and the remedy.
+    """
+    stages = args.pipeline_model_parallel_size
+    budget = default_budget(stages) if options.budget is None else options.budget
+    if stages == 1:
+        raise refuse(
+            "--bpipe needs pipeline stages, but --pipeline-model-parallel-size is 1; "
+            "set it to 4 or more, or leave --bpipe out"
+        )
+    if options.transport not in TRANSPORTS:
+        raise refuse(
+            f"--bpipe-transport {options.transport} is unknown; choose one of "
+            + ", ".join(TRANSPORTS)
+        )
+    for flag, given, remedy in _incompatible(args):
+        raise refuse(f"--bpipe cannot run with {flag} {given}; {remedy}")
+    microbatches = _microbatches(args)
+    needed = min(stages, microbatches) if microbatches is not None else stages
+    if budget >= needed:
+        why = f"--bpipe-budget is {budget}" if options.budget is not None else f"p = {stages}"
+        return (
+            f"nothing to balance: {why} and 1F1B never holds more than {needed} micro-batches; "
+            "the stock schedule runs"
+        )
+    try:
+        balance(one_f_one_b(stages, microbatches or 4 * stages), budget)
+    except BudgetError as error:
+        raise refuse(
+            f"--bpipe-budget {budget} is too small for {stages} stages: the least is "
+            f"{error.least}; raise it or leave the flag out (default {default_budget(stages)})"
+        ) from error
+    return None
+
+
+def _microbatches(args: Any) -> int | None:
+    """Micro-batches an iteration, None where the arguments do not fix it yet."""
+    size = getattr(args, "global_batch_size", None)
+    if size is None or getattr(args, "rampup_batch_size", None) is not None:
+        return None
+    model = (
+        args.tensor_model_parallel_size
+        * args.pipeline_model_parallel_size
+        * getattr(args, "context_parallel_size", 1)
+    )
+    copies = max(1, _world_size() // model)
+    return max(1, int(size) // (args.micro_batch_size * copies)) if args.micro_batch_size else None
+
+
+def _world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _incompatible(args: Any) -> list[tuple[str, object, str]]:
+    """Flags given that BPipe cannot run with: (flag, value, remedy)."""
+    found: list[tuple[str, object, str]] = []
+    interleaving = {
+        "num_layers_per_virtual_pipeline_stage": "--num-layers-per-virtual-pipeline-stage",
+        "num_virtual_stages_per_pipeline_rank": "--num-virtual-stages-per-pipeline-rank",
+        "virtual_pipeline_model_parallel_size": "--virtual-pipeline-model-parallel-size",
+    }
+    for name, flag in interleaving.items():
+        value = getattr(args, name, None)
+        if value is not None:
+            found.append((flag, value, "BPipe balances the non-interleaved schedule: drop it"))
+    offloading = {
+        "fine_grained_activation_offloading": "--fine-grained-activation-offloading",
+        "cpu_offloading": "--cpu-offloading",
+        "cpu_offloading_num_layers": "--cpu-offloading-num-layers",
+        "moe_paged_stash": "--moe-paged-stash",
+    }
+    for name, flag in offloading.items():
+        value = getattr(args, name, None)
+        if value:
+            found.append((flag, value, "both take over saved tensors: use one of the two"))
+    graphs = getattr(args, "cuda_graph_impl", "none")
+    if graphs not in (None, "none") or getattr(args, "enable_cuda_graph", False):
+        found.append(
+            ("--cuda-graph-impl", graphs, "a captured graph pins its activations: use none")
+        )
+    return found

@@ -1,0 +1,74 @@
+"""The places where Megatron itself, not ``torch.cuda``, insists on a GPU.
+
+Each is changed when its module is imported (see ``integration/after_import.py``).
+"""
+
+import functools
+import shlex
+from typing import Any
+
+from ..after_import import after_import
+from ..log import refuse
+from .flags import cpu_flags
+
+
+def install() -> None:
+    """Register the patches for the modules they concern."""
+    after_import("megatron.training.arguments", _refuse_gpu_only)
+    after_import("megatron.training.initialize", _allow_no_cuda)
+    after_import("megatron.core.transformer.torch_norm", _norm_with_sequence_parallelism)
+
+
+def _refuse_gpu_only(arguments: Any) -> None:
+    """End a run that was started without the flags for the CPU, and name them.
+
+    It would fail later, inside NCCL or for lack of Transformer Engine.
+    """
+    stock = arguments.validate_args
+
+    @functools.wraps(stock)
+    def validate_args(args: Any, *rest: Any, **named: Any) -> Any:
+        for flag, value, on_cpu in (
+            ("--distributed-backend", args.distributed_backend, "gloo"),
+            ("--transformer-impl", args.transformer_impl, "local"),
+        ):
+            if value != on_cpu:
+                raise refuse(
+                    f"{flag} {value} needs a GPU, and there is none. "
+                    f"To train on the CPU add: {shlex.join(cpu_flags())}"
+                )
+        return stock(args, *rest, **named)
+
+    arguments.validate_args = validate_args
+
+
+def _allow_no_cuda(initialize: Any) -> None:
+    """Pass ``allow_no_cuda``: ``training/training.py``, ``pretrain``, does not."""
+    initialize.initialize_megatron = functools.partial(
+        initialize.initialize_megatron, allow_no_cuda=True
+    )
+
+
+def _norm_with_sequence_parallelism(torch_norm: Any) -> None:
+    """Let torch's norms be used with sequence parallelism.
+
+    ``WrappedTorchNorm`` refuses because torch's modules do not mark their parameters
+    for the reduction of gradients over the tensor-parallel group
+    (``core/distributed/finalize_model_grads.py`` looks for ``sequence_parallel``).
+    The norms of Apex and Transformer Engine, which do, need CUDA. So mark them here.
+    """
+    wrapped = torch_norm.WrappedTorchNorm
+    stock = wrapped.__new__
+
+    def new(cls: type, config: Any, *args: Any, **kwargs: Any) -> Any:
+        sequence_parallel = config.sequence_parallel
+        config.sequence_parallel = False
+        try:
+            norm = stock(cls, config, *args, **kwargs)
+        finally:
+            config.sequence_parallel = sequence_parallel
+        for parameter in norm.parameters():
+            parameter.sequence_parallel = sequence_parallel
+        return norm
+
+    wrapped.__new__ = staticmethod(new)

@@ -1,0 +1,166 @@
+"""Install and remove the patch set: the one piece of global state of this project.
+
+    install()                      wraps Megatron's argument parser, nothing else
+      arguments parsed, --bpipe    replaces one attribute of Megatron's schedules module
+      arguments parsed, neither    leaves Megatron as it is
+    uninstall()                    puts back every attribute that was changed
+
+It works before and after Megatron's modules have been imported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+from .after_import import after_import
+from .checks import check
+from .log import say
+from .observe import make_observed
+from .options import Options, add_flags
+from .pipeline import make_schedule
+from .session import Session
+
+ARGUMENTS = "megatron.training.arguments"
+TRAINING = "megatron.training.training"
+SCHEDULES = "megatron.core.pipeline_parallel.schedules"
+REPLACED = "forward_backward_pipelining_without_interleaving"
+
+
+@dataclass
+class _PatchSet:
+    session: Session | None = None
+    undo: list[Callable[[], None]] = field(default_factory=list)
+    stock: dict[str, Any] = field(default_factory=dict)  # what stood where something was replaced
+
+    def replace(self, module: ModuleType, name: str, make: Callable[[Any], Any]) -> None:
+        stock = getattr(module, name)
+        setattr(module, name, make(stock))
+        self.stock[name] = stock
+        self.undo.append(lambda: setattr(module, name, stock))
+
+    def when_imported(self, module: str, patch: Callable[[ModuleType], None]) -> None:
+        self.undo.append(after_import(module, patch))
+
+
+_installed: _PatchSet | None = None
+
+
+def install(options: Options | None = None) -> None:
+    """Install BPipe in this process.
+
+    Args:
+        options: what to do. None, the usual case: the command line says it, through the flags
+            that this adds to Megatron's parser; call it before arguments are parsed. Give
+            options where there is no Megatron parser (a loop of one's own on megatron.core).
+    """
+    global _installed
+    if _installed is not None:
+        return
+    _installed = _PatchSet()
+    if options is not None:
+        _activate(options)
+    else:
+        _installed.when_imported(ARGUMENTS, _add_flags_to_parser)
+
+
+def uninstall() -> None:
+    """Put Megatron back as it was, and give all memory back."""
+    global _installed
+    if _installed is None:
+        return
+    for undo in reversed(_installed.undo):
+        undo()
+    if _installed.session is not None:
+        _installed.session.close()
+    _installed = None
+
+
+def status() -> dict[str, Any]:
+    """What is installed: ``installed``, ``active`` (schedule replaced), ``options``."""
+    session = _installed.session if _installed is not None else None
+    return {
+        "installed": _installed is not None,
+        "active": session is not None and session.options.bpipe,
+        "options": session.options if session is not None else None,
+    }
+
+
+def session() -> Session | None:
+    """The running session, if arguments have been parsed and ask for one."""
+    return _installed.session if _installed is not None else None
+
+
+def write_report() -> None:
+    """Write ``--bpipe-report``; for loops other than Megatron's. Every rank must call it."""
+    current = session()
+    if current is not None:
+        current.write_report()
+
+
+def _add_flags_to_parser(arguments: ModuleType) -> None:
+    assert _installed is not None
+
+    def wrap(stock: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(stock)
+        def add_megatron_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+            parser = stock(parser)
+            add_flags(parser)
+            parse = parser.parse_known_args
+
+            def parse_known_args(*positional: Any, **named: Any) -> Any:
+                parsed, rest = parse(*positional, **named)
+                _parsed(parsed)
+                return parsed, rest
+
+            parser.parse_known_args = parse_known_args  # type: ignore[method-assign]
+            return parser
+
+        return add_megatron_arguments
+
+    _installed.replace(arguments, "add_megatron_arguments", wrap)
+
+
+def _parsed(args: Any) -> None:
+    assert _installed is not None
+    options = Options.from_arguments(args)
+    if _installed.session is not None:  # parsed a second time: the first decided
+        return
+    if options.bpipe:
+        notice = check(args, options)
+        if notice is not None:
+            say(notice)
+            options = Options(report=options.report)
+    _activate(options)
+
+
+def _activate(options: Options) -> None:
+    assert _installed is not None
+    if not options.bpipe and options.report is None:
+        return
+    patches = _installed
+    current = patches.session = Session(options)
+    make = make_schedule if options.bpipe else make_observed
+
+    def replace_schedule(schedules: ModuleType) -> None:
+        patches.replace(schedules, REPLACED, lambda stock: make(stock, schedules, current))
+
+    def report_at_the_end(training: ModuleType) -> None:
+        def wrap(train: Callable[..., Any]) -> Callable[..., Any]:
+            @functools.wraps(train)
+            def train_and_report(*positional: Any, **named: Any) -> Any:
+                result = train(*positional, **named)
+                current.write_report()
+                return result
+
+            return train_and_report
+
+        patches.replace(training, "train", wrap)
+
+    patches.when_imported(SCHEDULES, replace_schedule)
+    if options.report is not None:
+        patches.when_imported(TRAINING, report_at_the_end)

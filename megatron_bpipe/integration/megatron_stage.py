@@ -1,0 +1,194 @@
+"""One pipeline stage, through Megatron's own helpers.
+
+    RF SF RB SB   P2PCommunicator.recv_forward, send_forward, ...
+    F             schedules.forward_step
+    B             schedules.backward_step
+
+What the helpers need beside the micro-batch's number (shapes, groups, the rule for partial
+activation checkpointing) is worked out once per iteration, in `StageCall`. The helpers' signatures
+differ between releases: arguments a release does not know are not passed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from ..schedule.ops import Op
+
+
+@lru_cache(maxsize=64)
+def _known(function: Callable[..., Any]) -> frozenset[str] | None:
+    parameters = inspect.signature(function).parameters.values()
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return None
+    return frozenset(p.name for p in parameters)
+
+
+def call_known(function: Callable[..., Any], *positional: Any, **named: Any) -> Any:
+    """Call ``function`` with those of ``named`` that its signature has."""
+    known = _known(function)
+    if known is not None:
+        named = {name: value for name, value in named.items() if name in known}
+    return function(*positional, **named)
+
+
+@dataclass
+class StageCall:
+    """What stays the same for all micro-batches of one iteration.
+
+    ``schedules`` is Megatron's module: its functions are looked up at each call, so that whoever
+    else wraps them is still heard.
+    """
+
+    schedules: Any
+    config: Any
+    model: Any
+    communicator: Any
+    pg_collection: Any
+    forward_step_func: Callable[..., Any]
+    data_iterator: Any
+    microbatches: int
+    shapes: tuple[Any, Any]  # of what is received and of what is sent, forward
+    collect_non_loss_data: bool
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is stage 0."""
+        return bool(self.communicator.is_pp_first_stage)
+
+    @property
+    def is_last(self) -> bool:
+        """Whether this is stage p-1."""
+        return bool(self.communicator.is_pp_last_stage)
+
+
+@dataclass
+class MegatronStage:
+    """See `runtime.executor.Stage`; holds the tensors between the ops of a micro-batch."""
+
+    call: StageCall
+    losses: list[Any] = field(default_factory=list)
+    tokens: Any = None  # int tensor: non-padded tokens seen by this rank
+    _inputs: dict[int, Any] = field(default_factory=dict)
+    _outputs: dict[int, Any] = field(default_factory=dict)
+    _gradients: dict[int, Any] = field(default_factory=dict)  # of outputs, then of inputs
+    _no_sync: Any = None
+    _window: int | None = None
+
+    def __post_init__(self) -> None:
+        call = self.call
+        self.tokens = torch.zeros([], dtype=torch.int, device=torch.cuda.current_device())
+        if call.config.num_microbatches_with_partial_activation_checkpoints is not None:
+            ahead = call.communicator.total_stages - call.communicator.current_stage - 1
+            self._window = min(ahead, call.microbatches) + 1
+        self._no_sync = (call.config.no_sync_func or contextlib.nullcontext)()
+        self._no_sync.__enter__()
+
+    def recv_forward(self, op: Op) -> None:
+        """RF."""
+        call = self.call
+        self._inputs[op.microbatch] = call.communicator.recv_forward(call.shapes[0], call.is_first)
+
+    def forward(self, op: Op) -> object:
+        """F."""
+        call, i = self.call, op.microbatch
+        if call.is_first:  # no message comes in, but the helpers expect its empty shape
+            self.recv_forward(op)
+        output, tokens = call_known(
+            call.schedules.forward_step,
+            forward_step_func=call.forward_step_func,
+            data_iterator=call.data_iterator,
+            model=call.model,
+            num_microbatches=call.microbatches,
+            input_tensor=self._inputs[i],
+            forward_data_store=self.losses,
+            config=call.config,
+            cp_group_size=call.pg_collection.cp.size(),
+            collect_non_loss_data=call.collect_non_loss_data,
+            checkpoint_activations_microbatch=self._checkpoint_all(i),
+            is_first_microbatch=i == 0,
+            current_microbatch=i,
+            is_last_stage=call.is_last,
+        )
+        self.tokens += tokens
+        self._outputs[i] = output
+        if call.is_last:
+            self._sent(i)
+        return output
+
+    def send_forward(self, op: Op) -> None:
+        """SF."""
+        self.call.communicator.send_forward(self._outputs[op.microbatch], self.call.is_last)
+        self._sent(op.microbatch)
+
+    def recv_backward(self, op: Op) -> None:
+        """RB."""
+        call = self.call
+        gradient = call.communicator.recv_backward(call.shapes[1], call.is_last)
+        self._gradients[op.microbatch] = gradient
+
+    def send_forward_recv_backward(self, send: Op, recv: Op) -> None:
+        """SF and RB at once."""
+        call = self.call
+        self._gradients[recv.microbatch] = call.communicator.send_forward_recv_backward(
+            self._outputs[send.microbatch], call.shapes[1], call.is_last
+        )
+        self._sent(send.microbatch)
+
+    def backward(self, op: Op) -> None:
+        """B."""
+        call, i = self.call, op.microbatch
+        if i == call.microbatches - 1 and (call.config.grad_sync_func is None or call.is_first):
+            self.enable_grad_sync()
+        if call.is_last:
+            self.recv_backward(op)
+        self._gradients[i] = call_known(
+            call.schedules.backward_step,
+            input_tensor=self._inputs.pop(i),
+            output_tensor=self._outputs.pop(i),
+            output_tensor_grad=self._gradients.pop(i),
+            model_type=getattr(call.model, "model_type", None),
+            config=call.config,
+        )
+        if call.is_first:
+            del self._gradients[i]
+
+    def send_backward(self, op: Op) -> None:
+        """SB."""
+        gradient = self._gradients.pop(op.microbatch)
+        self.call.communicator.send_backward(gradient, self.call.is_first)
+
+    def send_backward_recv_forward(self, send: Op, recv: Op) -> None:
+        """SB and RF at once."""
+        call = self.call
+        self._inputs[recv.microbatch] = call.communicator.send_backward_recv_forward(
+            self._gradients.pop(send.microbatch), call.shapes[0], call.is_first
+        )
+
+    def enable_grad_sync(self) -> bool:
+        """Let gradients be reduced from here on; False if they already were."""
+        if self._no_sync is None:
+            return False
+        self._no_sync.__exit__(None, None, None)
+        self._no_sync = None
+        return True
+
+    def _sent(self, microbatch: int) -> None:
+        """Once sent, an output's data is needed no more, only its graph."""
+        self.call.schedules.deallocate_output_tensor(
+            self._outputs[microbatch], self.call.config.deallocate_pipeline_outputs
+        )
+
+    def _checkpoint_all(self, microbatch: int) -> bool | None:
+        """Whether this micro-batch recomputes all layers (arXiv 2205.05198, appendix C)."""
+        partial = self.call.config.num_microbatches_with_partial_activation_checkpoints
+        if self._window is None:
+            return None
+        return bool(microbatch % self._window >= partial)

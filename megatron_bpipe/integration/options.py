@@ -1,0 +1,78 @@
+"""What the user asked for, and the flags that say it."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+TRANSPORTS = ("auto", "shm")
+
+
+@dataclass(frozen=True)
+class Options:
+    """The user's settings.
+
+    Attributes:
+        bpipe: replace the 1F1B schedule.
+        budget: most micro-batches whose activations may occupy one stage; None: ceil((p+2)/2).
+        transport: one of `TRANSPORTS`.
+        report: folder for ``memory.json`` and timelines, or None.
+        keep_local: copy, but never drop the local copy.
+        deadline: seconds after which a transfer or a silent partner is an error.
+    """
+
+    bpipe: bool = False
+    budget: int | None = None
+    transport: str = "auto"
+    report: Path | None = None
+    keep_local: bool = False
+    deadline: float = 600.0
+
+    @classmethod
+    def from_arguments(cls, args: Any) -> Options:
+        """Read Megatron's parsed arguments."""
+        return cls(
+            bpipe=args.bpipe,
+            budget=args.bpipe_budget,
+            transport=args.bpipe_transport,
+            report=args.bpipe_report,
+            keep_local=args.bpipe_keep_local,
+            deadline=60.0 * getattr(args, "distributed_timeout_minutes", 10),
+        )
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the ``bpipe`` group to Megatron's parser."""
+    group = parser.add_argument_group(
+        "bpipe", "memory-balanced pipeline parallelism (megatron_bpipe)"
+    )
+    group.add_argument(
+        "--bpipe",
+        action="store_true",
+        help="Keep some activations of the first pipeline stages on their paired last stages.",
+    )
+    group.add_argument(
+        "--bpipe-budget",
+        type=int,
+        metavar="N",
+        help="Most micro-batches whose activations may occupy one stage (default ceil((p+2)/2)).",
+    )
+    group.add_argument(
+        "--bpipe-transport",
+        default="auto",
+        metavar="|".join(TRANSPORTS),
+        help="How activations travel: shm is host memory lent by the paired rank; auto chooses.",
+    )
+    group.add_argument(
+        "--bpipe-report",
+        type=Path,
+        metavar="DIR",
+        help="Write memory.json and timelines to DIR; without --bpipe it only observes.",
+    )
+    group.add_argument(
+        "--bpipe-keep-local",
+        action="store_true",
+        help="Copy out and back but never drop the local copy: isolates numerics.",
+    )

@@ -1,0 +1,138 @@
+"""What stands in for Megatron's ``forward_backward_pipelining_without_interleaving``.
+
+    schedule -> MegatronStage -> executor.Run -> gradients finalised, as Megatron does
+
+Megatron's own body is not copied: everything that computes or communicates is its helpers.
+Evaluation (``forward_only``) holds no activations, so it goes to Megatron's own function.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from ..runtime.executor import Run
+from .megatron_stage import MegatronStage, StageCall, call_known
+from .plan import stage_plan
+from .session import Session
+
+
+def make_schedule(
+    stock: Callable[..., Any], schedules: Any, session: Session
+) -> Callable[..., Any]:
+    """The function that replaces ``stock`` in Megatron's module ``schedules``."""
+    signature = inspect.signature(stock)
+
+    def forward_backward_bpipe(**named: Any) -> Any:
+        """Run the forward and backward passes of one iteration under BPipe."""
+        bound = signature.bind(**named)
+        bound.apply_defaults()
+        arguments = bound.arguments
+        if arguments["forward_only"]:
+            return stock(**named)
+        call = _stage_call(schedules, arguments)
+        group = call.communicator.pp_group
+        plan = stage_plan(group.size(), call.microbatches, group.rank(), session.options.budget)
+        session.begin(plan, group, call.model)
+        _timer(call.config, start=True)
+        embedding = call_known(
+            schedules.clear_embedding_activation_buffer,
+            config=call.config,
+            model=call.model,
+            is_last_stage=call.is_last,
+        )
+        stage = MegatronStage(call)
+        Run(plan.ops, stage, session.store_for(plan), session.recorder).run()
+        _finish_gradients(call, stage, embedding, arguments)
+        _timer(call.config, start=False)
+        session.end(stage.losses)
+        return stage.losses
+
+    return forward_backward_bpipe
+
+
+def _stage_call(schedules: Any, arguments: dict[str, Any]) -> StageCall:
+    model = _only(arguments["model"], "model chunk")
+    config = schedules.get_model_config(model)
+    if config.overlap_p2p_comm:
+        raise ValueError("bpipe: overlap_p2p_comm needs interleaving; use --no-overlap-p2p-comm")
+    communicator, groups = arguments["p2p_communicator"], arguments["pg_collection"]
+    if (communicator is None) != (groups is None):
+        raise ValueError("bpipe: pass both p2p_communicator and pg_collection, or neither")
+    if communicator is None:
+        communicator = schedules.P2PCommunicator(
+            pp_group=schedules.parallel_state.get_pipeline_model_parallel_group(), config=config
+        )
+        groups = schedules._build_default_pg_collection()
+    return StageCall(
+        schedules=schedules,
+        config=config,
+        model=model,
+        communicator=communicator,
+        pg_collection=groups,
+        forward_step_func=arguments["forward_step_func"],
+        data_iterator=_only(arguments["data_iterator"], "data iterator"),
+        microbatches=arguments["num_microbatches"],
+        shapes=_shapes(schedules, config, groups, arguments),
+        collect_non_loss_data=arguments["collect_non_loss_data"],
+    )
+
+
+def _only(value: Any, what: str) -> Any:
+    if not isinstance(value, list):
+        return value
+    if len(value) != 1:
+        raise ValueError(f"bpipe: got {len(value)} times a {what}; without interleaving it is one")
+    return value[0]
+
+
+def _shapes(schedules: Any, config: Any, groups: Any, arguments: dict[str, Any]) -> tuple[Any, Any]:
+    def shapes() -> Any:
+        return call_known(
+            schedules.get_tensor_shapes,
+            seq_length=arguments["seq_length"],
+            micro_batch_size=arguments["micro_batch_size"],
+            decoder_seq_length=arguments["decoder_seq_length"],
+            config=config,
+            tp_group=groups.tp,
+            cp_group=groups.cp,
+        )
+
+    received, sent = shapes(), shapes()
+    adjust = arguments["adjust_tensor_shapes_fn"]
+    return adjust(received, sent) if adjust is not None else (received, sent)
+
+
+def _finish_gradients(
+    call: StageCall, stage: MegatronStage, embedding: Any, arguments: dict[str, Any]
+) -> None:
+    config = call.config
+    if stage.enable_grad_sync() and config.grad_sync_func is not None:
+        config.grad_sync_func(call.model.parameters())
+    if config.finalize_model_grads_func is None:
+        return
+    call_known(
+        call.schedules.finish_embedding_wgrad_compute,
+        config=config,
+        embedding_module=embedding,
+        is_last_stage=call.is_last,
+        tp_group=call.pg_collection.tp,
+    )
+    call_known(
+        config.finalize_model_grads_func,
+        [call.model],
+        stage.tokens if config.calculate_per_token_loss else None,
+        pg_collection=call.pg_collection,
+        force_all_reduce=arguments.get("force_all_reduce", False),
+    )
+
+
+def _timer(config: Any, *, start: bool) -> None:
+    if config.timers is None:
+        return
+    timer = config.timers("forward-backward", log_level=1)
+    if start:
+        timer.start(barrier=config.barrier_with_L1_time)
+    else:
+        timer.stop()

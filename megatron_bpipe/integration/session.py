@@ -1,0 +1,133 @@
+"""What lives as long as the installed patch set: pools, stores and the recorder of this rank."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ..runtime.memory import allocated_bytes, storage_ids
+from ..runtime.recorder import Recorder
+from ..runtime.report import merge, write_json
+from ..runtime.store import ActivationStore
+from ..runtime.transport import Lender
+from ..runtime.transport.shared_memory import SharedMemoryLender, SharedMemoryTransport
+from .log import say
+from .options import Options
+from .plan import StagePlan
+
+
+@dataclass
+class Session:
+    """This rank's part of a BPipe (or merely observed) run."""
+
+    options: Options
+    recorder: Recorder | None = None
+    plan: StagePlan | None = None
+    _store: ActivationStore | None = None
+    _lender: Lender | None = None
+    _peak_slots_lent: int = 0
+    _pair_store: Any = None
+    _announced: bool = False
+    # tests look at, and tamper with, what comes back; see ActivationStore.inspect
+    inspect_loaded: Any = field(default=None, repr=False)
+
+    def begin(self, plan: StagePlan | None, group: Any, model: torch.nn.Module) -> None:
+        """An iteration begins on the stage that this rank is in ``group``.
+
+        The acceptor lends its pool here: its partner has asked for it after its own first
+        forward, which comes before any message can reach this stage.
+        """
+        if self.options.report is not None:
+            if self.recorder is None:
+                device = torch.device(torch.cuda.current_device())
+                self.recorder = Recorder(
+                    group.rank(), dist.get_rank(), lambda: allocated_bytes(device)
+                )
+            self.recorder.begin(storage_ids(model))
+        if plan is None:
+            return
+        self.plan = plan
+        self._peak_slots_lent = max(self._peak_slots_lent, plan.slots_lent)
+        if plan.slots_lent and self._lender is None:
+            self._lender = SharedMemoryLender(*self._pair(group, evictor=plan.partner))
+        if plan.slots_borrowed and self._store is None:
+            self._store = self._make_store(plan, group)
+        if not self._announced:
+            self._announced = True
+            say(
+                f"1F1B with activations balanced: budget {plan.budget} micro-batches a stage, "
+                "transport shm (host memory of the paired rank)"
+            )
+
+    def store_for(self, plan: StagePlan) -> ActivationStore | None:
+        """The activation store if ``plan`` evicts anything."""
+        return self._store if plan.slots_borrowed else None
+
+    def end(self, losses: list[Any]) -> None:
+        """The iteration is over."""
+        if self.recorder is not None:
+            self.recorder.end(losses)
+
+    def summary(self) -> dict[str, Any]:
+        """This rank's numbers for ``memory.json``."""
+        assert self.recorder is not None
+        totals = self._store.totals if self._store is not None else None
+        return self.recorder.summary() | {
+            "pool_bytes": self._lender.pool_bytes if self._lender is not None else 0,
+            "pool_slots": self._peak_slots_lent,
+            "evicted_bytes": totals.evicted if totals is not None else 0,
+            "loaded_bytes": totals.loaded if totals is not None else 0,
+        }
+
+    def write_report(self) -> None:
+        """Collect all ranks' numbers and write them; every rank must call it."""
+        folder = self.options.report
+        if folder is None or self.recorder is None:
+            return
+        recorder = self.recorder
+        name = f"timeline-stage{recorder.stage:03d}-rank{recorder.rank:05d}.json"
+        write_json(folder / name, recorder.timeline_document())
+        summaries: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(summaries, self.summary())
+        if dist.get_rank() == 0:
+            budget = self.plan.budget if self.plan is not None else None
+            report = merge(summaries, bpipe=self.options.bpipe, budget=budget)
+            write_json(folder / "memory.json", report)
+            say(f"report written to {folder}")
+
+    def close(self) -> None:
+        """Give pools and threads back."""
+        for end in (self._store, self._lender):
+            if end is not None:
+                with contextlib.suppress(OSError):
+                    end.close()
+        self._store = self._lender = None
+
+    def _make_store(self, plan: StagePlan, group: Any) -> ActivationStore:
+        def connect(microbatch_bytes: int) -> SharedMemoryTransport:
+            store, pair = self._pair(group, evictor=group.rank())
+            wanted = microbatch_bytes * plan.slots_borrowed
+            return SharedMemoryTransport(store, pair, wanted, self.options.deadline)
+
+        return ActivationStore(
+            connect,
+            keep_local=self.options.keep_local,
+            on_load=self.recorder.loaded if self.recorder is not None else None,
+            inspect=self.inspect_loaded,
+        )
+
+    def _pair(self, group: Any, evictor: int | None) -> tuple[Any, str]:
+        """The store both ends meet in, and the pair's name (global ranks)."""
+        assert evictor is not None
+        if self._pair_store is None:
+            base: Any = dist.distributed_c10d._get_default_store()
+            # its own connection: a long wait here must not hold up c10d's own requests
+            self._pair_store = dist.PrefixStore("megatron_bpipe", base.clone())
+            self._pair_store.set_timeout(timedelta(seconds=self.options.deadline))
+        ends = [dist.get_global_rank(group, s) for s in (evictor, group.size() - 1 - evictor)]
+        return self._pair_store, f"{ends[0]}-{ends[1]}"

@@ -1,0 +1,1 @@
+"""The executor and what it needs: torch, but no Megatron."""

@@ -1,0 +1,170 @@
+"""The executor: runs one stage's list of lowered ops, each op through one handler.
+
+    op      handler
+    RF SF   receive / send an activation         Stage (Megatron's communicator)
+    RB SB   receive / send a gradient            Stage
+    F  B    one micro-batch's computation        Stage
+    E  EW   copy out starts / is over            ActivationStore
+    L  LW   copy back starts / is over           ActivationStore
+    AC RT   the acceptor's part                  nothing to do for a one-sided transport
+
+The list decides everything: order, overlap and what leaves. A send directly followed by a receive
+from the same neighbour is one batched call, as `schedule.lower.batches` groups them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+from ..schedule.lower import batches
+from ..schedule.ops import Kind, Op
+from .store import ActivationStore
+from .transport import Ticket
+
+
+class Stage(Protocol):
+    """What a pipeline stage can do; `op` says for which micro-batch."""
+
+    def recv_forward(self, op: Op) -> None:
+        """Receive the input."""
+
+    def forward(self, op: Op) -> object:
+        """Compute the output and return it."""
+
+    def send_forward(self, op: Op) -> None:
+        """Send the output on."""
+
+    def recv_backward(self, op: Op) -> None:
+        """Receive the output's gradient."""
+
+    def backward(self, op: Op) -> None:
+        """Compute gradients."""
+
+    def send_backward(self, op: Op) -> None:
+        """Send the input's gradient back."""
+
+    def send_forward_recv_backward(self, send: Op, recv: Op) -> None:
+        """Both at once."""
+
+    def send_backward_recv_forward(self, send: Op, recv: Op) -> None:
+        """Both at once."""
+
+
+class Observer(Protocol):
+    """Told of every op when it is over; times in seconds on `time.perf_counter`'s clock."""
+
+    def op_done(self, op: Op, start: float, end: float, moved: int) -> None:
+        """``op`` ran from ``start`` to ``end``; ``moved`` bytes for E and L, else 0."""
+
+    def transfer_done(self, op: Op, start: float, end: float) -> None:
+        """The copy that EW or LW waited for really ran from ``start`` to ``end``."""
+
+    def forward_done(self, op: Op, output: object) -> None:
+        """``op``'s graph is complete and nothing of it has left yet."""
+
+    def backward_done(self, op: Op) -> None:
+        """``op``'s graph has been used up."""
+
+
+class Run:
+    """One stage's run through one iteration's ops."""
+
+    def __init__(
+        self,
+        ops: Sequence[Op],
+        stage: Stage,
+        store: ActivationStore | None = None,
+        observer: Observer | None = None,
+    ) -> None:
+        self._ops = ops
+        self._stage = stage
+        self._store = store
+        self._observer = observer
+        self._leaving = {op.microbatch for op in ops if op.kind is Kind.EVICT}
+        self._moved = 0
+        single: Mapping[Kind, Callable[[Op], object]] = {
+            Kind.RECV_FORWARD: stage.recv_forward,
+            Kind.FORWARD: self._forward,
+            Kind.SEND_FORWARD: stage.send_forward,
+            Kind.RECV_BACKWARD: stage.recv_backward,
+            Kind.BACKWARD: self._backward,
+            Kind.SEND_BACKWARD: stage.send_backward,
+            Kind.EVICT: self._evict,
+            Kind.EVICT_WAIT: self._evict_wait,
+            Kind.LOAD: self._load,
+            Kind.LOAD_WAIT: self._load_wait,
+            Kind.ACCEPT: _nothing,
+            Kind.RETURN: _nothing,
+        }
+        self._single = single
+
+    def run(self) -> None:
+        """Run every op in order.
+
+        Raises:
+            Exception: whatever an op raised, with a note that names the op and shows the list.
+        """
+        for group in batches(self._ops):
+            start = time.perf_counter()
+            self._moved = 0
+            try:
+                if len(group) == 1:
+                    self._single[group[0].kind](group[0])
+                elif group[0].kind is Kind.SEND_FORWARD:
+                    self._stage.send_forward_recv_backward(*group)
+                else:
+                    self._stage.send_backward_recv_forward(*group)
+            except Exception as error:
+                error.add_note(self._failure_note(group[0]))
+                raise
+            if self._observer is not None:
+                end = time.perf_counter()
+                for op in group:
+                    self._observer.op_done(op, start, end, self._moved)
+        if self._store is not None:
+            self._store.check_empty()
+
+    def _forward(self, op: Op) -> None:
+        output = self._stage.forward(op)
+        if self._observer is not None:
+            self._observer.forward_done(op, output)
+        if self._store is not None:
+            leaves = op.microbatch in self._leaving
+            self._store.forward_done(op.microbatch, output, leaves=leaves)
+
+    def _backward(self, op: Op) -> None:
+        self._stage.backward(op)
+        if self._store is not None:
+            self._store.consume(op.microbatch)
+        if self._observer is not None:
+            self._observer.backward_done(op)
+
+    def _evict(self, op: Op) -> None:
+        assert self._store is not None
+        self._moved = self._store.evict(op.microbatch)
+
+    def _evict_wait(self, op: Op) -> None:
+        assert self._store is not None
+        self._transfer_over(op, self._store.finish_evict(op.microbatch))
+
+    def _load(self, op: Op) -> None:
+        assert self._store is not None
+        self._moved = self._store.load(op.microbatch)
+
+    def _load_wait(self, op: Op) -> None:
+        assert self._store is not None
+        self._transfer_over(op, self._store.finish_load(op.microbatch))
+
+    def _transfer_over(self, op: Op, ticket: Ticket) -> None:
+        if self._observer is not None:
+            self._observer.transfer_done(op, *ticket.span)
+
+    def _failure_note(self, failed: Op) -> str:
+        marked = (f">>>{op}<<<" if op is failed else str(op) for op in self._ops)
+        return f"bpipe: op {failed} failed in this stage's schedule: {' '.join(marked)}"
+
+
+def _nothing(op: Op) -> None:
+    """A one-sided transport asks nothing of the acceptor."""

@@ -1,0 +1,117 @@
+"""What is really in memory: live storages of each micro-batch, and the allocator's own number."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from .graph import roots_of, saved_tensors
+
+_MALLINFO2_FIELDS = (
+    *("arena", "ordblks", "smblks", "hblks", "hblkhd"),
+    *("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"),
+)
+
+
+class _Mallinfo2(ctypes.Structure):
+    # glibc's struct mallinfo2, malloc.h
+    _fields_ = [(name, ctypes.c_size_t) for name in _MALLINFO2_FIELDS]
+
+
+@functools.cache
+def _mallinfo2() -> Any:
+    function = getattr(ctypes.CDLL(None), "mallinfo2", None)  # glibc >= 2.33
+    if function is not None:
+        function.restype = _Mallinfo2
+    return function
+
+
+def allocated_bytes(device: torch.device) -> int | None:
+    """Bytes the allocator has handed out: caching allocator on CUDA, malloc on CPU.
+
+    None where the C library cannot say.
+    """
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    function = _mallinfo2()
+    if function is None:
+        return None
+    info = function()
+    return int(info.uordblks + info.hblkhd)
+
+
+@dataclass(slots=True)
+class _Tracked:
+    reference: StorageWeakRef
+    size: int
+    microbatch: int
+
+
+@dataclass
+class LiveActivations:
+    """Weak references to everything autograd saved, so that nothing here keeps it alive.
+
+    A storage that several micro-batches save (a mask, a rotary table) is counted once, with the
+    first of them.
+    """
+
+    _tracked: dict[int, _Tracked] = field(default_factory=dict)
+    _totals: dict[int, int] = field(default_factory=dict)
+
+    def track_graph(self, microbatch: int, output: object, excluded: Collection[int]) -> None:
+        """Track what the finished graph of ``output`` saved.
+
+        ``excluded`` are ``_cdata`` of storages that are no activations: parameters, buffers.
+        """
+        storages = []
+        for _, tensor, _ in saved_tensors(roots_of(output)):
+            if not isinstance(tensor, torch.nn.Parameter):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in excluded:
+                    storages.append(storage)
+        self._totals[microbatch] = self.track(microbatch, storages)
+
+    def track(self, microbatch: int, storages: Iterable[torch.UntypedStorage]) -> int:
+        """Track ``storages`` as belonging to ``microbatch``; returns the bytes new to the books."""
+        new = 0
+        for storage in storages:
+            known = self._tracked.get(storage._cdata)
+            if known is None or known.reference.expired():
+                size = storage.nbytes()
+                self._tracked[storage._cdata] = _Tracked(StorageWeakRef(storage), size, microbatch)
+                new += size
+        return new
+
+    def sample(self) -> tuple[int, int]:
+        """Live bytes, and how many micro-batches have at least half of their bytes alive."""
+        alive: dict[int, int] = {}
+        for key, entry in list(self._tracked.items()):
+            if entry.reference.expired():
+                del self._tracked[key]
+            else:
+                alive[entry.microbatch] = alive.get(entry.microbatch, 0) + entry.size
+        present = sum(2 * size >= self._totals[i] for i, size in alive.items())
+        return sum(alive.values()), present
+
+    def clear(self) -> None:
+        """Forget everything (the next iteration begins)."""
+        self._tracked.clear()
+        self._totals.clear()
+
+
+def storage_ids(module: torch.nn.Module) -> set[int]:
+    """``_cdata`` of all storages that hold parameters, their gradients and buffers."""
+    found = set()
+    for parameter in module.parameters():
+        for tensor in (parameter, parameter.grad, getattr(parameter, "main_grad", None)):
+            if tensor is not None:
+                found.add(tensor.untyped_storage()._cdata)
+    for _, buffer in module.named_buffers():
+        found.add(buffer.untyped_storage()._cdata)
+    return found

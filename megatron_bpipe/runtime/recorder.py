@@ -1,0 +1,142 @@
+"""What one rank saw: every op's times and bytes, peaks of live memory, losses.
+
+Serves stock and BPipe runs alike, so that both are measured with the same rule: the live bytes at
+the boundary of every op, from weak references. It keeps the op times of the last iterations only
+(`TIMELINE_ITERATIONS`), and of every iteration its start, end and losses.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Collection
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from ..schedule.ops import Kind, Op
+from .memory import LiveActivations
+
+TIMELINE_ITERATIONS = 8
+
+
+@dataclass(frozen=True)
+class Event:
+    """One op of a recorded iteration; see docs/timeline.md."""
+
+    op: str
+    start: float  # seconds since the epoch
+    end: float
+    bytes: int  # moved by E and L; 0 otherwise
+    live_bytes: int  # activations in this stage's memory when the op was over
+    live_microbatches: int
+    copy_start: float | None = None  # EW, LW: when the copy itself ran
+    copy_end: float | None = None
+
+
+@dataclass
+class Peaks:
+    """Highest values seen at any op boundary of any training iteration."""
+
+    activation_bytes: int = 0
+    microbatches: int = 0
+    allocator_bytes: int | None = None  # above the level at the start of the iteration
+
+
+@dataclass
+class Recorder:
+    """Observer of one rank.
+
+    Args:
+        stage: pipeline stage of this rank.
+        rank: its global rank.
+        allocated: the allocator's bytes in use, or None if it cannot say.
+    """
+
+    stage: int
+    rank: int
+    allocated: Callable[[], int | None]
+    peaks: Peaks = field(default_factory=Peaks)
+    iterations: list[tuple[float, float]] = field(default_factory=list)
+    losses: list[list[str]] = field(default_factory=list)
+    timeline: deque[list[Event]] = field(default_factory=lambda: deque(maxlen=TIMELINE_ITERATIONS))
+    _live: LiveActivations = field(default_factory=LiveActivations)
+    _excluded: Collection[int] = ()
+    _baseline: int | None = None
+    _begun: float = 0.0
+    # perf_counter to wall clock, so that the ranks of a node share one axis
+    _offset: float = field(default_factory=lambda: time.time() - time.perf_counter())
+    _span: tuple[float, float] | None = None
+
+    def begin(self, excluded: Collection[int]) -> None:
+        """A training iteration begins; ``excluded`` storages are not activations."""
+        self._live.clear()
+        self._excluded = excluded
+        self._baseline = self.allocated()
+        self._begun = time.perf_counter()
+        self.timeline.append([])
+
+    def end(self, losses: list[Any]) -> None:
+        """The iteration is over; ``losses`` is what Megatron's schedule returned."""
+        span = self._begun + self._offset, time.perf_counter() + self._offset
+        self.iterations.append(span)
+        if losses:
+            self.losses.append([bits for one in losses for bits in _float_bits(one)])
+
+    def forward_done(self, op: Op, output: object) -> None:
+        """See `executor.Observer`."""
+        self._live.track_graph(op.microbatch, output, self._excluded)
+
+    def backward_done(self, op: Op) -> None:
+        """See `executor.Observer`."""
+
+    def loaded(self, microbatch: int, storages: list[torch.UntypedStorage]) -> None:
+        """A load allocated ``storages``."""
+        self._live.track(microbatch, storages)
+
+    def transfer_done(self, op: Op, start: float, end: float) -> None:
+        """See `executor.Observer`."""
+        self._span = start + self._offset, end + self._offset
+
+    def op_done(self, op: Op, start: float, end: float, moved: int) -> None:
+        """See `executor.Observer`."""
+        live, present = self._live.sample()
+        self.peaks.activation_bytes = max(self.peaks.activation_bytes, live)
+        self.peaks.microbatches = max(self.peaks.microbatches, present)
+        now = self.allocated()
+        if now is not None and self._baseline is not None and op.kind is not Kind.BACKWARD:
+            above = now - self._baseline
+            self.peaks.allocator_bytes = max(self.peaks.allocator_bytes or 0, above)
+        copy = self._span or (None, None)
+        self._span = None
+        wall = start + self._offset, end + self._offset
+        self.timeline[-1].append(Event(str(op), *wall, moved, live, present, *copy))
+
+    def summary(self) -> dict[str, Any]:
+        """What this rank contributes to ``memory.json``."""
+        return {
+            "stage": self.stage,
+            "rank": self.rank,
+            "peak_activation_bytes": self.peaks.activation_bytes,
+            "peak_microbatches": self.peaks.microbatches,
+            "allocator_peak_bytes": self.peaks.allocator_bytes,
+            "iterations": [list(span) for span in self.iterations],
+            "losses": self.losses,
+        }
+
+    def timeline_document(self) -> dict[str, Any]:
+        """This rank's timeline file."""
+        iterations = [[asdict(event) for event in events] for events in self.timeline]
+        return {"version": 1, "stage": self.stage, "rank": self.rank, "iterations": iterations}
+
+
+def _float_bits(value: object) -> list[str]:
+    """Exact hexadecimal form of every float in a loss report."""
+    if isinstance(value, torch.Tensor):
+        return [float(x).hex() for x in value.detach().double().flatten().tolist()]
+    if isinstance(value, dict):
+        return [bits for key in sorted(value) for bits in _float_bits(value[key])]
+    if isinstance(value, (list, tuple)):
+        return [bits for one in value for bits in _float_bits(one)]
+    return []

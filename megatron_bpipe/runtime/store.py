@@ -1,0 +1,152 @@
+"""The evictor's activation store: carries out E, EW, L and LW, and checks every move.
+
+E3   capture micro-batch 3 (once), start to copy its blocks to the acceptor
+EW3  the copy is over: drop the local blocks
+L3   allocate the blocks anew, start to copy them back
+LW3  the copy is over: the backward may use them; the slot is free again
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from .activation import Activation, State, allocate, drop, padded
+from .graph import may_leave, roots_of, saved_tensors
+from .transport import Ticket, Transport
+
+
+@dataclass
+class Totals:
+    """Bytes moved since the start."""
+
+    evicted: int = 0
+    loaded: int = 0
+
+
+@dataclass
+class ActivationStore:
+    """Micro-batches of one iteration that leave this stage.
+
+    Args:
+        connect: makes the transport, given the bytes of one micro-batch; called once.
+        keep_local: do everything but drop the local copy (``--bpipe-keep-local``).
+        on_load: told which storages a load allocated, for the memory books.
+        inspect: sees the bytes that came back, before the backward does (tests tamper here).
+    """
+
+    connect: Callable[[int], Transport]
+    keep_local: bool = False
+    on_load: Callable[[int, list[torch.UntypedStorage]], None] | None = None
+    inspect: Callable[[int, list[torch.Tensor]], None] | None = None
+    totals: Totals = field(default_factory=Totals)
+    transport: Transport | None = None
+    _held: dict[int, Activation] = field(default_factory=dict)
+    _tickets: dict[int, Ticket] = field(default_factory=dict)
+    _loaded: dict[int, list[torch.Tensor]] = field(default_factory=dict)
+
+    def forward_done(self, microbatch: int, output: object, *, leaves: bool) -> None:
+        """A forward has just ended; ``leaves`` if the schedule will evict this micro-batch.
+
+        The very first one shows how large a micro-batch is: the pool is asked for then, before
+        any other stage could need the memory.
+        """
+        if self.transport is None:
+            self.transport = self.connect(_saved_bytes(output))
+        if leaves:
+            self._held[microbatch] = Activation(microbatch, roots_of(output))
+
+    def evict(self, microbatch: int) -> int:
+        """E: start the copy out; returns its bytes."""
+        activation = self._held[microbatch]
+        activation.move(State.EVICTING)
+        if activation.leaving is None:
+            activation.capture()
+        assert activation.leaving is not None
+        assert self.transport is not None
+        pieces = [block.bytes_view() for block in activation.leaving]
+        self._tickets[microbatch] = self.transport.evict(microbatch, pieces)
+        self.totals.evicted += activation.leaving_bytes
+        return activation.leaving_bytes
+
+    def finish_evict(self, microbatch: int) -> Ticket:
+        """EW: wait for the copy, free the local blocks."""
+        activation = self._held[microbatch]
+        ticket = self._tickets.pop(microbatch)
+        ticket.wait()
+        activation.move(State.REMOTE)
+        if not self.keep_local:
+            drop(activation.leaving or ())
+        return ticket
+
+    def load(self, microbatch: int) -> int:
+        """L: start the copy back into fresh memory; returns its bytes."""
+        activation = self._held[microbatch]
+        activation.move(State.LOADING)
+        assert activation.leaving is not None
+        assert self.transport is not None
+        if self.keep_local:
+            pieces = [
+                torch.empty(b.size, dtype=torch.uint8, device=b.device) for b in activation.leaving
+            ]
+        else:
+            fresh = allocate(activation.leaving)
+            if self.on_load is not None:
+                self.on_load(microbatch, fresh)
+            pieces = [block.bytes_view() for block in activation.leaving]
+        self._tickets[microbatch] = self.transport.load(microbatch, pieces)
+        if self.inspect is not None:
+            self._loaded[microbatch] = pieces
+        self.totals.loaded += activation.leaving_bytes
+        return activation.leaving_bytes
+
+    def finish_load(self, microbatch: int) -> Ticket:
+        """LW: wait for the copy; the slot in the pool is free again."""
+        assert self.transport is not None
+        ticket = self._tickets.pop(microbatch)
+        ticket.wait()
+        self._held[microbatch].move(State.RESIDENT)
+        self.transport.release(microbatch)
+        if self.inspect is not None:
+            self.inspect(microbatch, self._loaded.pop(microbatch))
+        return ticket
+
+    def consume(self, microbatch: int) -> None:
+        """The backward is over."""
+        activation = self._held.pop(microbatch, None)
+        if activation is not None:
+            activation.move(State.CONSUMED)
+            activation.forget()
+
+    def check_empty(self) -> None:
+        """After an iteration nothing may be left.
+
+        Raises:
+            RuntimeError: with what is left.
+        """
+        occupied = self.transport.occupied_bytes if self.transport else 0
+        if self._held or self._tickets or occupied or self.totals.evicted != self.totals.loaded:
+            states = {a.microbatch: a.state.value for a in self._held.values()}
+            raise RuntimeError(
+                f"after the iteration micro-batches {states} are still held, the pool holds "
+                f"{occupied} bytes, {self.totals.evicted} bytes went out and "
+                f"{self.totals.loaded} came back"
+            )
+
+    def close(self) -> None:
+        """Let the transport go."""
+        if self.transport is not None:
+            self.transport.close()
+            self.transport = None
+
+
+def _saved_bytes(output: object) -> int:
+    """Bytes that one micro-batch may send away, room for alignment included."""
+    sizes = {}
+    for _, tensor, _ in saved_tensors(roots_of(output)):
+        if may_leave(tensor):
+            storage = tensor.untyped_storage()
+            sizes[storage._cdata] = padded(storage.nbytes())
+    return sum(sizes.values())

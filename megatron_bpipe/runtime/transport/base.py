@@ -1,0 +1,58 @@
+"""What the activation store asks of a transport.
+
+A transport has two ends. The evictor's `Transport` moves bytes; the acceptor's `Lender` holds the
+memory. One-sided transports need nothing of the acceptor after the pool is lent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+
+class TransportError(RuntimeError):
+    """Bytes could not travel; the message names the pair and what to do."""
+
+
+class Ticket(Protocol):
+    """One transfer under way."""
+
+    def wait(self) -> None:
+        """Return once the transfer is over; raise what went wrong in it."""
+
+    @property
+    def span(self) -> tuple[float, float]:
+        """Start and end, seconds on `time.perf_counter`'s clock; valid after `wait`."""
+
+
+class Transport(Protocol):
+    """The evictor's end."""
+
+    def evict(self, microbatch: int, pieces: Sequence[torch.Tensor]) -> Ticket:
+        """Start to copy ``pieces`` (flat uint8 tensors) into the acceptor's pool."""
+
+    def load(self, microbatch: int, pieces: Sequence[torch.Tensor]) -> Ticket:
+        """Start to copy a micro-batch back into ``pieces``, same order and sizes as evicted."""
+
+    def release(self, microbatch: int) -> None:
+        """Give its room in the pool back; call when its load is over."""
+
+    @property
+    def occupied_bytes(self) -> int:
+        """Bytes of the pool that hold something now."""
+
+    def close(self) -> None:
+        """Stop threads and unmap memory."""
+
+
+class Lender(Protocol):
+    """The acceptor's end."""
+
+    @property
+    def pool_bytes(self) -> int:
+        """Bytes lent now."""
+
+    def close(self) -> None:
+        """Free the pool."""

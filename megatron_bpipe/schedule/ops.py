@@ -1,0 +1,172 @@
+"""The words of a schedule: ops, lines of ops, and who is paired with whom.
+
+A schedule is data: one line of ops per stage, executed strictly in order.  Stage 0 of p = 4
+under BPipe (logical form; E and L stand directly before the computation they run beside)::
+
+    F0,F1,F2,E2,F3,B0,F4,...
+
+The lowered form of the same line says also when messages are sent and when copies are over::
+
+    F0,SF0,F1,SF1,F2,SF2,E2,F3,EW2,SF3,RB0,B0,...
+
+Units: none.  Micro-batches, chunks, versions and stages count from 0.
+Paper: section 2.2 (pairs, bound).
+"""
+
+from __future__ import annotations
+
+import enum
+import re
+from dataclasses import dataclass
+
+
+class Kind(enum.Enum):
+    """What an op does; the value is its prefix in text."""
+
+    # Logical: what a schedule means.
+    FORWARD = "F"
+    BACKWARD = "B"
+    EVICT = "E"
+    LOAD = "L"
+    # Lowered: the pipeline's own messages.
+    SEND_FORWARD = "SF"
+    RECV_FORWARD = "RF"
+    SEND_BACKWARD = "SB"
+    RECV_BACKWARD = "RB"
+    # Lowered, on the evictor: the transfer started by E or L is over (EW: local copy dropped).
+    EVICT_WAIT = "EW"
+    LOAD_WAIT = "LW"
+    # Lowered, on the acceptor: post the receive of the partner's evicted micro-batch into a slot,
+    # post the send that returns it.
+    ACCEPT = "AC"
+    RETURN = "RT"
+
+    __hash__ = object.__hash__  # members are singletons; hashing their names is far slower
+
+    @property
+    def logical(self) -> bool:
+        """Whether this kind belongs to the logical form (F, B, E, L)."""
+        return self in _LOGICAL
+
+    @property
+    def computation(self) -> bool:
+        """Whether this kind computes (F, B)."""
+        return self is Kind.FORWARD or self is Kind.BACKWARD
+
+
+_LOGICAL = (Kind.FORWARD, Kind.BACKWARD, Kind.EVICT, Kind.LOAD)
+
+
+class Direction(enum.Enum):
+    """Which way a micro-batch's forward goes; the value is its mark in text."""
+
+    DOWN = ""  # from stage 0 to stage p-1
+    UP = "~"  # from stage p-1 to stage 0, the second pipeline of bidirectional schedules
+
+    __hash__ = object.__hash__
+
+
+DOWN = Direction.DOWN
+UP = Direction.UP
+
+# [0-9] and not \d, no leading zeros, chunk 0 omitted: one op has exactly one text.
+_NUMBER = "(?:0|[1-9][0-9]{0,17})"
+_TEXT = re.compile(
+    f"(?P<kind>[A-Z]{{1,2}})(?P<microbatch>{_NUMBER})"
+    rf"(?:\.(?P<chunk>[1-9][0-9]{{0,17}}))?(?P<up>~)?(?:@(?P<version>{_NUMBER}))?"
+)
+_KINDS = {kind.value: kind for kind in Kind}
+
+
+@dataclass(frozen=True, slots=True)
+class Op:
+    """One op of one stage.
+
+    As text ``F3``, in chunk 1 ``F3.1``, upwards ``F3~``, with weight version 2 ``F3@2``; all
+    together ``F3.1~@2``.  Chunk 0, downwards and no version are not written.
+    """
+
+    kind: Kind
+    microbatch: int
+    chunk: int = 0
+    direction: Direction = DOWN
+    version: int | None = None
+
+    @property
+    def activation(self) -> tuple[int, int, bool]:
+        """Whose activations this op is about: (micro-batch, chunk, upwards).
+
+        The same for the F, B, E, L, ... of one micro-batch in one chunk of one stage; sorts and
+        hashes fast.
+        """
+        return self.microbatch, self.chunk, self.direction is UP
+
+    def __str__(self) -> str:
+        chunk = f".{self.chunk}" if self.chunk else ""
+        version = "" if self.version is None else f"@{self.version}"
+        return f"{self.kind.value}{self.microbatch}{chunk}{self.direction.value}{version}"
+
+    @classmethod
+    def parse(cls, text: str) -> Op:
+        """Read back what ``str`` wrote; raises ValueError naming the text otherwise."""
+        match = _TEXT.fullmatch(text)
+        kind = _KINDS.get(match["kind"]) if match else None
+        if match is None or kind is None:
+            raise ValueError(
+                f"{text!r} is not an op: write a kind ({', '.join(_KINDS)}), the micro-batch, then "
+                "optionally .chunk (from 1), ~ (upwards), @version, as in F3 or F3.1~@2"
+            )
+        version = match["version"]
+        return cls(
+            kind,
+            int(match["microbatch"]),
+            int(match["chunk"] or 0),
+            UP if match["up"] else DOWN,
+            None if version is None else int(version),
+        )
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """One line of ops per stage.
+
+    ``microbatches`` is how many micro-batches one iteration has (m).  ``budget`` is the most
+    micro-batches whose activations may occupy one stage, None where none was set.  ``lowered``
+    says whether messages and waits are spelled out.
+    """
+
+    name: str
+    microbatches: int
+    stages: tuple[tuple[Op, ...], ...]
+    budget: int | None = None
+    lowered: bool = False
+
+    @property
+    def p(self) -> int:
+        """Number of stages."""
+        return len(self.stages)
+
+
+def partner(stage: int, p: int) -> int | None:
+    """The stage paired with this one, None for the middle stage of an odd p."""
+    _check_stage(stage, p)
+    other = p - 1 - stage
+    return None if other == stage else other
+
+
+def is_evictor(stage: int, p: int) -> bool:
+    """Whether this stage evicts (the first half of the pipeline)."""
+    _check_stage(stage, p)
+    return stage < p // 2
+
+
+def default_budget(p: int) -> int:
+    """The paper's bound, ceil((p+2)/2) micro-batches per stage (section 2.2)."""
+    if p < 1:
+        raise ValueError(f"p is {p}: a pipeline has at least 1 stage")
+    return (p + 3) // 2
+
+
+def _check_stage(stage: int, p: int) -> None:
+    if not 0 <= stage < p:
+        raise ValueError(f"stage {stage} of p = {p}: must be from 0 to {p - 1}")

@@ -1,0 +1,181 @@
+"""When to evict and load: the exact answer for one evictor.
+
+The evictor is a cache of its own activations and its future is known, so this is paging (paper,
+section 2.2: "sends an activation", "loads the activation").  Time is counted in *steps*: step t
+is the t-th computation of the stage's line.  One activation whose forward is step 2 and whose
+backward is step 9, evicted beside step 4 and loaded beside step 7::
+
+    step        2   3   4   5   6   7   8   9
+    compute     F                           B
+    transfer            E           L
+    evictor     #   #   #   .   .   #   #   #     counts here: also while it travels
+    acceptor    .   .   #   #   #   #   .   .     its slot: also while it travels
+
+Choose activations and steps such that at every step t
+
+* at least ``need[t]`` activations are away from the evictor (the row of dots), and
+* at most ``room[t]`` occupy slots of the acceptor,
+
+with the fewest evictions.  Write E[t] and L[t] for how many evictions and loads have begun up to
+and including step t, and P[i] for how many of the first i activations are evicted at all.  When
+backwards come in the order of the forwards, k-th eviction, k-th load and k-th chosen activation
+belong together, and every condition is a difference of two unknowns::
+
+    E[t-1] - L[t]   >= need[t]      enough away
+    E[t]   - L[t-1] <= room[t]      not too many slots
+    E[t]   <= P[started before t]   evict only what is there
+    L[t]   >= P[needed by t+1]      load before the backward
+    0 <= P[i] - P[i-1] <= 1         each activation once; E and L never fall
+
+Read as "at least" rules such a system has a least solution, reached by raising from zero whatever
+is too small.  The least P is the fewest evictions; among those the least E and L are the latest
+evictions and the latest loads, and the activations chosen are the latest possible: the paper's
+"evict the latest micro-batch" (Belady's rule), with exactly as much looking ahead as ``room``
+requires.  If P[0] would have to rise above zero there is no solution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """One activation's life in steps: its forward is step ``start``, its backward ``end``."""
+
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stay:
+    """One eviction: which span (by index), the step its E runs beside, the step its L does."""
+
+    span: int
+    evict: int
+    load: int
+
+
+def fewest_evictions(
+    spans: Sequence[Span], need: Sequence[int], room: Sequence[int]
+) -> list[Stay] | None:
+    """The fewest stays, latest first choice, that satisfy ``need`` and ``room``; None if none do.
+
+    ``spans`` must be in order of both ``start`` and ``end`` (ValueError otherwise).  Among
+    solutions with the fewest evictions one is preferred in which no two evictions, or no two
+    loads, run beside the same computation.
+    """
+    if any(a.start >= b.start or a.end >= b.end for a, b in zip(spans, spans[1:], strict=False)):
+        raise ValueError("spans must be in order of both start and end")
+    best = _solve(spans, need, room, None, None)
+    if best is None or _spread(best):
+        return best
+    for most_evictions, most_loads in ((1, 1), (1, None)):
+        other = _solve(spans, need, room, most_evictions, most_loads)
+        if other is not None and len(other) == len(best):
+            return other
+    return best
+
+
+def _spread(stays: Sequence[Stay]) -> bool:
+    """Whether no two stays begin, and no two end, beside the same computation."""
+    return len({s.evict for s in stays}) == len(stays) == len({s.load for s in stays})
+
+
+def _solve(
+    spans: Sequence[Span],
+    need: Sequence[int],
+    room: Sequence[int],
+    most_evictions: int | None,
+    most_loads: int | None,
+) -> list[Stay] | None:
+    """The least solution as stays, None if there is none; at most so many beside one step."""
+    unknowns = _Unknowns(spans, need, room, most_evictions, most_loads)
+    for step in range(len(need)):
+        if not unknowns.open(step):
+            return None
+    e, l, p = unknowns.e, unknowns.l, unknowns.p
+    chosen = [i for i in range(len(p) - 1) if p[i + 1] > p[i]]
+    begun = [t for t in range(len(need)) for _ in range(e[t + 1] - e[t])]
+    ended = [t for t in range(len(need)) for _ in range(l[t + 1] - l[t])]
+    return [Stay(*stay) for stay in zip(chosen, begun, ended, strict=True)]
+
+
+class _Unknowns:
+    """E, L and P, raised from zero as far as the rules require.
+
+    Solved from left to right: opening a step adds its rules; what is then too small is raised,
+    which may require something a little earlier to rise, and so on.  Such repairs seldom reach
+    far back, so that the whole takes time proportional to the number of steps.
+
+    ``e[t+1]`` is E[t]: ``e[0]`` and ``l[0]`` stand for "before step 0" and, like ``p[0]``, must
+    stay zero.
+    """
+
+    def __init__(
+        self,
+        spans: Sequence[Span],
+        need: Sequence[int],
+        room: Sequence[int],
+        most_evictions: int | None,
+        most_loads: int | None,
+    ) -> None:
+        self.need, self.room = need, room
+        self.most_evictions, self.most_loads = most_evictions, most_loads
+        self.deadline = [span.end - 1 for span in spans]  # the last step a load may run beside
+        self.started = 0  # spans that started before the newest step
+        self.due = 0  # spans whose deadline is the newest step or earlier
+        self.starts = [span.start for span in spans]
+        self.there: list[int] = []  # ``started`` of every step so far
+        self.e, self.l, self.p = [0], [0], [0]
+
+    def open(self, step: int) -> bool:
+        """Add the rules of the next step; False if they cannot be satisfied."""
+        spans = len(self.starts)
+        while self.started < spans and self.starts[self.started] < step:
+            self.started += 1
+            self.p.append(self.p[-1])
+        while self.due < spans and self.deadline[self.due] <= step:
+            self.due += 1
+        self.there.append(self.started)
+        e, l = self.e[-1], self.l[-1]
+        self.e.append(e)
+        self.l.append(l)
+        load = max(l, self.p[min(self.due, self.started)])
+        away, lent = max(self.need[step], 0), self.room[step]
+        if load == l and e - l >= away and e - l <= lent:
+            return True
+        return self._raise(
+            [(self.l, step + 1, load), (self.e, step, load + away), (self.l, step, e - lent)]
+        )
+
+    def _raise(self, todo: list[tuple[list[int], int, int]]) -> bool:
+        """Raise (unknown, index, least value) and whatever that requires; False if impossible."""
+        e, l, p = self.e, self.l, self.p
+        while todo:
+            unknown, index, value = todo.pop()
+            if unknown[index] >= value:
+                continue
+            if index == 0:
+                return False
+            unknown[index] = value
+            if index + 1 < len(unknown):
+                todo.append((unknown, index + 1, value))
+            if unknown is p:
+                todo.append((p, index - 1, value - 1))
+                deadline = self.deadline[index - 1]
+                if deadline + 1 < len(l):
+                    todo.append((l, deadline + 1, value))
+            elif unknown is e:
+                step = index - 1
+                todo.append((p, self.there[step], value))
+                todo.append((l, step, value - self.room[step]))
+                if self.most_evictions is not None:
+                    todo.append((e, step, value - self.most_evictions))
+            else:
+                step = index - 1
+                todo.append((e, step, value + max(self.need[step], 0)))
+                if self.most_loads is not None:
+                    todo.append((l, step, value - self.most_loads))
+        return True

@@ -1,0 +1,212 @@
+"""From lines of ops to programs that ``execute`` can run.
+
+Logical lines: a computation waits for the result it needs; nothing waits to be sent.  Lowered
+lines, under the strictest reading a transport may have::
+
+    SF  to the next stage        post, then wait until the matching RF is posted
+    SF,RB adjacent               post both, then wait for both: one batched call
+    E, L                         post; EW, LW wait until the acceptor posted its AC, RT
+    AC                           wait for a free slot, post
+    RT                           wait until E's data can be there, post
+
+Messages between two stages, and transfers within a pair, match in the order they are posted.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence, Set
+from itertools import accumulate
+
+from megatron_bpipe.schedule.batches import MESSAGES, batch_size
+from megatron_bpipe.schedule.errors import ScheduleError
+from megatron_bpipe.schedule.execute import POST, Log, Program, execute
+from megatron_bpipe.schedule.live import occupancy
+from megatron_bpipe.schedule.ops import Kind, Op, Schedule, is_evictor, partner
+from megatron_bpipe.schedule.routes import (
+    Activation,
+    downstream,
+    known_activations,
+    peer,
+    upstream,
+)
+
+
+def times(schedule: Schedule, transfers: bool = True) -> list[list[int]]:
+    """For each stage and op the time at which it is over (unit time, all stages from 0).
+
+    ``transfers=False`` leaves out E, L and their waits, AC and RT of a lowered schedule.
+    Raises ScheduleError, marking where each stuck stage stands, for a schedule that deadlocks.
+    """
+    programs = _lowered(schedule, transfers) if schedule.lowered else _logical(schedule)
+    over, stuck = execute(programs)
+    if stuck:
+        marks = {stage: programs[stage].ops[step] for stage, step in stuck.items()}
+        first = min(marks)
+        raise ScheduleError(
+            "deadlock: none of the marked ops can proceed; one stands before what it waits for",
+            schedule,
+            first,
+            marks[first],
+            marks,
+        )
+    return [
+        _op_times(len(line), program.ops, ended)
+        for line, program, ended in zip(schedule.stages, programs, over, strict=True)
+    ]
+
+
+def _op_times(count: int, ops: Sequence[int], ended: Sequence[int]) -> list[int]:
+    """The time of each op: that of its last step, or of the op before where it has none."""
+    out = [0] * count
+    for op, end in zip(ops, ended, strict=True):
+        out[op] = end
+    return list(accumulate(out, max))
+
+
+def _logical(schedule: Schedule) -> list[Program]:
+    """Programs of F and B."""
+    p, known = schedule.p, known_activations(schedule)
+    logs: dict[tuple[int, Kind], Log] = defaultdict(list)
+    entry: dict[tuple[int, Kind, Activation], int] = {}  # which entry of its log a result is
+    for stage, line in enumerate(schedule.stages):
+        for kind in (Kind.FORWARD, Kind.BACKWARD):
+            results = (op.activation for op in line if op.kind is kind)
+            entry.update({(stage, kind, result): n for n, result in enumerate(results)})
+    programs = []
+    for stage, line in enumerate(schedule.stages):
+        program = Program()
+        for index, op in enumerate(line):
+            kind = op.kind
+            if kind is not Kind.FORWARD and kind is not Kind.BACKWARD:
+                continue
+            route = upstream if kind is Kind.FORWARD else downstream
+            source = route((stage, op.activation), p, known)
+            if source is not None:
+                wanted = entry[source[0], kind, source[1]]
+                program.add(index, logs[source[0], kind], wanted)
+            program.add(index, None, POST)
+            program.add(index, logs[stage, kind], POST)
+        programs.append(program)
+    return programs
+
+
+def _lowered(schedule: Schedule, transfers: bool) -> list[Program]:
+    """Programs of all ops."""
+    p, known = schedule.p, known_activations(schedule)
+    channels: dict[tuple[int, int], tuple[Log, Log]] = defaultdict(lambda: ([], []))
+    pairs: dict[int, tuple[Log, Log]] = defaultdict(lambda: ([], []))  # evictor's, acceptor's
+    programs = []
+    for stage, line in enumerate(schedule.stages):
+        messages = _Messages(stage, p, known, channels)
+        other = partner(stage, p)
+        if other is None or not transfers:
+            moves = None
+        elif is_evictor(stage, p):
+            moves = _evictor_moves(line, *pairs[stage])
+        else:
+            pool = max(occupancy(schedule.stages[other])[1], default=0)
+            moves = _acceptor_moves(line, *pairs[other], pool)
+        programs.append(_lowered_line(line, messages, moves or {}))
+    return programs
+
+
+def _lowered_line(
+    line: Sequence[Op], messages: _Messages, moves: Mapping[int, Sequence[tuple[Log, int]]]
+) -> Program:
+    """One stage's program; ``moves`` has the (log, entry) steps of its transfers by op."""
+    program = Program()
+    logs, entries, ops = program.logs, program.entries, program.ops
+    position = 0
+    while position < len(line):
+        kind = line[position].kind
+        size = 1
+        if kind is Kind.FORWARD or kind is Kind.BACKWARD:
+            logs.append(None)
+            entries.append(POST)
+            ops.append(position)
+        elif kind in MESSAGES:
+            mine, theirs, number = messages.next(line[position])
+            size = batch_size(line, position)
+            if size == 1:
+                logs += (mine, theirs)
+                entries += (POST, number)
+                ops += (position, position)
+            else:
+                also_mine, also_theirs, also_number = messages.next(line[position + 1])
+                logs += (mine, also_mine, theirs, also_theirs)
+                entries += (POST, POST, number, also_number)
+                ops += (position, position + 1, position, position + 1)
+        else:
+            for log, entry in moves.get(position, ()):
+                program.add(position, log, entry)
+        position += size
+    return program
+
+
+class _Messages:
+    """One stage's ends of its channels to other stages; counts what passed through each."""
+
+    def __init__(
+        self,
+        stage: int,
+        p: int,
+        known: Set[Activation],
+        channels: dict[tuple[int, int], tuple[Log, Log]],
+    ) -> None:
+        self._stage, self._p, self._known = stage, p, known
+        self._channels = channels  # (from, to) -> posts of the sender, posts of the receiver
+        self._passed: dict[tuple[int, int], int] = defaultdict(int)
+
+    def next(self, op: Op) -> tuple[Log, Log, int]:
+        """Where this message is posted, where the other side posts it, and its number there."""
+        stage = self._stage
+        other = peer(op, stage, self._p, self._known)
+        if other is None:
+            raise ValueError(f"stage {stage} of p = {self._p} exchanges {op} with no other stage")
+        sends = op.kind is Kind.SEND_FORWARD or op.kind is Kind.SEND_BACKWARD
+        channel = (stage, other) if sends else (other, stage)
+        number = self._passed[channel]
+        self._passed[channel] = number + 1
+        sent, received = self._channels[channel]
+        return (sent, received, number) if sends else (received, sent, number)
+
+
+def _evictor_moves(
+    line: Sequence[Op], mine: Log, acceptors: Log
+) -> dict[int, list[tuple[Log, int]]]:
+    """E, L: post.  EW, LW: wait until the acceptor has posted the same transfer."""
+    moves: dict[int, list[tuple[Log, int]]] = {}
+    number: dict[Activation, int] = {}  # of the latest transfer of each activation
+    started = 0
+    for index, op in enumerate(line):
+        if op.kind is Kind.EVICT or op.kind is Kind.LOAD:
+            moves[index] = [(mine, POST)]
+            number[op.activation] = started
+            started += 1
+        elif op.kind is Kind.EVICT_WAIT or op.kind is Kind.LOAD_WAIT:
+            moves[index] = [(acceptors, number[op.activation])]
+    return moves
+
+
+def _acceptor_moves(
+    line: Sequence[Op], evictors: Log, mine: Log, pool: int
+) -> dict[int, list[tuple[Log, int]]]:
+    """AC: wait until a slot is free, post.  RT: wait until the data is there, post."""
+    moves: dict[int, list[tuple[Log, int]]] = {}
+    accepted: dict[Activation, int] = {}  # number of the latest AC of each activation
+    returned: list[int] = []  # numbers of all RTs
+    posted = accepts = 0
+    for index, op in enumerate(line):
+        if op.kind is Kind.ACCEPT:
+            # The slot of an AC beyond the pool is the one that the oldest RT not yet used frees.
+            free = [(evictors, returned[accepts - pool])] if accepts >= pool else []
+            moves[index] = [*free, (mine, POST)]
+            accepted[op.activation] = posted
+            accepts += 1
+            posted += 1
+        elif op.kind is Kind.RETURN:
+            moves[index] = [(evictors, accepted[op.activation]), (mine, POST)]
+            returned.append(posted)
+            posted += 1
+    return moves

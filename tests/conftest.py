@@ -1,0 +1,24 @@
+"""Fixtures shared by all tests."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from tests.harness import Megatron
+
+os.environ["OMP_NUM_THREADS"] = "1"
+
+
+@pytest.fixture(scope="session")
+def megatron(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Megatron]:
+    """Runs of the real training loop on a dataset of real text."""
+    from megatron_bpipe.integration.text_data import write_dataset
+
+    folder = tmp_path_factory.mktemp("megatron")
+    data = write_dataset(folder / "text", max_bytes=512 * 2**10)
+    runs = Megatron(folder, [*data.flags(), "--data-cache-path", str(folder / "cache")])
+    yield runs
+    runs.close()

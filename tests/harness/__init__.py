@@ -1,0 +1,163 @@
+"""Runs of the real Megatron training loop for tests: forked ranks, time-outs, shared results."""
+
+from __future__ import annotations
+
+import json
+import os
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "scripts" / "pretrain_gpt.py"
+IMPORT_SECONDS = 300  # a cold disk needs minutes
+
+
+@dataclass(frozen=True)
+class Result:
+    """One finished run."""
+
+    out: Path
+    status: dict[int, int | None]
+
+    @property
+    def ok(self) -> bool:
+        """Whether every rank ended with status 0."""
+        return set(self.status.values()) == {0}
+
+    def log(self, rank: int) -> str:
+        """What ``rank`` printed."""
+        return (self.out / f"rank{rank}.log").read_text(errors="replace")
+
+    @property
+    def logs(self) -> str:
+        """The end of every rank's output, for messages."""
+        return "\n".join(f"--- rank {r}\n{self.log(r)[-3000:]}" for r in sorted(self.status))
+
+    @cached_property
+    def states(self) -> list[dict[str, Any]]:
+        """Each rank's dump: losses, grads, params."""
+        import torch
+
+        return [torch.load(self.out / f"state{r}.pt") for r in sorted(self.status)]
+
+    @cached_property
+    def memory(self) -> dict[str, Any]:
+        """The run's memory.json."""
+        return json.loads((self.out / "report" / "memory.json").read_text())
+
+    def timeline(self, stage: int) -> dict[str, Any]:
+        """The timeline of the first rank of ``stage``."""
+        path = min((self.out / "report").glob(f"timeline-stage{stage:03d}-*.json"))
+        return json.loads(path.read_text())
+
+
+@dataclass
+class Megatron:
+    """Starts runs; equal requests share one result."""
+
+    folder: Path
+    data: list[str]
+    _zygote: subprocess.Popen[str] | None = None
+    _results: dict[str, Result] = field(default_factory=dict)
+
+    def train(
+        self,
+        flags: list[str],
+        *,
+        world: int = 4,
+        steps: int = 10,
+        hooks: list[dict[str, Any]] | None = None,
+        timeout: float = 240,
+        env: dict[str, str] | None = None,
+        fresh: bool = False,
+    ) -> Result:
+        """Train for ``steps`` on ``world`` forked ranks; ``flags`` come on top of the data's."""
+        request = {"world": world, "argv": flags, "hooks": hooks or [], "env": env or {}}
+        key = json.dumps(request | {"steps": steps})
+        if key not in self._results or fresh:
+            out = self.folder / f"run{len(list(self.folder.glob('run*'))):03d}"
+            out.mkdir()
+            argv = [*flags, *self.data, "--train-iters", str(steps)]
+            argv += ["--bpipe-report", str(out / "report")]
+            job = request | {
+                "script": str(SCRIPT),
+                "argv": argv,
+                "out": str(out),
+                "dump_at": steps,
+                "timeout": timeout,
+                "port": _free_port(),
+            }
+            answer = self._ask(job, timeout + 60)
+            status = {int(rank): code for rank, code in answer["status"].items()}
+            self._results[key] = Result(out, status)
+        return self._results[key]
+
+    def close(self) -> None:
+        """End the zygote and, through it, whatever it forked."""
+        if self._zygote is not None:
+            assert self._zygote.stdin is not None
+            self._zygote.stdin.close()
+            try:
+                self._zygote.wait(10)
+            except subprocess.TimeoutExpired:
+                os.killpg(self._zygote.pid, signal.SIGKILL)
+                self._zygote.wait()
+            self._zygote = None
+
+    def _ask(self, job: dict[str, Any], timeout: float) -> dict[str, Any]:
+        if self._zygote is None:
+            self._start()
+        assert self._zygote is not None
+        assert self._zygote.stdin is not None
+        self._zygote.stdin.write(json.dumps(job) + "\n")
+        self._zygote.stdin.flush()
+        return self._answer(timeout)
+
+    def _start(self) -> None:
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        log = (self.folder / "zygote.log").open("w")
+        self._zygote = subprocess.Popen(
+            [sys.executable, "-m", "tests.harness.zygote"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            cwd=ROOT,
+            env=environment,
+            text=True,
+            start_new_session=True,
+        )
+        log.close()
+        self._answer(IMPORT_SECONDS)
+
+    def _answer(self, timeout: float) -> dict[str, Any]:
+        assert self._zygote is not None
+        assert self._zygote.stdout is not None
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._zygote.stdout, selectors.EVENT_READ)
+            deadline = time.monotonic() + timeout
+            if not selector.select(deadline - time.monotonic()):
+                os.killpg(self._zygote.pid, signal.SIGKILL)
+                self._zygote.wait()
+                self._zygote = None
+                raise TimeoutError(f"no answer from the test ranks within {timeout} s")
+        line = self._zygote.stdout.readline()
+        if not line:
+            log = (self.folder / "zygote.log").read_text()[-3000:]
+            self._zygote = None
+            raise RuntimeError(f"the process that forks test ranks died:\n{log}")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

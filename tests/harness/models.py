@@ -1,0 +1,36 @@
+"""Small models as Megatron flags."""
+
+from __future__ import annotations
+
+from megatron_bpipe.integration.cpu.flags import cpu_flags
+
+
+def gpt(
+    stages: int, microbatches: int = 8, layers: int | None = None, *extra: str, hidden: int = 64
+) -> list[str]:
+    """A tiny GPT over ``stages`` pipeline stages (data-parallel size 1 assumed)."""
+    return [
+        *("--pipeline-model-parallel-size", str(stages)),
+        *("--num-layers", str(layers or stages)),
+        *("--hidden-size", str(hidden)),
+        *("--num-attention-heads", "4"),
+        *("--seq-length", "64"),
+        *("--max-position-embeddings", "64"),
+        *("--micro-batch-size", "2"),
+        *("--global-batch-size", str(2 * microbatches)),
+        *("--lr", "1e-3"),
+        *("--attention-dropout", "0"),
+        *("--hidden-dropout", "0"),
+        *("--split", "90,10,0"),
+        *("--eval-iters", "0"),
+        *("--eval-interval", "1000"),
+        *("--log-interval", "1"),
+        *("--seed", "1234"),
+        *("--distributed-timeout-minutes", "2"),
+        *cpu_flags(),
+        *extra,
+    ]
+
+
+TAMPER = {"call": "tests.harness.rank:tamper_with_loads", "with": {"byte": 1026}}
+ALLOCATOR = {"call": "tests.harness.rank:allocator_agrees", "with": {}}

@@ -1,0 +1,261 @@
+"""The activation store over the real shared-memory transport, evictor and acceptor in one process.
+
+The graph holds what a transformer's does: a custom Function, saved outputs, views of one storage,
+a tensor shared with others, a Parameter, and the stage's input.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from megatron_bpipe.runtime.activation import IllegalMoveError, ModifiedInPlaceError
+from megatron_bpipe.runtime.store import ActivationStore
+from megatron_bpipe.runtime.transport.shared_memory import (
+    SharedMemoryLender,
+    SharedMemoryTransport,
+)
+
+
+class Linear(torch.autograd.Function):
+    """Saves through a context, as Megatron's linear layers do."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return x @ weight.t()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, weight = ctx.saved_tensors
+        assert isinstance(weight, torch.nn.Parameter)  # fused kernels look for its main_grad
+        return gradient @ weight, gradient.flatten(0, -2).t() @ x.flatten(0, -2)
+
+
+MASK = torch.ones(8, 8).tril()
+
+
+def model(x: torch.Tensor, weight: torch.nn.Parameter) -> torch.Tensor:
+    h = Linear.apply(x * 2, weight)
+    q, k, v = h.chunk(3, -1)  # views of one storage, rebuilt as such
+    scores = torch.softmax(q @ k.transpose(-1, -2) * MASK, -1)
+    h = torch.cat([scores @ v, torch.nn.functional.gelu(v)], -1)
+    return (h * h.exp()).sum((0, 2)).unsqueeze(0).expand(3, -1) ** 2
+
+
+@pytest.fixture
+def weight() -> torch.nn.Parameter:
+    torch.manual_seed(1)
+    return torch.nn.Parameter(torch.randn(12, 4))
+
+
+@pytest.fixture
+def ends() -> Iterator[tuple[ActivationStore, list[SharedMemoryLender]]]:
+    handshake = dist.HashStore()
+    lenders = []
+
+    def connect(size: int) -> SharedMemoryTransport:
+        transport = SharedMemoryTransport(handshake, "0-1", size, deadline=10)
+        lenders.append(SharedMemoryLender(handshake, "0-1"))
+        return transport
+
+    store = ActivationStore(connect)
+    yield store, lenders
+    store.close()
+    for lender in lenders:
+        lender.close()
+
+
+def micro_batch(weight: torch.nn.Parameter, seed: int = 0, rows: int = 2) -> tuple:
+    x = torch.randn(rows, 8, 4, generator=torch.Generator().manual_seed(seed)).requires_grad_()
+    return x, model(x, weight)
+
+
+def gradients(x: torch.Tensor, output: torch.Tensor, weight: torch.nn.Parameter) -> tuple:
+    weight.grad = None
+    output.sum().backward()
+    return x.grad.clone(), weight.grad.clone()
+
+
+def live_bytes(watched: list[tuple[StorageWeakRef, int]]) -> int:
+    return sum(size for reference, size in watched if not reference.expired())
+
+
+def watch(output: torch.Tensor) -> list[tuple[StorageWeakRef, int]]:
+    from megatron_bpipe.runtime.graph import may_leave, roots_of, saved_tensors
+
+    storages = {}
+    for _, tensor, _ in saved_tensors(roots_of(output)):
+        if may_leave(tensor):
+            storage = tensor.untyped_storage()
+            storages[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+    return list(storages.values())
+
+
+def there_and_back(store: ActivationStore, i: int) -> None:
+    store.evict(i)
+    store.finish_evict(i)
+    store.load(i)
+    store.finish_load(i)
+
+
+def test_gradients_are_bitwise_equal_and_the_memory_is_really_gone(weight, ends):
+    store, lenders = ends
+    expected = gradients(*micro_batch(weight), weight)
+    x, output = micro_batch(weight)
+    watched = watch(output)
+    full = live_bytes(watched)
+    store.forward_done(0, output, leaves=True)
+    moved = store.evict(0)
+    assert live_bytes(watched) == full  # in flight: still here
+    store.finish_evict(0)
+    # what stays: the mask, shared by all micro-batches
+    assert live_bytes(watched) == MASK.untyped_storage().nbytes()
+    assert moved >= 0.9 * (full - live_bytes(watched))
+    assert lenders[0].pool_bytes >= moved
+    store.load(0)
+    store.finish_load(0)
+    actual = gradients(x, output, weight)
+    store.consume(0)
+    store.check_empty()
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+    assert store.totals.evicted == store.totals.loaded == moved
+
+
+def test_one_flipped_byte_changes_the_gradients(weight, ends):
+    store, _ = ends
+    expected = gradients(*micro_batch(weight), weight)
+
+    def flip(microbatch, pieces):
+        piece = max(pieces, key=torch.Tensor.numel)
+        piece[piece.numel() // 2 + 2] ^= 0x40
+
+    store.inspect = flip
+    x, output = micro_batch(weight)
+    store.forward_done(0, output, leaves=True)
+    there_and_back(store, 0)
+    actual = gradients(x, output, weight)
+    assert not all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+def test_keep_local_copies_but_drops_nothing(weight, ends):
+    store, _ = ends
+    store.keep_local = True
+    expected = gradients(*micro_batch(weight), weight)
+    x, output = micro_batch(weight)
+    watched = watch(output)
+    full = live_bytes(watched)
+    store.forward_done(0, output, leaves=True)
+    store.evict(0)
+    store.finish_evict(0)
+    assert live_bytes(watched) == full
+    store.load(0)
+    store.finish_load(0)
+    actual = gradients(x, output, weight)
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+def test_several_micro_batches_of_unequal_size_share_the_pool(weight, ends):
+    store, lenders = ends
+    sizes = {0: 2, 1: 5, 2: 3}
+    expected = {i: gradients(*micro_batch(weight, i, n), weight) for i, n in sizes.items()}
+    live = {}
+    for i, rows in sizes.items():
+        live[i] = micro_batch(weight, i, rows)
+        store.forward_done(i, live[i][1], leaves=True)
+        store.evict(i)
+        store.finish_evict(i)
+    lent = lenders[0].pool_bytes
+    for i in sizes:
+        store.load(i)
+        store.finish_load(i)
+        actual = gradients(*live.pop(i), weight)
+        store.consume(i)
+        assert all(torch.equal(a, b) for a, b in zip(actual, expected[i], strict=True))
+    store.check_empty()
+    assert lenders[0].pool_bytes == lent  # lengthened by the evictor, seen by the acceptor
+
+
+def test_a_micro_batch_can_leave_twice(weight, ends):
+    store, _ = ends
+    expected = gradients(*micro_batch(weight), weight)
+    x, output = micro_batch(weight)
+    store.forward_done(0, output, leaves=True)
+    there_and_back(store, 0)
+    there_and_back(store, 0)
+    actual = gradients(x, output, weight)
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+def test_illegal_moves_are_named(weight, ends):
+    store, _ = ends
+    _, output = micro_batch(weight)
+    store.forward_done(3, output, leaves=True)
+    with pytest.raises(IllegalMoveError, match="micro-batch 3 is resident and can only become"):
+        store.load(3)
+    store.evict(3)
+    store.finish_evict(3)
+    with pytest.raises(IllegalMoveError, match="micro-batch 3 is remote and can only become"):
+        store.consume(3)
+
+
+def test_a_backward_before_the_load_is_refused(weight, ends):
+    store, _ = ends
+    _, output = micro_batch(weight)
+    store.forward_done(0, output, leaves=True)
+    store.evict(0)
+    store.finish_evict(0)
+    with pytest.raises(IllegalMoveError, match="not in local memory"):
+        output.sum().backward()
+
+
+def test_something_left_over_is_reported(weight, ends):
+    store, _ = ends
+    _, output = micro_batch(weight)
+    store.forward_done(0, output, leaves=True)
+    store.evict(0)
+    store.finish_evict(0)
+    with pytest.raises(RuntimeError, match="0: 'remote'"):
+        store.check_empty()
+
+
+def test_a_change_in_place_before_the_evict_is_caught(ends):
+    store, _ = ends
+    x = torch.randn(4, 4, requires_grad=True)
+    h = x * 2
+    output = h.exp().sum() + (h * h).sum()
+    store.forward_done(0, output, leaves=True)
+    with torch.no_grad():
+        h.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        store.evict(0)
+
+
+def test_a_change_in_place_after_the_evict_is_caught(ends):
+    store, _ = ends
+    x = torch.randn(4, 4, requires_grad=True)
+    h = x * 2  # still held here: stays local, so it can be written to
+    output = (h * h).sum()
+    store.forward_done(0, output, leaves=True)
+    there_and_back(store, 0)
+    with torch.no_grad():
+        h.add_(1)
+    with pytest.raises(ModifiedInPlaceError, match="changed in place"):
+        output.backward()
+
+
+def test_nothing_stays_open(weight, ends):
+    before = len(os.listdir("/proc/self/fd"))
+    store, lenders = ends
+    _, output = micro_batch(weight)
+    store.forward_done(0, output, leaves=True)
+    store.evict(0)
+    store.finish_evict(0)
+    store.close()
+    lenders.pop().close()
+    assert len(os.listdir("/proc/self/fd")) == before
