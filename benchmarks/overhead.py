@@ -78,15 +78,16 @@ def _be_a_rank(arguments: argparse.Namespace) -> None:
         from megatron.core.pipeline_parallel import schedules
 
         stock_step = training.train_step
-        bpipe_schedule = getattr(schedules, install.REPLACED)
-        patches = install._installed
-        assert patches is not None
-        stock_schedule = patches.stock[install.REPLACED]
+        choices: list[Any] = []
 
         def train_step(*positional: Any, **named: Any) -> Any:
             bpipe = (len(rows) // arguments.block) % 2 == 1
-            chosen = bpipe_schedule if bpipe else stock_schedule
-            setattr(schedules, install.REPLACED, chosen)
+            if not choices:  # the arguments are parsed by now, so the schedule is replaced
+                patches = install._installed
+                assert patches is not None
+                choices.append(patches.stock[install.REPLACED])
+                choices.append(getattr(schedules, install.REPLACED))
+            setattr(schedules, install.REPLACED, choices[bpipe])
             dist.barrier()
             wall, cpu = time.perf_counter(), time.process_time()
             result = stock_step(*positional, **named)

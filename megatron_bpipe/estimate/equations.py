@@ -5,8 +5,8 @@ the model and F_stage those of one stage, both for the whole batch B.
 
 How equations 2 and 3 are read here.  The paper defines MFU_stage(b) = (1/P) b F_stage / (B T(b)),
 so P is the peak of the GPUs of *one stage* (t of them).  Equation 2, MFU(b) = (1/P) F /
-((B/b + p - 1) T(b)), divides the FLOPs of all stages by that same P; the whole model runs on p times
-as many GPUs, so it is a factor p too large, and equation 3 inherits F / F_stage = p::
+((B/b + p - 1) T(b)), divides the FLOPs of all stages by that same P; the whole model runs on p
+times as many GPUs, so it is a factor p too large, and equation 3 inherits F / F_stage = p::
 
     as printed   MFU(b) = p MFU_stage(b) / (1 + (p-1) b/B)      378 % for row 8 of table 3
     as read      MFU(b) =   MFU_stage(b) / (1 + (p-1) b/B)      49.8 %, published 45.8 %

@@ -100,20 +100,18 @@ def softmax_trap(run: Run, rule: KernelRule = RULES["core"]) -> str | None:
     def fused(micro_batch: int, t: int) -> bool:
         return not why_not_fused(micro_batch, model.heads // t, model.seq, rule)
 
-    larger = next((b for b in _multiples(run.micro_batch) if fused(b, tp)), None)
+    larger = next((b for b in (2 * run.micro_batch, 4 * run.micro_batch) if fused(b, tp)), None)
     if fused(run.micro_batch, tp) or larger is None:
         return None
     reason = why_not_fused(run.micro_batch, model.heads // tp, model.seq, rule)[0]
-    others = [t for t in (1, 2, 4, 8) if model.heads % t == 0 and fused(run.micro_batch, t)]
+    smaller = next(
+        (t for t in range(tp - 1, 0, -1) if tp % t == 0 and fused(run.micro_batch, t)), 0
+    )
     remedies = ["flash attention", f"micro-batch {larger}"]
-    if others:
-        remedies.insert(1, f"tensor-parallel size {' or '.join(map(str, others))}")
+    if smaller:
+        remedies.insert(1, f"tensor-parallel size {smaller}")
     return (
         f"{model.name} at t={tp}: {reason}, so the fused softmax kernel does not run. Use "
-        f"{', '.join(remedies)}; a gain from BPipe that comes with a larger micro-batch may be "
-        "this kernel's."
+        f"{', '.join(remedies[:-1])} or {remedies[-1]}; a gain from BPipe that comes with a "
+        "larger micro-batch may be this kernel's."
     )
-
-
-def _multiples(micro_batch: int) -> tuple[int, ...]:
-    return tuple(micro_batch * factor for factor in (2, 4, 8))

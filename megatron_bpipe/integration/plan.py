@@ -9,7 +9,7 @@ from ..schedule.balance import balance, slots
 from ..schedule.base import one_f_one_b
 from ..schedule.lower import lower
 from ..schedule.ops import Op, default_budget, is_evictor, partner
-# from ..schedule.validate import validate
+from ..schedule.validate import validate
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def stage_plan(stages: int, microbatches: int, stage: int, budget: int | None) -
     bound = default_budget(stages) if budget is None else budget
     logical = balance(one_f_one_b(stages, microbatches), bound)
     lowered = lower(logical)
-    # validate(lowered, bound)
+    validate(lowered, bound)
     other = partner(stage, stages)
     borrowed = slots(logical, stage) if is_evictor(stage, stages) else 0
     lent = slots(logical, other) if other is not None and is_evictor(other, stages) else 0

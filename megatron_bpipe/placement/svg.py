@@ -34,8 +34,8 @@ def picture_svg(report: Report) -> str:
         parts.append(
             f'<rect x="{_MARGIN}" y="{top}" width="{node_width}" height="{node_height}" rx="8" '
             'fill="#f6f6f6" stroke="#888888"/>'
-            f'<text x="{_MARGIN + node_width / 2:g}" y="{top + 20}" font-size="13">Node {number}</text>'
         )
+        parts.append(_text(_MARGIN + node_width / 2, top + 20, 13, f"Node {number}"))
         for slot in node:
             parts.extend(_slot(slot, report, top + 30, columns))
     return "\n".join([*parts, "</svg>", ""])

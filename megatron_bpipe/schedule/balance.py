@@ -3,8 +3,9 @@
 Stage 0 of p = 4, m = 8 in 1F1B would hold 4 micro-batches, stage 3 only 1.  With the budget of
 ceil((4+2)/2) = 3 each line keeps its computations, and stage 0 gains transfers beside them::
 
-    F0 F1 F2 F3 B0 F4 B1 ...       becomes      F0 F1 F2 F3 B0 F4 B1 ...
-                                                         E2
+    F0 F1 F2 F3 B0 F4 B1 F5 B2 F6 B3 F7 B4 B5 B6 B7
+          E1    E3          E5       E6
+                   L1          L3       L5 L6
 
 The acceptor lends its slots for the whole run, whatever the relative timing of the two stages,
 so a pair must satisfy at every step: the acceptor's own peak + slots ever in use <= budget.
@@ -63,6 +64,7 @@ def balance(schedule: Schedule, budget: int | None = None) -> Schedule:
 def least_budget(schedule: Schedule) -> int:
     """The smallest budget that ``balance`` accepts for this schedule, in micro-batches."""
     return _least(schedule, _lives(schedule))
+
 
 def slots(schedule: Schedule, evictor_stage: int) -> int:
     """Most activations of this evictor that are ever remote or in flight: its acceptor's pool.
@@ -157,7 +159,9 @@ def _layers(lives: Sequence[Span]) -> Iterator[list[int]]:
     """Indices of spans not inside another span, then of those left not inside another, ..."""
     left = list(range(len(lives)))
     while left:
-        layer, inside, last = [], [], -1
+        layer: list[int] = []
+        inside: list[int] = []
+        last = -1
         for i in left:
             (layer if lives[i].end > last else inside).append(i)
             last = max(last, lives[i].end)

@@ -13,9 +13,7 @@ from collections.abc import Iterator, Sequence
 
 from megatron_bpipe.schedule.ops import Kind, Op
 
-MESSAGES = frozenset(
-    (Kind.SEND_FORWARD, Kind.RECV_FORWARD, Kind.SEND_BACKWARD, Kind.RECV_BACKWARD)
-)
+MESSAGES = frozenset((Kind.SEND_FORWARD, Kind.RECV_FORWARD, Kind.SEND_BACKWARD, Kind.RECV_BACKWARD))
 
 
 def batches(ops: Sequence[Op]) -> Iterator[tuple[Op, ...]]:

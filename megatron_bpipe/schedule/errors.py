@@ -1,15 +1,15 @@
 """Errors that show the schedule with the failing ops marked.
 
-    stage 1, op 5: B0 before its forward F0
-      stage 0: F0, F1, B0, F2, B1, B2
-      stage 1: F1, >>>B0<<<, F0, ...
+stage 1, op 5: B0 before its forward F0
+stage 0: F0, F1, B0, F2, B1, B2
+stage 1: F1, >>>B0<<<, F0, ...
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from megatron_bpipe.schedule.ops import Schedule
+from megatron_bpipe.schedule.ops import Op, Schedule
 
 _WINDOW = 8  # ops shown on either side of a mark in a long line
 _NEAR = 1  # unmarked stages shown on either side of a marked one in a schedule of many stages
@@ -53,18 +53,24 @@ def marked(schedule: Schedule, marks: Mapping[int, int | None]) -> str:
         for stage in range(schedule.p)
         if schedule.p <= _MANY or any(abs(stage - mark) <= _NEAR for mark in wanted)
     ]
-    centre = next((index for _, index in sorted(marks.items()) if index is not None), 0)
-    lines = [f"  stage {stage}: {_line(schedule, stage, marks, centre)}" for stage in shown]
+    focus = next(
+        (schedule.stages[stage][at] for stage, at in sorted(marks.items()) if at is not None), None
+    )
+    lines = [f"  stage {stage}: {_line(schedule, stage, marks, focus)}" for stage in shown]
     if len(shown) < schedule.p:
         lines.append(f"  ({schedule.p - len(shown)} of {schedule.p} stages not shown)")
     return "\n".join(lines)
 
 
-def _line(schedule: Schedule, stage: int, marks: Mapping[int, int | None], centre: int) -> str:
+def _line(schedule: Schedule, stage: int, marks: Mapping[int, int | None], focus: Op | None) -> str:
+    """One line, if long only what is near its mark or near the micro-batch of ``focus``."""
     line, mark = schedule.stages[stage], marks.get(stage)
     first, last = 0, len(line)
     if len(line) > 4 * _WINDOW:
-        middle = min(centre if mark is None else mark, len(line))
+        middle = mark
+        if middle is None:
+            same = (at for at, op in enumerate(line) if focus and op.microbatch == focus.microbatch)
+            middle = next(same, 0)
         first, last = max(0, middle - _WINDOW), min(len(line), middle + _WINDOW + 1)
     texts = [
         f">>>{line[index]}<<<" if index == mark else str(line[index])

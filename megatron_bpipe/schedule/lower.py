@@ -1,9 +1,12 @@
 """Lowering: spell out messages, the ends of transfers, and the acceptor's part.
 
-Stage 1 of p = 4 (an evictor below stage 0, under some budget), warm-up and first steady pair::
+Stages 1 and 0 of p = 4 in the paper's budget, from the start::
 
-    logical   F0               F1               F2                        B0
-    lowered   RF0,F0,SF0,      RF1,F1,SF1,      RF2,F2,SF2,RB0,           B0,SB0,RF3
+    logical 1   F0           F1           F2           B0            F3 ...
+    lowered 1   RF0,F0,SF0,  RF1,F1,SF1,  RF2,F2,SF2,  RB0,B0,SB0,   RF3,F3,SF3, ...
+
+    logical 0   F0      F1      E1,F2          F3       E3,B0           L1,F4 ...
+    lowered 0   F0,SF0, F1,SF1, E1,F2,EW1,SF2, F3,SF3,  RB0,E3,B0,EW3,  L1,F4,LW1,SF4, ...
 
 Every computation is preceded by its receive and followed by its send: for 1F1B exactly the order
 in which Megatron-LM posts its messages.  A transfer is over right after its computation, before
@@ -30,6 +33,7 @@ from megatron_bpipe.schedule.programs import times
 from megatron_bpipe.schedule.routes import Activation, known_activations, peer
 
 __all__ = ["batches", "lower"]
+
 
 def lower(schedule: Schedule) -> Schedule:
     """The lowered form of a logical schedule.

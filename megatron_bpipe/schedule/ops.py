@@ -3,11 +3,11 @@
 A schedule is data: one line of ops per stage, executed strictly in order.  Stage 0 of p = 4
 under BPipe (logical form; E and L stand directly before the computation they run beside)::
 
-    F0,F1,F2,E2,F3,B0,F4,...
+    F0,F1,E1,F2,F3,E3,B0,L1,F4,B1,...
 
 The lowered form of the same line says also when messages are sent and when copies are over::
 
-    F0,SF0,F1,SF1,F2,SF2,E2,F3,EW2,SF3,RB0,B0,...
+    F0,SF0,F1,SF1,E1,F2,EW1,SF2,F3,SF3,RB0,E3,B0,EW3,L1,F4,LW1,SF4,RB1,B1,...
 
 Units: none.  Micro-batches, chunks, versions and stages count from 0.
 Paper: section 2.2 (pairs, bound).

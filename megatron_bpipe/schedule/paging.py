@@ -36,6 +36,7 @@ requires.  If P[0] would have to rise above zero there is no solution.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -66,7 +67,7 @@ def fewest_evictions(
     solutions with the fewest evictions one is preferred in which no two evictions, or no two
     loads, run beside the same computation.
     """
-    if any(a.start >= b.start or a.end >= b.end for a, b in zip(spans, spans[1:], strict=False)):
+    if any(a.start >= b.start or a.end >= b.end for a, b in itertools.pairwise(spans)):
         raise ValueError("spans must be in order of both start and end")
     best = _solve(spans, need, room, None, None)
     if best is None or _spread(best):
@@ -92,14 +93,15 @@ def _solve(
 ) -> list[Stay] | None:
     """The least solution as stays, None if there is none; at most so many beside one step."""
     unknowns = _Unknowns(spans, need, room, most_evictions, most_loads)
-    for step in range(len(need)):
-        if not unknowns.open(step):
-            return None
-    e, l, p = unknowns.e, unknowns.l, unknowns.p
-    chosen = [i for i in range(len(p) - 1) if p[i + 1] > p[i]]
-    begun = [t for t in range(len(need)) for _ in range(e[t + 1] - e[t])]
-    ended = [t for t in range(len(need)) for _ in range(l[t + 1] - l[t])]
-    return [Stay(*stay) for stay in zip(chosen, begun, ended, strict=True)]
+    if not all(unknowns.open(step) for step in range(len(need))):
+        return None
+    chosen, evictions, loads = map(_rises, (unknowns.chosen, unknowns.evictions, unknowns.loads))
+    return [Stay(*stay) for stay in zip(chosen, evictions, loads, strict=True)]
+
+
+def _rises(counts: Sequence[int]) -> list[int]:
+    """Where a cumulative count rises, each place as often as it rises by one there."""
+    return [place for place, (a, b) in enumerate(itertools.pairwise(counts)) for _ in range(b - a)]
 
 
 class _Unknowns:
@@ -109,8 +111,8 @@ class _Unknowns:
     which may require something a little earlier to rise, and so on.  Such repairs seldom reach
     far back, so that the whole takes time proportional to the number of steps.
 
-    ``e[t+1]`` is E[t]: ``e[0]`` and ``l[0]`` stand for "before step 0" and, like ``p[0]``, must
-    stay zero.
+    ``evictions[t+1]`` is E[t]: ``evictions[0]`` and ``loads[0]`` stand for "before step 0" and,
+    like ``chosen[0]``, must stay zero.
     """
 
     def __init__(
@@ -128,31 +130,35 @@ class _Unknowns:
         self.due = 0  # spans whose deadline is the newest step or earlier
         self.starts = [span.start for span in spans]
         self.there: list[int] = []  # ``started`` of every step so far
-        self.e, self.l, self.p = [0], [0], [0]
+        self.evictions, self.loads, self.chosen = [0], [0], [0]
 
     def open(self, step: int) -> bool:
         """Add the rules of the next step; False if they cannot be satisfied."""
         spans = len(self.starts)
         while self.started < spans and self.starts[self.started] < step:
             self.started += 1
-            self.p.append(self.p[-1])
+            self.chosen.append(self.chosen[-1])
         while self.due < spans and self.deadline[self.due] <= step:
             self.due += 1
         self.there.append(self.started)
-        e, l = self.e[-1], self.l[-1]
-        self.e.append(e)
-        self.l.append(l)
-        load = max(l, self.p[min(self.due, self.started)])
+        evicted, loaded = self.evictions[-1], self.loads[-1]
+        self.evictions.append(evicted)
+        self.loads.append(loaded)
+        due = max(loaded, self.chosen[min(self.due, self.started)])
         away, lent = max(self.need[step], 0), self.room[step]
-        if load == l and e - l >= away and e - l <= lent:
+        if due == loaded and away <= evicted - loaded <= lent:
             return True
         return self._raise(
-            [(self.l, step + 1, load), (self.e, step, load + away), (self.l, step, e - lent)]
+            [
+                (self.loads, step + 1, due),
+                (self.evictions, step, due + away),
+                (self.loads, step, evicted - lent),
+            ]
         )
 
     def _raise(self, todo: list[tuple[list[int], int, int]]) -> bool:
         """Raise (unknown, index, least value) and whatever that requires; False if impossible."""
-        e, l, p = self.e, self.l, self.p
+        evictions, loads, chosen = self.evictions, self.loads, self.chosen
         while todo:
             unknown, index, value = todo.pop()
             if unknown[index] >= value:
@@ -162,20 +168,19 @@ class _Unknowns:
             unknown[index] = value
             if index + 1 < len(unknown):
                 todo.append((unknown, index + 1, value))
-            if unknown is p:
-                todo.append((p, index - 1, value - 1))
+            step = index - 1
+            if unknown is chosen:
+                todo.append((chosen, index - 1, value - 1))
                 deadline = self.deadline[index - 1]
-                if deadline + 1 < len(l):
-                    todo.append((l, deadline + 1, value))
-            elif unknown is e:
-                step = index - 1
-                todo.append((p, self.there[step], value))
-                todo.append((l, step, value - self.room[step]))
+                if deadline + 1 < len(loads):
+                    todo.append((loads, deadline + 1, value))
+            elif unknown is evictions:
+                todo.append((chosen, self.there[step], value))
+                todo.append((loads, step, value - self.room[step]))
                 if self.most_evictions is not None:
-                    todo.append((e, step, value - self.most_evictions))
+                    todo.append((evictions, step, value - self.most_evictions))
             else:
-                step = index - 1
-                todo.append((e, step, value + max(self.need[step], 0)))
+                todo.append((evictions, step, value + max(self.need[step], 0)))
                 if self.most_loads is not None:
-                    todo.append((l, step, value - self.most_loads))
+                    todo.append((loads, step, value - self.most_loads))
         return True

@@ -16,13 +16,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass
 from itertools import accumulate
 
 from megatron_bpipe.schedule.batches import MESSAGES, batch_size
 from megatron_bpipe.schedule.errors import ScheduleError
 from megatron_bpipe.schedule.execute import POST, Log, Program, execute
 from megatron_bpipe.schedule.live import occupancy
-from megatron_bpipe.schedule.ops import Kind, Op, Schedule, is_evictor, partner
+from megatron_bpipe.schedule.ops import Direction, Kind, Op, Schedule, is_evictor, partner
 from megatron_bpipe.schedule.routes import (
     Activation,
     downstream,
@@ -38,6 +39,19 @@ def times(schedule: Schedule, transfers: bool = True) -> list[list[int]]:
     ``transfers=False`` leaves out E, L and their waits, AC and RT of a lowered schedule.
     Raises ScheduleError, marking where each stuck stage stands, for a schedule that deadlocks.
     """
+    programs, over = _run(schedule, transfers)
+    return [
+        _op_times(len(line), program.ops, ended)
+        for line, program, ended in zip(schedule.stages, programs, over, strict=True)
+    ]
+
+
+def check_deadlock(schedule: Schedule) -> None:
+    """Raise ScheduleError, marking where each stuck stage stands, if the schedule deadlocks."""
+    _run(schedule, transfers=True)
+
+
+def _run(schedule: Schedule, transfers: bool) -> tuple[list[Program], list[list[int]]]:
     programs = _lowered(schedule, transfers) if schedule.lowered else _logical(schedule)
     over, stuck = execute(programs)
     if stuck:
@@ -50,10 +64,7 @@ def times(schedule: Schedule, transfers: bool = True) -> list[list[int]]:
             marks[first],
             marks,
         )
-    return [
-        _op_times(len(line), program.ops, ended)
-        for line, program, ended in zip(schedule.stages, programs, over, strict=True)
-    ]
+    return programs, over
 
 
 def _op_times(count: int, ops: Sequence[int], ended: Sequence[int]) -> list[int]:
@@ -144,8 +155,17 @@ def _lowered_line(
     return program
 
 
+@dataclass(slots=True)
+class _End:
+    """A stage's end of one channel: its posts, the other side's, messages that passed so far."""
+
+    mine: Log
+    theirs: Log
+    passed: int = 0
+
+
 class _Messages:
-    """One stage's ends of its channels to other stages; counts what passed through each."""
+    """All ends of one stage's channels."""
 
     def __init__(
         self,
@@ -156,20 +176,29 @@ class _Messages:
     ) -> None:
         self._stage, self._p, self._known = stage, p, known
         self._channels = channels  # (from, to) -> posts of the sender, posts of the receiver
-        self._passed: dict[tuple[int, int], int] = defaultdict(int)
+        self._ends: dict[tuple[int, int], _End] = {}  # by channel
+        self._always: dict[tuple[Kind, Direction], _End] = {}  # where the op's kind decides
 
     def next(self, op: Op) -> tuple[Log, Log, int]:
         """Where this message is posted, where the other side posts it, and its number there."""
+        end = self._always.get((op.kind, op.direction)) or self._find(op)
+        number = end.passed
+        end.passed = number + 1
+        return end.mine, end.theirs, number
+
+    def _find(self, op: Op) -> _End:
         stage = self._stage
         other = peer(op, stage, self._p, self._known)
         if other is None:
             raise ValueError(f"stage {stage} of p = {self._p} exchanges {op} with no other stage")
         sends = op.kind is Kind.SEND_FORWARD or op.kind is Kind.SEND_BACKWARD
         channel = (stage, other) if sends else (other, stage)
-        number = self._passed[channel]
-        self._passed[channel] = number + 1
         sent, received = self._channels[channel]
-        return (sent, received, number) if sends else (received, sent, number)
+        end = _End(sent, received) if sends else _End(received, sent)
+        end = self._ends.setdefault(channel, end)
+        if 0 < stage < self._p - 1:
+            self._always[op.kind, op.direction] = end
+        return end
 
 
 def _evictor_moves(

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Set
 
-from megatron_bpipe.schedule.ops import Kind, Op, Schedule, UP
+from megatron_bpipe.schedule.ops import UP, Kind, Op, Schedule
 
 Activation = tuple[int, int, bool]  # as Op.activation: micro-batch, chunk, upwards
 Place = tuple[int, Activation]  # on which stage it is called what

@@ -41,9 +41,12 @@ def test_no_stage_exceeds_the_bound_and_the_pool_is_counted(
         acceptor = after[stages - 1 - x]
         evicts = after[x]["evicted_bytes"] > 0
         assert (acceptor["pool_bytes"] > 0) == evicts
-        own = stock.memory["stages"][stages - 1 - x]["peak_activation_bytes"]
-        assert acceptor["own_activation_bytes"] == own
+        own = acceptor["own_activation_bytes"]
         assert acceptor["peak_activation_bytes"] == own + acceptor["pool_bytes"]
+        # Megatron's loop still holds the last graph, and through it one stage input, a forward
+        # longer: a few per cent more
+        before = stock.memory["stages"][stages - 1 - x]["peak_activation_bytes"]
+        assert 0.95 * before <= own <= before
     assert after[0]["evicted_bytes"] == after[0]["loaded_bytes"] > 0
 
 

@@ -4,12 +4,12 @@ Each is changed when its module is imported (see ``integration/after_import.py``
 """
 
 import functools
-import shlex
 from typing import Any
+
+import torch
 
 from ..after_import import after_import
 from ..log import refuse
-from .flags import cpu_flags
 
 
 def install() -> None:
@@ -17,12 +17,14 @@ def install() -> None:
     after_import("megatron.training.arguments", _refuse_gpu_only)
     after_import("megatron.training.initialize", _allow_no_cuda)
     after_import("megatron.core.transformer.torch_norm", _norm_with_sequence_parallelism)
+    after_import("megatron.core.transformer.moe.moe_utils", _splits_as_numbers)
 
 
 def _refuse_gpu_only(arguments: Any) -> None:
-    """End a run that was started without the flags for the CPU, and name them.
+    """End a run that asks for what only a GPU has, before NCCL or an import fails.
 
-    It would fail later, inside NCCL or for lack of Transformer Engine.
+    The defaults are those of the CPU (``defaults.py``); a command line made for a GPU
+    may say otherwise.
     """
     stock = arguments.validate_args
 
@@ -34,8 +36,8 @@ def _refuse_gpu_only(arguments: Any) -> None:
         ):
             if value != on_cpu:
                 raise refuse(
-                    f"{flag} {value} needs a GPU, and there is none. "
-                    f"To train on the CPU add: {shlex.join(cpu_flags())}"
+                    f"{flag} {value} needs a GPU, and there is none: "
+                    f"leave the flag out, or give {on_cpu}"
                 )
         return stock(args, *rest, **named)
 
@@ -72,3 +74,21 @@ def _norm_with_sequence_parallelism(torch_norm: Any) -> None:
         return norm
 
     wrapped.__new__ = staticmethod(new)
+
+
+def _splits_as_numbers(moe_utils: Any) -> None:
+    """Hand the sizes of an all-to-all over as numbers, as from a GPU.
+
+    ``maybe_move_tensor_to_cpu(..., as_numpy=True)`` leaves tensors that are on the CPU
+    as they are, and the collective then refuses them
+    (``core/transformer/moe/token_dispatcher.py``).
+    """
+    stock = moe_utils.maybe_move_tensor_to_cpu
+
+    @functools.wraps(stock)
+    def maybe_move_tensor_to_cpu(tensor: Any, as_numpy: bool = False, **named: Any) -> Any:
+        if as_numpy and isinstance(tensor, torch.Tensor):
+            return tensor.numpy()
+        return stock(tensor, as_numpy=as_numpy, **named)
+
+    moe_utils.maybe_move_tensor_to_cpu = maybe_move_tensor_to_cpu

@@ -1,0 +1,93 @@
+"""``schedule``: print the balanced schedule of p stages and m micro-batches."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+
+from megatron_bpipe.schedule import (
+    BudgetError,
+    Schedule,
+    balance,
+    draw,
+    lower,
+    one_f_one_b,
+    to_csv,
+    validate,
+)
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the ``schedule`` subcommand."""
+    parser = subparsers.add_parser(
+        "schedule",
+        help="show which stage computes, evicts and loads what, and when",
+        description=(
+            "Show the 1F1B schedule of Megatron with BPipe's evictions and loads, validated, "
+            "as a drawing (one column per unit of time) or as CSV (one line per stage)."
+        ),
+        allow_abbrev=False,
+    )
+    parser.add_argument("--pp", type=int, required=True, metavar="P", help="pipeline stages")
+    parser.add_argument(
+        "--microbatches", type=int, required=True, metavar="M", help="micro-batches an iteration"
+    )
+    parser.add_argument(
+        "--budget",
+        type=int,
+        metavar="N",
+        help="most micro-batches on one stage (default: ceil((P+2)/2), the paper's)",
+    )
+    parser.add_argument("--stock", action="store_true", help="Megatron's schedule, not balanced")
+    parser.add_argument("--csv", action="store_true", help="print CSV, complete, not a drawing")
+    parser.add_argument(
+        "--lowered", action="store_true", help="with messages and waits (seen in CSV)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the schedule; returns 2 after one line on stderr if there is none."""
+    try:
+        schedule = _build(args)
+    except _UsageError as error:
+        print(f"schedule: {error}", file=sys.stderr)
+        return 2
+    if args.csv:
+        print(to_csv(schedule), end="")
+    else:
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+        print(draw(schedule, width))
+    return 0
+
+
+class _UsageError(ValueError):
+    """Names the flag, its value and the remedy."""
+
+
+def _build(args: argparse.Namespace) -> Schedule:
+    p, m = args.pp, args.microbatches
+    if p < 1:
+        raise _UsageError(f"--pp {p}: a pipeline has at least 1 stage; use --pp 1 or more")
+    if m < 1:
+        raise _UsageError(
+            f"--microbatches {m}: an iteration has at least 1; use --microbatches 1 or more"
+        )
+    if args.stock and args.budget is not None:
+        raise _UsageError(
+            f"--budget {args.budget}: Megatron's own schedule keeps no budget; drop --stock or "
+            "--budget"
+        )
+    schedule = one_f_one_b(p, m)
+    if not args.stock:
+        try:
+            schedule = balance(schedule, args.budget)
+        except BudgetError as error:
+            raise _UsageError(
+                f"--budget {error.budget} is too small for --pp {p} --microbatches {m}; use "
+                f"--budget {error.least} or more"
+            ) from None
+    if args.lowered:
+        schedule = lower(schedule)
+    validate(schedule)
+    return schedule
