@@ -85,7 +85,7 @@ class Decision:
 
 
 def decisions(rows: Sequence[TableRow]) -> tuple[Decision, ...]:
-    """The four choices of the paper; ``refined_loo`` takes both rows as left out of the fit."""
+    """The four choices of the paper; ``refined_loo`` estimates each row with itself left out."""
     by_id = {row.id: row for row in rows}
 
     def gain(before: int, after: int, column: str) -> float:

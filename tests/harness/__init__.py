@@ -83,22 +83,28 @@ class Megatron:
         request = {"world": world, "argv": flags, "hooks": hooks or [], "env": env or {}}
         key = json.dumps(request | {"steps": steps})
         if key not in self._results or fresh:
-            out = self.folder / f"run{len(list(self.folder.glob('run*'))):03d}"
-            out.mkdir()
+            out = self._new_folder()
             argv = [*flags, *self.data, "--train-iters", str(steps)]
             argv += ["--bpipe-report", str(out / "report")]
-            job = request | {
-                "script": str(SCRIPT),
-                "argv": argv,
-                "out": str(out),
-                "dump_at": steps,
-                "timeout": timeout,
-                "port": _free_port(),
-            }
-            answer = self._ask(job, timeout + 60)
-            status = {int(rank): code for rank, code in answer["status"].items()}
-            self._results[key] = Result(out, status)
+            job = request | {"script": str(SCRIPT), "argv": argv, "dump_at": steps}
+            self._results[key] = self._run(job, out, timeout)
         return self._results[key]
+
+    def script(self, name: str, argv: list[str], *, world: int, timeout: float = 120) -> Result:
+        """Run ``tests/harness/scripts/NAME`` on ``world`` forked ranks, Megatron imported."""
+        path = Path(__file__).parent / "scripts" / name
+        job = {"world": world, "script": str(path), "argv": argv, "hooks": [], "env": {}}
+        return self._run(job | {"dump_at": None}, self._new_folder(), timeout)
+
+    def _new_folder(self) -> Path:
+        out = self.folder / f"run{len(list(self.folder.glob('run*'))):03d}"
+        out.mkdir()
+        return out
+
+    def _run(self, job: dict[str, Any], out: Path, timeout: float) -> Result:
+        job = job | {"out": str(out), "timeout": timeout, "port": _free_port()}
+        answer = self._ask(job, timeout + 60)
+        return Result(out, {int(rank): code for rank, code in answer["status"].items()})
 
     def close(self) -> None:
         """End the zygote and, through it, whatever it forked."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import os
+import runpy
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,10 @@ def run(job: dict[str, Any]) -> None:
     """Run the job's script as `python -m megatron_bpipe run` would."""
     from megatron_bpipe.integration.launch import run_script
 
+    if job["dump_at"] is None:
+        sys.argv = [job["script"], *job["argv"]]
+        runpy.run_path(job["script"], run_name="__main__")
+        return
     _probe_training(job)
     for hook in job["hooks"]:
         module, name = hook["call"].split(":")

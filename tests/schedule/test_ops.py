@@ -1,0 +1,94 @@
+"""Ops as text, pairs, the paper's bound."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_bpipe.schedule import (
+    DOWN,
+    UP,
+    Direction,
+    Kind,
+    Op,
+    Schedule,
+    default_budget,
+    is_evictor,
+    partner,
+)
+
+COUNT = st.integers(0, 10**6)
+OPS = st.builds(
+    Op,
+    st.sampled_from(Kind),
+    COUNT,
+    COUNT,
+    st.sampled_from(Direction),
+    st.none() | COUNT,
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "op"),
+    [
+        ("F3", Op(Kind.FORWARD, 3)),
+        ("F3.1", Op(Kind.FORWARD, 3, 1)),
+        ("F3~", Op(Kind.FORWARD, 3, 0, UP)),
+        ("F3@2", Op(Kind.FORWARD, 3, 0, DOWN, 2)),
+        ("F3@0", Op(Kind.FORWARD, 3, 0, DOWN, 0)),
+        ("EW12.1~@2", Op(Kind.EVICT_WAIT, 12, 1, UP, 2)),
+        ("RT0", Op(Kind.RETURN, 0)),
+    ],
+)
+def test_text(text, op):
+    assert str(op) == text
+    assert Op.parse(text) == op
+
+
+@given(OPS)
+def test_round_trip(op):
+    assert Op.parse(str(op)) == op
+
+
+@given(st.text("FBELSRWACT0123.~@- \n٣", max_size=8) | st.text(max_size=5))
+def test_one_op_has_one_text(text):
+    try:
+        op = Op.parse(text)
+    except ValueError as error:
+        assert repr(text) in str(error)
+    else:
+        assert str(op) == text
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "F", "3", "f3", "F-1", "F03", "F3.0", "F3.", "F3@", "F3~~", "F3@1~", "F3 ", "F3\n", "F٣"]
+    + ["X3", "EF3", "F3.1.1", "F" + "9" * 5000],
+)
+def test_refused(text):
+    with pytest.raises(ValueError, match="is not an op"):
+        Op.parse(text)
+
+
+def test_pairs():
+    assert [partner(x, 4) for x in range(4)] == [3, 2, 1, 0]
+    assert [partner(x, 5) for x in range(5)] == [4, 3, None, 1, 0]
+    assert [is_evictor(x, 5) for x in range(5)] == [True, True, False, False, False]
+    assert partner(0, 1) is None
+    with pytest.raises(ValueError, match=r"stage 4 of p = 4: must be from 0 to 3"):
+        partner(4, 4)
+
+
+def test_default_budget():
+    # ceil((p+2)/2)                   3/2  4/2  5/2  6/2  7/2  8/2  9/2  10/2
+    assert [default_budget(p) for p in range(1, 9)] == [2, 2, 3, 3, 4, 4, 5, 5]
+    with pytest.raises(ValueError, match="p is 0"):
+        default_budget(0)
+
+
+def test_activation_names_what_an_op_is_about():
+    assert Op.parse("F3.1~@2").activation == Op.parse("LW3.1~").activation == (3, 1, True)
+    assert Op.parse("F3").activation != Op.parse("F3~").activation
+
+
+def test_schedule_knows_its_size():
+    assert Schedule("none", 1, ((), ())).p == 2
