@@ -5,6 +5,7 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -102,16 +103,20 @@ def test_compiled_helpers_are_its_own_or_those_of_the_same_source(
     assert helpers.compiled_helpers(checkout) is None
 
 
-def test_missing_compiler_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = datasets(tmp_path, "source", compiled=False)
-    (folder / "utils.py").write_text("def compile_helpers():\n    raise SystemExit(1)\n")
-    utils = type(sys)("utils")
-    utils.__file__ = str(folder / "utils.py")
-    utils.compile_helpers = None
+def test_a_compilation_that_cannot_work_is_explained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    utils = ModuleType("utils")
+    utils.__file__ = str(datasets(tmp_path, "source", compiled=False) / "utils.py")
+    utils.compile_helpers = lambda: None  # type: ignore[attr-defined]
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
-    monkeypatch.setenv("PATH", "")
     helpers._patch(utils)
-    with pytest.raises(RuntimeError, match="pybind11, make, a C\\+\\+ compiler missing"):
+    with monkeypatch.context() as patched:
+        patched.setattr(helpers, "missing_build_tools", list)
+        with pytest.raises(RuntimeError, match="for another Python than this"):
+            utils.compile_helpers()
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(RuntimeError, match=r"make, a C\+\+ compiler missing"):
         utils.compile_helpers()
 
 

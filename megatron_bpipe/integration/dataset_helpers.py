@@ -90,6 +90,12 @@ def _patch(utils: Any) -> None:
                 "megatron-core wheel of the same release, which has them compiled."
             )
         stock()
+        if _extension_in(folder) is None:
+            raise RuntimeError(
+                f"make in {folder} compiled the dataset helpers for another Python than this "
+                f"one ({sys.executable}): it takes python3 and python3-config from the PATH. "
+                f"Put those of Python {sys.version_info[0]}.{sys.version_info[1]} first there."
+            )
 
     utils.compile_helpers = compile_helpers
 

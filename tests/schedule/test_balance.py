@@ -118,13 +118,13 @@ def test_nothing_better_exists(p):
         base = one_f_one_b(p, m)
         for budget in range(1, p + 1):
             best = []
-            for stage in range(p):
-                lives = lives_of(base.stages[stage])
-                room = budget - min(m, stage + 1)  # what stage p-1-x holds is min(m, x+1)
-                paired = stage < p // 2
-                best.append(exhaustive(lives, budget, room if paired and room >= 0 else 0))
-                if room < 0:
-                    best[-1] = None
+            for stage, line in enumerate(base.stages):
+                room = budget - min(m, stage + 1)  # stage p-1-x itself holds min(m, x+1)
+                evictor = stage < p // 2
+                if evictor and room < 0:
+                    best.append(None)
+                else:
+                    best.append(exhaustive(lives_of(line), budget, room if evictor else 0))
             if None in best:
                 with pytest.raises(BudgetError):
                     balance(base, budget)

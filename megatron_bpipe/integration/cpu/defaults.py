@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Callable
-from types import ModuleType
+from typing import Any
 
 from ..after_import import after_import
 from .flags import CPU_FLAGS
@@ -22,7 +22,7 @@ def set_cpu_defaults(parser: argparse.ArgumentParser) -> None:
                 parser.set_defaults(**{action.dest: value[0] if value else action.const})
 
 
-def _wrap(arguments: ModuleType) -> None:
+def _wrap(arguments: Any) -> None:
     stock: Callable[[argparse.ArgumentParser], argparse.ArgumentParser]
     stock = arguments.add_megatron_arguments
 

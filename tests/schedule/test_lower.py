@@ -1,0 +1,180 @@
+"""Lowered schedules: Megatron's message order, transfers beside computations, the acceptor's part."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_bpipe.schedule import (
+    Kind,
+    Op,
+    ScheduleError,
+    balance,
+    batches,
+    default_budget,
+    least_budget,
+    lower,
+    one_f_one_b,
+    slots,
+    validate,
+)
+from megatron_bpipe.schedule.programs import times
+from tests.schedule import oracle
+from tests.schedule.oracle import megatron_order, words
+
+
+def lines(schedule):
+    return [words(line).split() for line in schedule.stages]
+
+
+def test_four_stages_four_microbatches():
+    # Stage 0 is over its 3 in F3 and B0 (steps 3, 4; after B0 it holds 3): F1 leaves beside F2,
+    # the newest that is there.  It is away at 3 and 4 and comes back beside B0?  No: B0 is step 4,
+    # so beside nothing earlier than step 5, B1, which needs it.  So F0 ... are no better; F1's B
+    # is step 5 and it may be away up to step 3 only.  With m = 4 the newest that can be away at 3
+    # *and* 4 does not exist, two must go: F1 for step 3, F2 for step 4.
+    #
+    #   step   0  1  2  3  4  5  6  7
+    #         F0 F1 F2 F3 B0 B1 B2 B3
+    #               E1 .. L1                    away 3
+    #                  E2 .. L2                 away 4
+    assert lines(lower(balance(one_f_one_b(4, 4)))) == [
+        "F0 SF0 F1 SF1 E1 F2 EW1 SF2 E2 F3 EW2 SF3 RB0 L1 B0 LW1 RB1 L2 B1 LW2 RB2 B2 RB3 B3".split(),
+        "RF0 F0 SF0 RF1 F1 SF1 RF2 F2 SF2 RB0 B0 SB0 RF3 F3 SF3 RB1 B1 SB1 RB2 B2 SB2 RB3 B3 SB3".split(),
+        "RF0 F0 SF0 RF1 F1 SF1 RB0 B0 SB0 RF2 F2 SF2 RB1 B1 SB1 RF3 F3 SF3 RB2 B2 SB2 RB3 B3 SB3".split(),
+        # Unit time: F2 of stage 0 starts at 2, when stage 3 waits for its first input until 3: AC1
+        # is posted before that.  F3 starts at 3, as F0 here: AC2.  B0 starts at 7, as F2 here, B1
+        # at 9, as F3 here (stage 0's backwards come two apart).
+        "AC1 RF0 AC2 F0 B0 SB0 RF1 F1 B1 SB1 RF2 RT1 F2 B2 SB2 RF3 RT2 F3 B3 SB3".split(),
+    ]
+
+
+@given(st.integers(1, 16), st.integers(1, 40))
+def test_messages_are_in_megatrons_order(p, m):
+    stock = lower(one_f_one_b(p, m))
+    assert stock.lowered
+    assert lines(stock) == [megatron_order(p, stage, m) for stage in range(p)]
+    balanced = lower(balance(one_f_one_b(p, m)))
+    ours = ("E", "L", "EW", "LW", "AC", "RT")
+    assert [
+        [str(op) for op in line if op.kind.value not in ours] for line in balanced.stages
+    ] == lines(stock)
+
+
+@given(st.integers(2, 16), st.integers(1, 40))
+def test_a_transfer_starts_and_ends_with_its_computation(p, m):
+    # ... E3 F4 EW3 SF4: directly before, directly after, several side by side
+    logical = balance(one_f_one_b(p, m))
+    for stage, line in enumerate(lower(logical).stages):
+        begun = []
+        for before, op in zip((None, *line), line, strict=False):
+            if op.kind in (Kind.EVICT, Kind.LOAD):
+                begun.append(op)
+            elif op.kind in (Kind.EVICT_WAIT, Kind.LOAD_WAIT):
+                start = begun.pop(0)
+                assert (start.kind.value + "W", start.microbatch) == (op.kind.value, op.microbatch)
+                assert before.kind.value in ("F", "B", "EW", "LW")
+            else:
+                assert op.kind.computation or not begun
+        assert not begun
+        rest = [op for op in line if op.kind.value in "FBEL"]
+        assert rest == list(logical.stages[stage])
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(2, 12), st.integers(1, 40), st.data())
+def test_lowered_schedules_run(p, m, data):
+    base = one_f_one_b(p, m)
+    budget = data.draw(st.integers(least_budget(base), p))
+    lowered = lower(balance(base, budget))
+    validate(lowered)
+    assert oracle.legal(lines(lowered), m, budget)
+    for seed in range(3):  # whatever the order in which stages get their turn
+        assert oracle.runs(lines(lowered), seed)
+
+
+@given(st.integers(2, 16), st.integers(1, 40))
+def test_acceptors_answer_without_delaying_anyone(p, m):
+    # in unit time, BPipe's computations run exactly when Megatron's do
+    def starts(schedule):
+        return [
+            [over for op, over in zip(line, line_times, strict=True) if op.kind.value in "FB"]
+            for line, line_times in zip(schedule.stages, times(schedule), strict=True)
+        ]
+
+    assert starts(lower(balance(one_f_one_b(p, m)))) == starts(lower(one_f_one_b(p, m)))
+
+
+@given(st.integers(2, 16), st.integers(1, 40))
+def test_slots_of_an_acceptor_never_exceed_its_pool(p, m):
+    balanced = balance(one_f_one_b(p, m))
+    lowered = lower(balanced)
+    for stage in range(p // 2):
+        used, acceptor = 0, lowered.stages[p - 1 - stage]
+        for op in acceptor:
+            used += (op.kind is Kind.ACCEPT) - (op.kind is Kind.RETURN)
+            assert 0 <= used <= slots(balanced, stage)
+        assert used == 0
+        assert slots(lowered, stage) == slots(balanced, stage)
+        assert slots(balanced, stage) <= default_budget(p) - min(m, stage + 1)
+
+
+def test_unit_time_of_1f1b():
+    # F = B = 1: the whole takes 2(m + p - 1), the bubble of section 3.1 being p-1 of each
+    for p, m in [(1, 3), (4, 8), (5, 2), (8, 20)]:
+        for schedule in (one_f_one_b(p, m), lower(one_f_one_b(p, m))):
+            assert max(line[-1] for line in times(schedule)) == 2 * (m + p - 1)
+
+
+def batch_words(line):
+    return [words(batch) for batch in batches([Op.parse(word) for word in line.split()])]
+
+
+def test_batches():
+    assert batch_words("RF1 F1 SF1 RB0 B0 SB0 RF2 F2 SF2 RB1") == [
+        "RF1", "F1", "SF1 RB0", "B0", "SB0 RF2", "F2", "SF2 RB1",
+    ]  # fmt: skip
+    # warm-up, cool-down: one after the other
+    assert batch_words("SF0 RF1 F1 SF1") == ["SF0", "RF1", "F1", "SF1"]
+    assert batch_words("SB2 RB3 B3 SB3") == ["SB2", "RB3", "B3", "SB3"]
+    # not adjacent; not the same direction, so not the same neighbour
+    assert batch_words("SF1 E1 RB0") == ["SF1", "E1", "RB0"]
+    assert batch_words("SF1 RB0~") == ["SF1", "RB0~"]
+    assert batch_words("SF1~ RB0~") == ["SF1~ RB0~"]
+    assert batch_words("") == []
+
+
+@given(st.integers(1, 12), st.integers(1, 30))
+def test_batches_lose_nothing(p, m):
+    for line in lower(balance(one_f_one_b(p, m))).stages:
+        assert tuple(op for batch in batches(line) for op in batch) == line
+
+
+def test_lowering_twice_is_refused():
+    with pytest.raises(ValueError, match="lowered already"):
+        lower(lower(one_f_one_b(4, 8)))
+
+
+def test_chunks_and_directions_find_their_way():
+    # interleaved: chunk 1 of stage 0 gets its input from chunk 0 of stage 1
+    one = oracle.schedule("F0 F0.1 B0.1 B0", "F0 F0.1 B0.1 B0")
+    assert lines(lower(one)) == [
+        "F0 SF0 RF0.1 F0.1 SF0.1 RB0.1 B0.1 SB0.1 RB0 B0".split(),
+        "RF0 F0 SF0 RF0.1 F0.1 B0.1 SB0.1 RB0 B0 SB0".split(),
+    ]
+    validate(lower(one))
+    # V-shaped: chunk 1 starts on stage 1, where chunk 0 ended: no message there
+    vee = oracle.v_shaped(2, 1)
+    assert lines(lower(vee)) == [
+        "F0 SF0 RF0.1~ F0.1~ B0.1~ SB0.1~ RB0 B0".split(),
+        "RF0 F0 F0.1~ SF0.1~ RB0.1~ B0.1~ B0 SB0".split(),
+    ]
+    validate(lower(vee))
+
+
+def test_what_deadlocks_is_said_so():
+    # GPipe on one pair, evicting: its messages run; with an F too early they do not
+    gpipe = lower(balance(oracle.gpipe(2, 4), 4))
+    validate(gpipe)
+    crossed = oracle.schedule("F0 F1 B0 B1", "F1 F0 B0 B1")
+    with pytest.raises(ScheduleError, match="sent as SF0 and received as RF1"):
+        validate(lower(crossed))
