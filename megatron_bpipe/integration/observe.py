@@ -51,9 +51,10 @@ def _observed_forward(forward_step: Callable[..., Any], session: Session) -> Cal
     def observed(*positional: Any, **named: Any) -> Any:
         microbatch = signature.bind(*positional, **named).arguments["current_microbatch"]
         op = Op(Kind.FORWARD, microbatch)
+        assert session.recorder is not None
+        session.recorder.forward_begins(op)
         start = time.perf_counter()
         result = forward_step(*positional, **named)
-        assert session.recorder is not None
         session.recorder.forward_done(op, result[0])
         session.recorder.op_done(op, start, time.perf_counter(), 0)
         return result

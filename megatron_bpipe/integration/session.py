@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from ..runtime.memory import allocated_bytes, storage_ids
 from ..runtime.recorder import Recorder
-from ..runtime.report import merge, write_json
+from ..runtime.report import merge, table, write_json
 from ..runtime.store import ActivationStore
 from ..runtime.transport import Lender
 from ..runtime.transport.shared_memory import SharedMemoryLender, SharedMemoryTransport
@@ -98,7 +98,7 @@ class Session:
             budget = self.plan.budget if self.plan is not None else None
             report = merge(summaries, bpipe=self.options.bpipe, budget=budget)
             write_json(folder / "memory.json", report)
-            say(f"report written to {folder}")
+            say(f"report written to {folder}\n{table(report)}")
 
     def close(self) -> None:
         """Give pools and threads back."""

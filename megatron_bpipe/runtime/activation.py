@@ -3,20 +3,21 @@
     RESIDENT -> EVICTING -> REMOTE -> LOADING -> RESIDENT -> CONSUMED
 
 Autograd's saved tensors are recorded by storage: views of one storage share one `Block`, and are
-rebuilt with their exact offset, shape and strides. A block leaves only if nobody but this record
-holds its storage (the storage's use count says so); all others stay where they are, which is what
-keeps parameters, buffers, rotary tables, masks and pipeline buffers safe without naming them.
+rebuilt with their exact offset, shape and strides. A storage leaves only if nobody but this record
+holds it (its use count says so); all others stay where they are, which is what keeps parameters,
+buffers, rotary tables, masks and pipeline buffers safe without naming them.
 """
 
 from __future__ import annotations
 
 import enum
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
-from .graph import Node, may_leave, saved_tensors
+from .graph import Node, saved_tensors, why_kept
 
 # A multiple of every dtype's size, and what allocators and copy engines like.
 ALIGNMENT = 512
@@ -77,7 +78,7 @@ class Block:
 
 @dataclass(slots=True)
 class View:
-    """One saved tensor: its place in a block, and for a kept block the alias that shows writes."""
+    """One saved tensor: its place in a block."""
 
     block: Block
     dtype: torch.dtype
@@ -85,8 +86,8 @@ class View:
     shape: torch.Size
     stride: tuple[int, ...]
     node: str
-    alias: torch.Tensor | None
-    version: int
+    alias: torch.Tensor | None = None  # of a storage that stays: shows whether it was changed
+    version: int = 0
 
 
 @dataclass(slots=True)
@@ -97,8 +98,6 @@ class Activation:
     roots: list[Node]
     state: State = State.RESIDENT
     leaving: list[Block] | None = None  # None until captured
-    kept_bytes: int = 0
-    views: list[View] = field(default_factory=list)
 
     def move(self, to: State) -> None:
         """Change state.
@@ -120,13 +119,15 @@ class Activation:
         return sum(b.size for b in self.leaving or ())
 
     def capture(self) -> None:
-        """Put hooks on the finished graph and decide, block by block, what can leave."""
+        """Put hooks on the finished graph and decide, storage by storage, what leaves.
+
+        Slots of Parameters and of the stage's input are left as autograd made them.
+        """
         blocks: dict[int, Block] = {}
-        found: tuple[str, torch.Tensor] | None = None  # what pack is about to be called for
+        views: list[View] = []
+        hooked = ""  # the node whose slot gets its hooks
 
         def pack(tensor: torch.Tensor) -> View:
-            assert found is not None
-            node, alias = found
             storage = tensor.untyped_storage()
             low, high = _extent(tensor)
             block = blocks.get(storage._cdata)
@@ -137,37 +138,31 @@ class Activation:
             elif high > low:
                 block.low, block.high = min(block.low, low), max(block.high, high)
             offset = int(tensor.storage_offset())
-            place = block, tensor.dtype, offset, tensor.shape, tensor.stride()
-            view = View(*place, node, alias, alias._version)
-            self.views.append(view)
-            return view
+            views.append(View(block, tensor.dtype, offset, tensor.shape, tensor.stride(), hooked))
+            return views[-1]
 
-        for slot, tensor, node in saved_tensors(self.roots):
-            if may_leave(tensor):
-                found = node, tensor.detach()
-                del tensor
-                slot.register_hooks(pack, _unpack)  # calls pack at once
-        found = None  # it would hold the last tensor as long as the hooks hold pack
-        holders: dict[int, int] = {}
-        for view in self.views:
-            holders[id(view.block)] = holders.get(id(view.block), 0) + 1
-        self.leaving = []
-        for block in blocks.values():
-            assert block.storage is not None
-            ours = 1 + holders[id(block)]
-            if block.size and torch._C._storage_Use_Count(block.storage._cdata) == ours:
-                self.leaving.append(block)
-            else:
-                self.kept_bytes += block.size
+        for saved in saved_tensors(self.roots):
+            if why_kept(saved.tensor) is None:
+                hooked, alias = saved.node, saved.tensor.detach()
+                saved.slot.register_hooks(pack, _unpack)  # calls pack at once
+                views[-1].alias, views[-1].version = alias, alias._version
+        saved = alias = None  # type: ignore[assignment]  # they would count as holders
+        # Now the hooks hold views, views hold blocks and aliases, and a storage with one more
+        # holder than these is somebody else's too: dropping it would free nothing.
+        ours = Counter(id(view.block) for view in views)
+        self.leaving = [
+            block
+            for block in blocks.values()
+            if block.size and torch._C._storage_Use_Count(_address(block)) == 1 + ours[id(block)]
+        ]
         leaving = {id(block) for block in self.leaving}
-        for view in self.views:
+        for view in views:
             if id(view.block) in leaving:
                 view.alias = None  # nobody else can write to it any more
 
     def forget(self) -> None:
         """Drop every reference once the backward has used it."""
         self.roots = []
-        self.views = []
         self.leaving = []
 
 
@@ -190,6 +185,11 @@ def allocate(blocks: Sequence[Block]) -> list[torch.UntypedStorage]:
         block.storage = storage
         fresh.append(storage)
     return fresh
+
+
+def _address(block: Block) -> int:
+    assert block.storage is not None
+    return block.storage._cdata
 
 
 def _unpack(view: View) -> torch.Tensor:

@@ -61,6 +61,9 @@ class Observer(Protocol):
     def transfer_done(self, op: Op, start: float, end: float) -> None:
         """The copy that EW or LW waited for really ran from ``start`` to ``end``."""
 
+    def forward_begins(self, op: Op) -> None:
+        """``op`` is about to compute; its input is there."""
+
     def forward_done(self, op: Op, output: object) -> None:
         """``op``'s graph is complete and nothing of it has left yet."""
 
@@ -127,6 +130,8 @@ class Run:
             self._store.check_empty()
 
     def _forward(self, op: Op) -> None:
+        if self._observer is not None:
+            self._observer.forward_begins(op)
         output = self._stage.forward(op)
         if self._observer is not None:
             self._observer.forward_done(op, output)

@@ -70,11 +70,10 @@ class LiveActivations:
         ``excluded`` are ``_cdata`` of storages that are no activations: parameters, buffers.
         """
         storages = []
-        for _, tensor, _ in saved_tensors(roots_of(output)):
-            if not isinstance(tensor, torch.nn.Parameter):
-                storage = tensor.untyped_storage()
-                if storage._cdata not in excluded:
-                    storages.append(storage)
+        for saved in saved_tensors(roots_of(output)):
+            storage = saved.tensor.untyped_storage()
+            if storage._cdata not in excluded:
+                storages.append(storage)
         self._totals[microbatch] = self.track(microbatch, storages)
 
     def track(self, microbatch: int, storages: Iterable[torch.UntypedStorage]) -> int:
@@ -98,6 +97,10 @@ class LiveActivations:
                 alive[entry.microbatch] = alive.get(entry.microbatch, 0) + entry.size
         present = sum(2 * size >= self._totals[i] for i, size in alive.items())
         return sum(alive.values()), present
+
+    def known(self) -> Collection[int]:
+        """``_cdata`` of all storages in the books."""
+        return self._tracked.keys()
 
     def clear(self) -> None:
         """Forget everything (the next iteration begins)."""

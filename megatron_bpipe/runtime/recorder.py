@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from ..schedule.ops import Kind, Op
+from .audit import Audit, audit_forward
 from .memory import LiveActivations
 
 TIMELINE_ITERATIONS = 8
@@ -61,6 +62,8 @@ class Recorder:
     iterations: list[tuple[float, float]] = field(default_factory=list)
     losses: list[list[str]] = field(default_factory=list)
     timeline: deque[list[Event]] = field(default_factory=lambda: deque(maxlen=TIMELINE_ITERATIONS))
+    audit: Audit | None = None
+    _before_forward: int | None = None
     _live: LiveActivations = field(default_factory=LiveActivations)
     _excluded: Collection[int] = ()
     _baseline: int | None = None
@@ -84,8 +87,18 @@ class Recorder:
         if losses:
             self.losses.append([bits for one in losses for bits in _float_bits(one)])
 
+    def forward_begins(self, op: Op) -> None:
+        """See `executor.Observer`."""
+        self._before_forward = self.allocated()
+
     def forward_done(self, op: Op, output: object) -> None:
         """See `executor.Observer`."""
+        if self.audit is None or (self.audit.microbatch == 0 and op.microbatch == 1):
+            # the second micro-batch if there is one: caches are filled, shared tensors known
+            now, before = self.allocated(), self._before_forward
+            allocated = None if now is None or before is None else now - before
+            known = self._live.known()
+            self.audit = audit_forward(op.microbatch, output, allocated, self._excluded, known)
         self._live.track_graph(op.microbatch, output, self._excluded)
 
     def backward_done(self, op: Op) -> None:
@@ -121,6 +134,7 @@ class Recorder:
             "peak_activation_bytes": self.peaks.activation_bytes,
             "peak_microbatches": self.peaks.microbatches,
             "allocator_peak_bytes": self.peaks.allocator_bytes,
+            "forward": self.audit.document() if self.audit is not None else None,
             "iterations": [list(span) for span in self.iterations],
             "losses": self.losses,
         }

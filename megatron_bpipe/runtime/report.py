@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+MIB = 2**20
+
 
 def merge(summaries: list[dict[str, Any]], *, bpipe: bool, budget: int | None) -> dict[str, Any]:
     """One document for the run.
@@ -31,6 +33,7 @@ def merge(summaries: list[dict[str, Any]], *, bpipe: bool, budget: int | None) -
                 "evicted_bytes": worst["evicted_bytes"],
                 "loaded_bytes": worst["loaded_bytes"],
                 "allocator_peak_bytes": worst["allocator_peak_bytes"],
+                "forward": worst["forward"],
             }
         )
     losses: list[list[str]] = next((s["losses"] for s in summaries if s["losses"]), [])
@@ -41,6 +44,26 @@ def merge(summaries: list[dict[str, Any]], *, bpipe: bool, budget: int | None) -
         "iterations": summaries[0]["iterations"],
         "losses": losses,
     }
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report for people: one line a stage, in MiB."""
+    lines = [
+        "stage  peak MiB  micro-batches  pool MiB  evicted MiB"
+        " | one forward: can leave  stays  not captured",
+    ]
+    for stage in report["stages"]:
+        forward = stage["forward"] or {}
+        kept = sum((forward.get("kept_bytes") or {}).values())
+        missed = forward.get("not_captured_bytes")
+        lines.append(
+            f"{stage['stage']:5d} {stage['peak_activation_bytes'] / MIB:9.2f}"
+            f" {stage['peak_microbatches']:14d} {stage['pool_bytes'] / MIB:9.2f}"
+            f" {stage['evicted_bytes'] / MIB:12.2f}"
+            f" | {forward.get('evictable_bytes', 0) / MIB:22.2f} {kept / MIB:6.2f}"
+            f" {'unknown' if missed is None else format(missed / MIB, '.2f'):>13}"
+        )
+    return "\n".join(lines)
 
 
 def write_json(path: Path, document: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 
 from .activation import Activation, State, allocate, drop, padded
-from .graph import may_leave, roots_of, saved_tensors
+from .graph import roots_of, saved_storages
 from .transport import Ticket, Transport
 
 
@@ -144,9 +144,5 @@ class ActivationStore:
 
 def _saved_bytes(output: object) -> int:
     """Bytes that one micro-batch may send away, room for alignment included."""
-    sizes = {}
-    for _, tensor, _ in saved_tensors(roots_of(output)):
-        if may_leave(tensor):
-            storage = tensor.untyped_storage()
-            sizes[storage._cdata] = padded(storage.nbytes())
-    return sum(sizes.values())
+    leaving = (entry for entry in saved_storages(roots_of(output)) if entry.kept is None)
+    return sum(padded(entry.storage.nbytes()) for entry in leaving)

@@ -54,7 +54,7 @@ def balance(schedule: Schedule, budget: int | None = None) -> Schedule:
     if plans is None:
         raise BudgetError(schedule, budget, _least(schedule, lives))
     stages = tuple(
-        _insert(line, stays) if stays else line
+        insert(line, stays) if stays else line
         for line, stays in zip(schedule.stages, plans, strict=True)
     )
     name = schedule.name + ("+bpipe" if any(plans) else "")
@@ -169,7 +169,7 @@ def _layers(lives: Sequence[Span]) -> Iterator[list[int]]:
         left = inside
 
 
-def _insert(line: Sequence[Op], stays: Sequence[Stay]) -> tuple[Op, ...]:
+def insert(line: Sequence[Op], stays: Sequence[Stay]) -> tuple[Op, ...]:
     """The line with L and E before the computations they run beside, loads first."""
     forwards = [op for op in line if op.kind is Kind.FORWARD]
     before: dict[int, list[Op]] = {}

@@ -5,6 +5,8 @@ An activation's life, the states the runtime goes through as well::
     F          E            (EW)         L            (LW)         B
     -> RESIDENT -> EVICTING -> REMOTE -> LOADING -> RESIDENT -> CONSUMED
 
+Where the backward is split, B leaves it DUE for its weight gradients and W consumes it.
+
 In a logical line a transfer is over when the computation after its E or L is over; in a lowered
 line EW or LW says so, which must come after that computation and before the next one.
 """
@@ -29,6 +31,7 @@ class State(enum.Enum):
     EVICTING = "on its way out"
     REMOTE = "remote"
     LOADING = "on its way back"
+    DUE = "waiting for its W"
     CONSUMED = "consumed by its backward"
 
 
@@ -52,8 +55,9 @@ class LineCheck:
         self._line = schedule.stages[stage]
         self._known, self._budget, self._room = known, budget, room
         self._inner = 0 < stage < schedule.p - 1  # has a neighbour on either side, always
-        self._evicts = is_evictor(stage, schedule.p)
+        self._evicts = schedule.to_host or is_evictor(stage, schedule.p)
         self._lends = not self._evicts and partner(stage, schedule.p) is not None
+        self._split = any(op.kind is Kind.WEIGHT for op in self._line)
         self._state: dict[Activation, State] = {}
         self._begun: list[Op] = []  # E and L before the next computation
         self._unwaited: list[Op] = []  # E and L whose computation is over but not yet EW, LW
@@ -65,7 +69,7 @@ class LineCheck:
         lowered = self._schedule.lowered
         for index, op in enumerate(self._line):
             kind = op.kind
-            if kind is Kind.FORWARD or kind is Kind.BACKWARD:
+            if kind is Kind.FORWARD or kind is Kind.BACKWARD or kind is Kind.WEIGHT:
                 self._compute(index, op)
             elif kind is Kind.EVICT or kind is Kind.LOAD:
                 self._transfer(index, op)
@@ -85,9 +89,12 @@ class LineCheck:
     def _compute(self, index: int, op: Op) -> None:
         activation, forward = op.activation, op.kind is Kind.FORWARD
         state = self._state.get(activation)
+        last = op.kind is (Kind.WEIGHT if self._split else Kind.BACKWARD)
+        if op.kind is Kind.WEIGHT and state is not State.DUE:
+            self._fail(index, f"{op} must stand once, after {_name(Kind.BACKWARD, activation)}")
         if forward and state is not None:
             self._fail(index, f"{op} stands twice: keep one")
-        if not forward and state is not State.RESIDENT:
+        if op.kind is Kind.BACKWARD and state is not State.RESIDENT:
             what = _name(Kind.FORWARD, activation)
             was = f"before {what}" if state is None else f"while what {what} left is {state.value}"
             self._fail(index, f"{op} {was}: a backward needs its activations on this stage")
@@ -95,7 +102,7 @@ class LineCheck:
             transfer = self._unwaited[0]
             wait = replace(transfer, kind=_WAIT_FOR[transfer.kind])
             self._fail(index, f"{transfer} is not over when {op} starts: put {wait} before {op}")
-        if self._schedule.lowered:
+        if self._schedule.lowered and op.kind is not Kind.WEIGHT:
             receive = Kind.RECV_FORWARD if forward else Kind.RECV_BACKWARD
             if activation not in self._seen[receive] and self._exchanged(receive, op):
                 self._fail(index, f"{op} before what it computes on: put {receive.value} before it")
@@ -105,8 +112,9 @@ class LineCheck:
             self._here += loads
             self._lent += len(self._begun) - loads
         self._check_bound(index, op)
-        self._state[activation] = State.RESIDENT if forward else State.CONSUMED
-        self._here -= not forward
+        done = State.CONSUMED if last else State.DUE
+        self._state[activation] = State.RESIDENT if forward else done
+        self._here -= last
         if self._begun:
             self._unwaited, self._begun = self._begun, []
             if not self._schedule.lowered:
@@ -177,7 +185,7 @@ class LineCheck:
         state = self._state.get(activation)
         if kind is Kind.SEND_FORWARD and state is None:
             self._fail(index, f"{op} before its forward: there is nothing to send")
-        if kind is Kind.SEND_BACKWARD and state is not State.CONSUMED:
+        if kind is Kind.SEND_BACKWARD and state not in (State.DUE, State.CONSUMED):
             self._fail(index, f"{op} before its backward: there is nothing to send")
         seen.add(activation)
 
@@ -195,7 +203,8 @@ class LineCheck:
             self._fail(None, f"nothing waits for {self._unwaited[0]}")
         for activation, state in self._state.items():
             if state is not State.CONSUMED:
-                self._fail(None, f"{_name(Kind.BACKWARD, activation)} is missing")
+                missing = Kind.WEIGHT if state is State.DUE else Kind.BACKWARD
+                self._fail(None, f"{_name(missing, activation)} is missing")
         if not self._schedule.lowered:
             return
         for kind, seen in self._seen.items():

@@ -4,7 +4,10 @@ Step t of a stage is its t-th computation (F or B).  While a computation runs, a
 micro-batch whose forward has started and whose backward has not ended; on an evictor those are
 not counted whose copy has left and whose return has not begun.  A slot of the acceptor is
 occupied from the start of the computation beside which E runs to the end of the one beside which
-L runs.  Units: micro-batches (activations of one chunk where a schedule has chunks).
+L runs.  Where a schedule splits the
+backward, an activation is held until its weight gradients (W) are computed.
+
+Units: micro-batches (activations of one chunk where a schedule has chunks).
 """
 
 from __future__ import annotations
@@ -62,17 +65,18 @@ def occupancy(line: Sequence[Op]) -> tuple[list[int], list[int]]:
     here, lent, loading, leaving = 0, 0, 0, 0
     resident: list[int] = []
     remote: list[int] = []
+    last = Kind.WEIGHT if any(op.kind is Kind.WEIGHT for op in line) else Kind.BACKWARD
     for op in line:
         if op.kind is Kind.EVICT:
             leaving += 1
         elif op.kind is Kind.LOAD:
             loading += 1
-        elif op.kind is Kind.FORWARD or op.kind is Kind.BACKWARD:
+        elif op.kind.computation:
             here += loading + (op.kind is Kind.FORWARD)
             lent += leaving
             resident.append(here)
             remote.append(lent)
-            here -= leaving + (op.kind is Kind.BACKWARD)
+            here -= leaving + (op.kind is last)
             lent -= loading
             loading = leaving = 0
     return resident, remote

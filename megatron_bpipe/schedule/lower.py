@@ -35,8 +35,10 @@ from megatron_bpipe.schedule.routes import Activation, known_activations, peer
 __all__ = ["batches", "lower"]
 
 
-def lower(schedule: Schedule) -> Schedule:
+def lower(schedule: Schedule, answers: bool = True) -> Schedule:
     """The lowered form of a logical schedule.
+
+    ``answers=False`` leaves AC and RT out, which transports that are one-sided do not need.
 
     Raises ValueError if it is lowered already, ScheduleError if its messages deadlock so that the
     acceptors' ops cannot be placed.
@@ -50,13 +52,14 @@ def lower(schedule: Schedule) -> Schedule:
         for stage, line in enumerate(schedule.stages)
     ]
     lowered = replace(schedule, stages=tuple(lines), lowered=True)
-    if not any(op.kind is Kind.EVICT for line in schedule.stages for op in line):
+    evicts = any(op.kind is Kind.EVICT for line in schedule.stages for op in line)
+    if schedule.to_host or not evicts or not answers:
         return lowered
     over = times(lowered, transfers=False)
     for stage in range(schedule.p // 2):
         acceptor = schedule.p - 1 - stage
-        answers = _answers(lines[stage], over[stage])
-        lines[acceptor] = _with_answers(lines[acceptor], over[acceptor], answers)
+        posted = _answers(lines[stage], over[stage])
+        lines[acceptor] = _with_answers(lines[acceptor], over[acceptor], posted)
     return replace(lowered, stages=tuple(lines))
 
 
@@ -74,6 +77,10 @@ def _with_messages(
     for op in line:
         if op.kind is Kind.EVICT or op.kind is Kind.LOAD:
             transfers.append(op)
+            continue
+        if op.kind is Kind.WEIGHT:
+            out += (*transfers, op, *map(_wait, transfers))
+            transfers.clear()
             continue
         forward = op.kind is Kind.FORWARD
         key = (forward, op.activation, op.version)

@@ -26,6 +26,7 @@ class Kind(enum.Enum):
     # Logical: what a schedule means.
     FORWARD = "F"
     BACKWARD = "B"
+    WEIGHT = "W"  # weight gradients apart from B, where a schedule splits the backward
     EVICT = "E"
     LOAD = "L"
     # Lowered: the pipeline's own messages.
@@ -45,16 +46,16 @@ class Kind(enum.Enum):
 
     @property
     def logical(self) -> bool:
-        """Whether this kind belongs to the logical form (F, B, E, L)."""
+        """Whether this kind belongs to the logical form (F, B, W, E, L)."""
         return self in _LOGICAL
 
     @property
     def computation(self) -> bool:
-        """Whether this kind computes (F, B)."""
-        return self is Kind.FORWARD or self is Kind.BACKWARD
+        """Whether this kind computes (F, B, W)."""
+        return self is Kind.FORWARD or self is Kind.BACKWARD or self is Kind.WEIGHT
 
 
-_LOGICAL = (Kind.FORWARD, Kind.BACKWARD, Kind.EVICT, Kind.LOAD)
+_LOGICAL = (Kind.FORWARD, Kind.BACKWARD, Kind.WEIGHT, Kind.EVICT, Kind.LOAD)
 
 
 class Direction(enum.Enum):
@@ -132,7 +133,8 @@ class Schedule:
 
     ``microbatches`` is how many micro-batches one iteration has (m).  ``budget`` is the most
     micro-batches whose activations may occupy one stage, None where none was set.  ``lowered``
-    says whether messages and waits are spelled out.
+    says whether messages and waits are spelled out.  ``to_host`` says that what is evicted goes
+    to the stage's own host memory: then every stage may evict and none lends.
     """
 
     name: str
@@ -140,6 +142,7 @@ class Schedule:
     stages: tuple[tuple[Op, ...], ...]
     budget: int | None = None
     lowered: bool = False
+    to_host: bool = False
 
     @property
     def p(self) -> int:

@@ -89,6 +89,8 @@ def _logical(schedule: Schedule) -> list[Program]:
         program = Program()
         for index, op in enumerate(line):
             kind = op.kind
+            if kind is Kind.WEIGHT:
+                program.add(index, None, POST)
             if kind is not Kind.FORWARD and kind is not Kind.BACKWARD:
                 continue
             route = upstream if kind is Kind.FORWARD else downstream
@@ -111,7 +113,7 @@ def _lowered(schedule: Schedule, transfers: bool) -> list[Program]:
     for stage, line in enumerate(schedule.stages):
         messages = _Messages(stage, p, known, channels)
         other = partner(stage, p)
-        if other is None or not transfers:
+        if other is None or schedule.to_host or not transfers:
             moves = None
         elif is_evictor(stage, p):
             moves = _evictor_moves(line, *pairs[stage])
@@ -132,7 +134,7 @@ def _lowered_line(
     while position < len(line):
         kind = line[position].kind
         size = 1
-        if kind is Kind.FORWARD or kind is Kind.BACKWARD:
+        if kind is Kind.FORWARD or kind is Kind.BACKWARD or kind is Kind.WEIGHT:
             logs.append(None)
             entries.append(POST)
             ops.append(position)

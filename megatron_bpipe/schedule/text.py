@@ -122,7 +122,7 @@ def _most(schedule: Schedule, stage: int) -> int:
     """Most micro-batches on a stage, slots it lends included."""
     own = max(occupancy(schedule.stages[stage])[0], default=0)
     other = partner(stage, schedule.p)
-    if other is None or is_evictor(stage, schedule.p):
+    if other is None or schedule.to_host or is_evictor(stage, schedule.p):
         return own
     return own + slots(schedule, other)
 

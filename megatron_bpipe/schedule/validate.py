@@ -2,8 +2,9 @@
 
 What is checked, for logical and lowered schedules alike:
 
-* every stage runs F and B of every micro-batch once, F first, each after the stage it needs;
-* E and L only on evictors, E of what is resident, L of what is remote, B of what is back;
+* every stage runs F and B of every micro-batch once, F first, each after the stage it needs, and
+  where the backward is split W of each once after its B;
+* E and L only on evictors (on any stage where they go to the host), E of what is resident, L of what is remote, B of what is back;
 * no stage holds more than the budget, transfers in flight counted on both sides, under any
   relative timing: acceptor's own peak + most slots ever in use <= budget;
 
@@ -45,13 +46,13 @@ def validate(schedule: Schedule, budget: int | None = None) -> None:
     peaks: dict[int, int] = {}
     for stage in reversed(range(schedule.p)):  # acceptors first: what they hold bounds the pool
         other = peaks.get(schedule.p - 1 - stage)
-        room = None if budget is None or other is None else budget - other
+        room = None if budget is None or other is None or schedule.to_host else budget - other
         check = LineCheck(schedule, stage, known, budget, room)
         check.run()
         peaks[stage] = check.peak
     if schedule.lowered:
         _check_messages(schedule)
-        for stage in range(schedule.p // 2):
+        for stage in range(0 if schedule.to_host else schedule.p // 2):
             _check_answers(schedule, stage)
     check_deadlock(schedule)
 

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from megatron_bpipe.runtime.activation import IllegalMoveError, ModifiedInPlaceError
+from megatron_bpipe.runtime.graph import Kept, roots_of, saved_storages
 from megatron_bpipe.runtime.store import ActivationStore
 from megatron_bpipe.runtime.transport.shared_memory import (
     SharedMemoryLender,
@@ -87,14 +88,9 @@ def live_bytes(watched: list[tuple[StorageWeakRef, int]]) -> int:
 
 
 def watch(output: torch.Tensor) -> list[tuple[StorageWeakRef, int]]:
-    from megatron_bpipe.runtime.graph import may_leave, roots_of, saved_tensors
-
-    storages = {}
-    for _, tensor, _ in saved_tensors(roots_of(output)):
-        if may_leave(tensor):
-            storage = tensor.untyped_storage()
-            storages[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-    return list(storages.values())
+    entries = saved_storages(roots_of(output))
+    of_this = (e for e in entries if e.kept not in (Kept.PARAMETER, Kept.INPUT))
+    return [(StorageWeakRef(e.storage), e.storage.nbytes()) for e in of_this]
 
 
 def there_and_back(store: ActivationStore, i: int) -> None:
@@ -125,6 +121,18 @@ def test_gradients_are_bitwise_equal_and_the_memory_is_really_gone(weight, ends)
     store.check_empty()
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
     assert store.totals.evicted == store.totals.loaded == moved
+
+
+def test_why_each_storage_stays_or_leaves(weight):
+    _, output = micro_batch(weight)
+    entries = saved_storages(roots_of(output), [weight.untyped_storage()._cdata])
+    why = {}
+    for entry in entries:
+        why.setdefault(entry.kept, []).append(entry.storage._cdata)
+    assert why[Kept.PARAMETER] == [weight.untyped_storage()._cdata]
+    assert why[Kept.SHARED] == [MASK.untyped_storage()._cdata]
+    assert Kept.SPECIAL not in why
+    assert len(why[None]) >= 5
 
 
 def test_one_flipped_byte_changes_the_gradients(weight, ends):

@@ -306,8 +306,8 @@ def runs(stages: Sequence[Sequence[str]], seed: int = 0) -> bool:
         return True
 
     while True:
-        order = rng.sample(range(p), p)
-        if not any([step(stage) for stage in order]):
+        moved = [step(stage) for stage in rng.sample(range(p), p)]  # all of them, once each
+        if not any(moved):
             return all(at == len(line) for at, line in zip(position, stages, strict=True))
 
 

@@ -1,7 +1,7 @@
 """1F1B is what Megatron runs."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_bpipe.schedule import one_f_one_b, validate
@@ -31,6 +31,7 @@ def test_one_stage():
     assert words(one_f_one_b(1, 3).stages[0]) == "F0 B0 F1 B1 F2 B2"
 
 
+@settings(deadline=None)
 @given(st.integers(1, 32), st.integers(1, 70))
 def test_order_and_live_count(p, m):
     schedule = one_f_one_b(p, m)

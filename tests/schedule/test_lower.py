@@ -1,4 +1,4 @@
-"""Lowered schedules: Megatron's message order, transfers beside computations, the acceptor's part."""
+"""Lowered schedules: Megatron's message order, transfers, the acceptor's part."""
 
 import pytest
 from hypothesis import given, settings
@@ -27,27 +27,26 @@ def lines(schedule):
 
 
 def test_four_stages_four_microbatches():
-    # Stage 0 is over its 3 in F3 and B0 (steps 3, 4; after B0 it holds 3): F1 leaves beside F2,
-    # the newest that is there.  It is away at 3 and 4 and comes back beside B0?  No: B0 is step 4,
-    # so beside nothing earlier than step 5, B1, which needs it.  So F0 ... are no better; F1's B
-    # is step 5 and it may be away up to step 3 only.  With m = 4 the newest that can be away at 3
-    # *and* 4 does not exist, two must go: F1 for step 3, F2 for step 4.
+    # Stage 0 holds 4 during F3 and B0 (steps 3, 4), one more than its budget.  Nothing can be away
+    # for both: away at 3 means E beside F2 at the latest, so F0 or F1, and B1 is step 5, so L1 is
+    # beside B0 (step 4).  For step 4 then F2, evicted beside F3, loaded right before B2.
     #
     #   step   0  1  2  3  4  5  6  7
     #         F0 F1 F2 F3 B0 B1 B2 B3
     #               E1 .. L1                    away 3
     #                  E2 .. L2                 away 4
-    assert lines(lower(balance(one_f_one_b(4, 4)))) == [
-        "F0 SF0 F1 SF1 E1 F2 EW1 SF2 E2 F3 EW2 SF3 RB0 L1 B0 LW1 RB1 L2 B1 LW2 RB2 B2 RB3 B3".split(),
-        "RF0 F0 SF0 RF1 F1 SF1 RF2 F2 SF2 RB0 B0 SB0 RF3 F3 SF3 RB1 B1 SB1 RB2 B2 SB2 RB3 B3 SB3".split(),
-        "RF0 F0 SF0 RF1 F1 SF1 RB0 B0 SB0 RF2 F2 SF2 RB1 B1 SB1 RF3 F3 SF3 RB2 B2 SB2 RB3 B3 SB3".split(),
-        # Unit time: F2 of stage 0 starts at 2, when stage 3 waits for its first input until 3: AC1
-        # is posted before that.  F3 starts at 3, as F0 here: AC2.  B0 starts at 7, as F2 here, B1
-        # at 9, as F3 here (stage 0's backwards come two apart).
-        "AC1 RF0 AC2 F0 B0 SB0 RF1 F1 B1 SB1 RF2 RT1 F2 B2 SB2 RF3 RT2 F3 B3 SB3".split(),
+    assert [words(line) for line in lower(balance(one_f_one_b(4, 4))).stages] == [
+        "F0 SF0 F1 SF1 E1 F2 EW1 SF2 E2 F3 EW2 SF3 RB0 L1 B0 LW1 RB1 L2 B1 LW2 RB2 B2 RB3 B3",
+        "RF0 F0 SF0 RF1 F1 SF1 RF2 F2 SF2 RB0 B0 SB0 RF3 F3 SF3 RB1 B1 SB1 RB2 B2 SB2 RB3 B3 SB3",
+        "RF0 F0 SF0 RF1 F1 SF1 RB0 B0 SB0 RF2 F2 SF2 RB1 B1 SB1 RF3 F3 SF3 RB2 B2 SB2 RB3 B3 SB3",
+        # Unit time: stage 0 starts F2 at 2 and F3 at 3; stage 3 waits for its input until 3, runs
+        # F0 at 3: AC1 stands before the wait, AC2 before F0.  Stage 0's B0 and B1 start at 7 and 9
+        # (backwards come two apart), where stage 3 runs F2 and F3.
+        "AC1 RF0 AC2 F0 B0 SB0 RF1 F1 B1 SB1 RF2 RT1 F2 B2 SB2 RF3 RT2 F3 B3 SB3",
     ]
 
 
+@settings(deadline=None)
 @given(st.integers(1, 16), st.integers(1, 40))
 def test_messages_are_in_megatrons_order(p, m):
     stock = lower(one_f_one_b(p, m))
@@ -60,6 +59,7 @@ def test_messages_are_in_megatrons_order(p, m):
     ] == lines(stock)
 
 
+@settings(deadline=None)
 @given(st.integers(2, 16), st.integers(1, 40))
 def test_a_transfer_starts_and_ends_with_its_computation(p, m):
     # ... E3 F4 EW3 SF4: directly before, directly after, several side by side
@@ -92,6 +92,7 @@ def test_lowered_schedules_run(p, m, data):
         assert oracle.runs(lines(lowered), seed)
 
 
+@settings(deadline=None)
 @given(st.integers(2, 16), st.integers(1, 40))
 def test_acceptors_answer_without_delaying_anyone(p, m):
     # in unit time, BPipe's computations run exactly when Megatron's do
@@ -104,6 +105,7 @@ def test_acceptors_answer_without_delaying_anyone(p, m):
     assert starts(lower(balance(one_f_one_b(p, m)))) == starts(lower(one_f_one_b(p, m)))
 
 
+@settings(deadline=None)
 @given(st.integers(2, 16), st.integers(1, 40))
 def test_slots_of_an_acceptor_never_exceed_its_pool(p, m):
     balanced = balance(one_f_one_b(p, m))
@@ -143,6 +145,7 @@ def test_batches():
     assert batch_words("") == []
 
 
+@settings(deadline=None)
 @given(st.integers(1, 12), st.integers(1, 30))
 def test_batches_lose_nothing(p, m):
     for line in lower(balance(one_f_one_b(p, m))).stages:
@@ -157,24 +160,22 @@ def test_lowering_twice_is_refused():
 def test_chunks_and_directions_find_their_way():
     # interleaved: chunk 1 of stage 0 gets its input from chunk 0 of stage 1
     one = oracle.schedule("F0 F0.1 B0.1 B0", "F0 F0.1 B0.1 B0")
-    assert lines(lower(one)) == [
-        "F0 SF0 RF0.1 F0.1 SF0.1 RB0.1 B0.1 SB0.1 RB0 B0".split(),
-        "RF0 F0 SF0 RF0.1 F0.1 B0.1 SB0.1 RB0 B0 SB0".split(),
+    assert [words(line) for line in lower(one).stages] == [
+        "F0 SF0 RF0.1 F0.1 SF0.1 RB0.1 B0.1 SB0.1 RB0 B0",
+        "RF0 F0 SF0 RF0.1 F0.1 B0.1 SB0.1 RB0 B0 SB0",
     ]
     validate(lower(one))
     # V-shaped: chunk 1 starts on stage 1, where chunk 0 ended: no message there
     vee = oracle.v_shaped(2, 1)
-    assert lines(lower(vee)) == [
-        "F0 SF0 RF0.1~ F0.1~ B0.1~ SB0.1~ RB0 B0".split(),
-        "RF0 F0 F0.1~ SF0.1~ RB0.1~ B0.1~ B0 SB0".split(),
+    assert [words(line) for line in lower(vee).stages] == [
+        "F0 SF0 RF0.1~ F0.1~ B0.1~ SB0.1~ RB0 B0",
+        "RF0 F0 F0.1~ SF0.1~ RB0.1~ B0.1~ B0 SB0",
     ]
     validate(lower(vee))
 
 
-def test_what_deadlocks_is_said_so():
-    # GPipe on one pair, evicting: its messages run; with an F too early they do not
-    gpipe = lower(balance(oracle.gpipe(2, 4), 4))
-    validate(gpipe)
+def test_messages_in_different_orders_are_refused():
+    validate(lower(oracle.gpipe(2, 4)))
     crossed = oracle.schedule("F0 F1 B0 B1", "F1 F0 B0 B1")
     with pytest.raises(ScheduleError, match="sent as SF0 and received as RF1"):
         validate(lower(crossed))

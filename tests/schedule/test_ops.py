@@ -1,7 +1,7 @@
 """Ops as text, pairs, the paper's bound."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_bpipe.schedule import (
@@ -44,29 +44,33 @@ def test_text(text, op):
     assert Op.parse(text) == op
 
 
+@settings(deadline=None)
 @given(OPS)
 def test_round_trip(op):
     assert Op.parse(str(op)) == op
 
 
+@settings(deadline=None)
 @given(st.text("FBELSRWACT0123.~@- \n٣", max_size=8) | st.text(max_size=5))
 def test_one_op_has_one_text(text):
     try:
         op = Op.parse(text)
-    except ValueError as error:
-        assert repr(text) in str(error)
-    else:
-        assert str(op) == text
+    except ValueError:
+        return
+    assert str(op) == text
 
 
 @pytest.mark.parametrize(
     "text",
-    ["", "F", "3", "f3", "F-1", "F03", "F3.0", "F3.", "F3@", "F3~~", "F3@1~", "F3 ", "F3\n", "F٣"]
-    + ["X3", "EF3", "F3.1.1", "F" + "9" * 5000],
+    [
+        *("F", "3", "f3", "F-1", "F03", "F3.0", "F3.", "F3@", "F3~~", "F3@1~", "F3.1.1", "F٣"),
+        *("X3", "EF3", "F3,F4", "", "F3 ", " F3", "F3\n", "F" + "9" * 5000),
+    ],
 )
 def test_refused(text):
-    with pytest.raises(ValueError, match="is not an op"):
+    with pytest.raises(ValueError, match="is not an op") as caught:
         Op.parse(text)
+    assert repr(text) in str(caught.value)
 
 
 def test_pairs():

@@ -45,7 +45,7 @@ def refused(candidate, budget=None):
         (["F0 E0 E0 F1 B0 B1", "F0 B0 F1 B1"], (0, 2), "E0 while what F0 left is on its way out"),
         (["F0 F1 B0 B1 E1", "F0 B0 F1 B1"], (0, 4), "E1 while what F1 left is consumed"),
         (["F0 F1 F1.2 B1.2 B1 B0"] * 2, (0, 2), "F1.2 has no chunk 1 before it"),
-        (["F0 B0", "F0 SB0 B0"], (0, 1), "B0 before what it computes on: put RB before it"),
+        (["F0 SF0 B0", "RF0 F0 B0 SB0"], (0, 2), "B0 before what it computes on: put RB before it"),
     ],
 )
 def test_reasons(lines, where, reason):
@@ -54,16 +54,15 @@ def test_reasons(lines, where, reason):
     assert (error.stage, error.index) == where
 
 
-def test_only_one_direction_of_waiting_is_possible():
-    # each stage wants the other's result first
-    error = refused(schedule("F1 F0 B0 B1", "F0 F1~ B1~ B0", m=2))
-    assert "stage 0 does not compute this" in error.reason
+def test_stages_that_wait_for_each_other():
+    # micro-batch 0 goes down, 1 goes up; each stage wants the one first that the other has last
     down, up = "F0 B0", "F1~ B1~"
     validate(schedule(f"{down} {up}", f"{down} {up}"))
-    error = refused(schedule("F1~ B1~ F0 B0", "F0 B0 F1~ B1~"))
+    validate(schedule("F0 F1~ B1~ B0", "F1~ F0 B0 B1~"))
+    error = refused(schedule(f"{up} {down}", f"{down} {up}"))
     assert "deadlock" in error.reason
     assert "stage 0: >>>F1~<<<, B1~, F0, B0" in str(error)
-    assert "stage 1: F0, >>>B0<<<, F1~, B1~" in str(error)
+    assert "stage 1: >>>F0<<<, B0, F1~, B1~" in str(error)
 
 
 def test_microbatches_are_counted():
@@ -76,9 +75,8 @@ def test_microbatches_are_counted():
 
 
 def test_lowered_ops_need_a_lowered_schedule():
-    stock = lower(one_f_one_b(2, 2))
-    error = refused(replace(stock, lowered=False))
-    assert "SF0 stands in a logical schedule" in error.reason
+    error = refused(replace(lower(one_f_one_b(2, 2)), lowered=False))
+    assert "RF0 stands in a logical schedule" in error.reason
 
 
 def test_the_evictors_bound():
@@ -90,22 +88,34 @@ def test_the_evictors_bound():
     assert str(error).splitlines()[1] == (
         "  stage 0: F0, F1, F2, >>>F3<<<, B0, F4, B1, F5, B2, F6, B3, F7, B4, B5, B6, B7"
     )
-    # E beside the very computation that is too much: the copy still counts
-    late = ["F0 F1 E0 F2 L0 B2 B1 B0", "F0 F1 F2 B2 B1 B0"]
-    assert "3 micro-batches on this stage during F2" in refused(schedule(*late), 2).reason or True
+
+
+def test_a_transfer_in_flight_counts():
+    # p=2: E0 beside F2, which is one too many already: the copy is still being made
+    late = "F0 F1 E0 F2 B1 L0 B2 B0"
+    other = "F0 B0 F1 B1 F2 B2"
+    line = "F0 F1 F2 B1 B2 B0"
+    validate(schedule(late, line), 4)
+    assert (
+        "3 micro-batches on this stage during F2" in refused(schedule(late, other, m=3), 2).reason
+    )
+    soon = "F0 E0 F1 F2 B1 L0 B2 B0"  # L0 beside B2: it counts again, 0 and 2
+    assert oracle.counts(schedule(soon).stages[0]) == [
+        (1, 0), (2, 1), (2, 1), (2, 1), (2, 1), (1, 0),
+    ]  # fmt: skip
+    error = refused(schedule(soon, other, m=3), 1)
+    assert "2 micro-batches on this stage during F1" in error.reason
 
 
 def test_the_acceptors_bound_holds_for_any_timing():
-    # p=4, budget 3: stage 3 holds 1 itself, so it lends 2.  Three away at once is too many, even
-    # if stage 3 happens to be empty at that time.
-    line = "F0 F1 E0 F2 E1 F3 E2 B3 L2 F4 B2 L1 B4 L0 B1 B0"
-    other = "F0 F1 F2 F3 B3 F4 B2 B4 B1 B0"
-    last = "F0 F1 F2 F3 B3 F4 B2 B4 B1 B0"
-    four = schedule(line, other, other, last)
-    validate(four)
-    error = refused(four, 5)
+    # p=2, budget 3.  Stage 1 holds 2 itself at its peak, so it lends 1 slot and not 2, even if it
+    # were empty at the time: nobody synchronises the two.
+    acceptor = "F0 F1 B0 B1 F2 F3 B2 B3"
+    two = schedule("F0 F1 E1 F2 E2 F3 B0 L1 L2 B3 B1 B2", acceptor)
+    error = refused(two, 3)
     assert error.stage == 0
     assert "2 slots of the partner in use during F3, it can lend 1" in error.reason
+    validate(two, 4)
 
 
 def test_budget_of_the_schedule_is_the_default():
@@ -127,7 +137,7 @@ def without(candidate, stage, *texts):
     ("stage", "text", "reason"),
     [
         (0, "EW1", "E1 is not over when F3 starts: put EW1 before F3"),
-        (0, "LW1", "L1 is not over when B1 starts: put LW1 before B1"),
+        (0, "LW1", "B1 while what F1 left is on its way back"),
         (0, "E1", "EW1 waits for nothing"),
         (0, "SF3", "SF3 is missing"),
         (1, "RF3", "F3 before what it computes on: put RF before it"),
@@ -160,32 +170,39 @@ def test_lowered_lines(stage, line, reason):
     assert reason in refused(schedule(*lines)).reason
 
 
-def test_unbatched_messages_deadlock():
-    # p=2: with B0 posted after SF1 both stages send and nobody receives
-    lines = ["F0 SF0 F1 SF1 RB0 B0 RB1 B1", "RF0 F0 B0 SB0 RF1 F1 B1 SB1"]
-    validate(schedule(*lines))
-    # the receive no longer directly behind the send: stage 0 is stuck in SF1, stage 1 in SB0
-    error = refused(
-        schedule(lines[0], "RF0 F0 B0 SB0 F1 RF1 B1 SB1".replace("F1 RF1", "RF1 F1")), 1
-    )
-    assert error.reason.startswith("2 micro-batches")
-    stuck = [
+def test_messages_that_wait_for_each_other():
+    # Stage 0 sends a third time before it receives anything; stage 1 sends B0's gradient, batched
+    # with the receive of F1 only: stage 0 waits in SF2, stage 1 in SB0.
+    good = [
         "F0 SF0 F1 SF1 F2 SF2 RB0 B0 RB1 B1 RB2 B2",
         "RF0 F0 B0 SB0 RF1 F1 B1 SB1 RF2 F2 B2 SB2",
     ]
-    error = refused(schedule(*stuck))
+    validate(schedule(*good))  # SF2,RB0 is a batch
+    bad = "F0 SF0 F1 SF1 F2 SF2 F3 SF3 RB0 B0 RB1 B1 RB2 B2 RB3 B3"
+    error = refused(schedule(bad, good[1] + " RF3 F3 B3 SB3"))
     assert "deadlock" in error.reason
     assert ">>>SF2<<<" in str(error)
     assert ">>>SB0<<<" in str(error)
 
 
-def test_too_few_slots_at_the_time_are_a_deadlock():
-    # AC6 before RT3 wants a third slot of a pool of two
+def test_a_return_before_its_data_is_a_deadlock():
+    # Stage 1 accepts and returns micro-batch 0 before it does anything else, but stage 0 starts
+    # the load only beside B1, which needs stage 1's backwards.
+    evictor = "F0 SF0 E0 F1 EW0 SF1 F2 SF2 RB2 L0 B2 LW0 RB1 B1 RB0 B0"
+    acceptor = "{}RF0 F0 {}RF1 F1 RF2 F2 {}B2 SB2 B1 SB1 B0 SB0{}"
+    validate(schedule(evictor, acceptor.format("AC0 ", "", "RT0 ", "")))
+    validate(schedule(evictor, acceptor.format("", "AC0 ", "RT0 ", "")))
+    for places in [("", "", "AC0 RT0 ", ""), ("AC0 RT0 ", "", "", ""), ("AC0 ", "", "", " RT0")]:
+        error = refused(schedule(evictor, acceptor.format(*places)))
+        assert "deadlock" in error.reason
+
+
+def test_answers_in_the_evictors_order():
     line = words(LOWERED.stages[3]).split()
-    assert line.index("AC5") < line.index("RT3") < line.index("AC6")
     line.remove("RT1")
     line.insert(line.index("AC5") + 1, "RT1")
-    assert "RT1 answers" in refused(replace_line(LOWERED, 3, line)).reason
+    reason = refused(replace_line(LOWERED, 3, line)).reason
+    assert reason == "AC5 answers no transfer of stage 0: RT1 is next in its order"
 
 
 def replace_line(candidate, stage, texts):
@@ -233,19 +250,16 @@ def mutate(stages, rng):
     return stages
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=500, deadline=None)
 @given(st.integers(2, 7), st.integers(1, 14), st.integers(0, 2**32))
 def test_mutated_schedules_are_refused_unless_still_right(p, m, seed):
     lowered = lower(balance(one_f_one_b(p, m)))
     stages = mutate([[str(op) for op in line] for line in lowered.stages], random.Random(seed))
     mutant = replace(lowered, stages=tuple(tuple(map(Op.parse, line)) for line in stages))
-    try:
+    if oracle.legal(stages, m, lowered.budget):
         validate(mutant)
-        accepted = True
-    except ScheduleError as error:
-        accepted = False
-        assert "stage" in str(error)
-    assert accepted == oracle.legal(stages, m, lowered.budget)
+    else:
+        assert "stage" in str(refused(mutant))
 
 
 @pytest.mark.parametrize("lowered", [False, True])
