@@ -145,7 +145,7 @@ def test_a_row_runs_and_its_log_is_kept(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_megatron_takes_every_line(megatron: Megatron, scripts: Any) -> None:
-    """Each rendered line passes Megatron's parser and, as far as it can without GPUs, its checks."""
+    """Each rendered line passes Megatron's parser and its checks of the arguments."""
     backends = {"none": "unfused", "recompute": "unfused", "flash": "flash"}
     cases = []
     for row in scripts.rows.load_rows():

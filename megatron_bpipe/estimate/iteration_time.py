@@ -1,7 +1,7 @@
-"""How long one iteration of 1F1B takes, in closed form.
+"""What an iteration's time is made of, and a closed form of it for 1F1B.
 
-One function, ``iteration_seconds``, stands between the estimator and the schedule, so that a
-simulation of the schedule can take its place: ``IterationTime`` is its type.
+The estimator simulates the schedule (``simulated``); ``iteration_seconds`` is what comes out of
+that for equal stages, in one line of arithmetic.  ``IterationTime`` is the type of both.
 
 Units: seconds.
 """
@@ -20,7 +20,8 @@ class Costs:
     ``head`` the same for the output layer and loss of the last stage; ``exchange`` one send with
     one neighbour, synchronisation included; ``once`` what happens once per iteration after the
     pipeline has drained (optimizer, data-parallel reduce); ``exposed`` transfers of BPipe that
-    nothing hides, per iteration.
+    nothing hides, per iteration; ``transfer`` one eviction or load alone on its link, None for a
+    run without BPipe.
     """
 
     stage: float
@@ -28,6 +29,7 @@ class Costs:
     exchange: float
     once: float
     exposed: float
+    transfer: float | None = None
 
 
 IterationTime = Callable[[Costs, int, int], float]

@@ -1,14 +1,16 @@
 """The refined estimate: from the MFU of a single stage to that of the pipeline.
 
-Added to the bubble of equation 3, with published figures of the GPU: the output layer on the last
-stage, the optimizer step, the data-parallel reduce.  Two constants are fitted:
+The schedule itself is simulated, op by op, with the single stage's time and with published figures
+of the GPU for what that leaves out: the output layer on the last stage, evictions and loads over
+NVLink, the optimizer step, the data-parallel reduce.  Two constants are fitted:
 
 * ``exchange``: seconds per byte of one pipeline exchange, synchronisation included.  Physics,
   fitted on the runs without BPipe only.
 * ``bpipe``: seconds of the iteration lost per byte that the busiest evictor moves.  *Empirical*:
-  one number from four runs.  It stands for whatever BPipe cost there: evict and load that were not
-  hidden, contention with tensor-parallel traffic on NVLink, and that pair-adjacent placement turns
-  most pipeline edges into edges between nodes.  Four rows cannot tell these apart.
+  one number from four runs.  At NVLink's speed the simulation hides every transfer behind a
+  computation, so this stands for whatever BPipe cost there beyond: transfers that were not hidden
+  after all, contention with tensor-parallel traffic, and that pair-adjacent placement turns most
+  pipeline edges into edges between nodes.  Four rows cannot tell these apart.
 
 Each run alone implies a value of each constant; the fit is the median of these values, which one
 odd run cannot move far.  Leave-one-out predicts each run with constants fitted on all others.
@@ -38,10 +40,11 @@ from megatron_bpipe.estimate.flops import (
     mfu_percent,
 )
 from megatron_bpipe.estimate.hardware import Gpu
-from megatron_bpipe.estimate.iteration_time import Costs, IterationTime, iteration_seconds
+from megatron_bpipe.estimate.iteration_time import Costs, IterationTime
 from megatron_bpipe.estimate.memory import schedule_of
 from megatron_bpipe.estimate.parameters import stage_parameters
 from megatron_bpipe.estimate.runs import Run
+from megatron_bpipe.estimate.simulated import simulated_seconds
 from megatron_bpipe.schedule.ops import Kind
 
 CROSS_ENTROPY_BYTES = 52
@@ -91,6 +94,7 @@ def costs(case: Measured, constants: Constants) -> Costs:
         exchange=constants.exchange * 2 * run.tokens * run.model.hidden / layout.sp,
         once=step + reduce,
         exposed=constants.bpipe * bytes_moved(run, case.kernels),
+        transfer=micro_batch_bytes(run, 0, case.kernels) / gpu.nvlink if run.bpipe else None,
     )
 
 
@@ -106,7 +110,7 @@ def bytes_moved(run: Run, kernels: Kernels = FUSED) -> int:
 
 
 def predict_mfu(
-    case: Measured, constants: Constants, iterate: IterationTime = iteration_seconds
+    case: Measured, constants: Constants, iterate: IterationTime = simulated_seconds
 ) -> float:
     """MFU of the whole run in per cent; ``case.mfu`` is not looked at."""
     run = case.run
@@ -115,7 +119,7 @@ def predict_mfu(
     return mfu_percent(flops, seconds, run.layout.gpus, case.gpu.flops)
 
 
-def fit(cases: Sequence[Measured], iterate: IterationTime = iteration_seconds) -> Constants:
+def fit(cases: Sequence[Measured], iterate: IterationTime = simulated_seconds) -> Constants:
     """Median of the constants that the runs imply: ``exchange`` first, then ``bpipe``.
 
     Raises EstimateError unless there is a run without and one with BPipe.
@@ -133,7 +137,7 @@ def fit(cases: Sequence[Measured], iterate: IterationTime = iteration_seconds) -
 
 
 def leave_one_out(
-    cases: Sequence[Measured], iterate: IterationTime = iteration_seconds
+    cases: Sequence[Measured], iterate: IterationTime = simulated_seconds
 ) -> tuple[float, ...]:
     """Each run's MFU in per cent, predicted with constants fitted on all other runs."""
     return tuple(
@@ -151,13 +155,28 @@ def _implied_bpipe(case: Measured, exchange: float, iterate: IterationTime) -> f
 
 
 def _meet(predict: Callable[[float], float], published: float) -> float:
-    """The constant at which a falling prediction meets what was measured; 0 if it starts below."""
+    """The constant at which a falling prediction meets what was measured; 0 if it starts below.
+
+    1/MFU is a time, piecewise linear in the constant: false position on it needs few steps.
+    """
+
+    def gap(x: float) -> float:
+        return 1 / predict(x) - 1 / published
+
     low, high = 0.0, 1e-12
-    if predict(low) <= published:
+    below, above = gap(low), gap(high)
+    if below >= 0:
         return low
-    while predict(high) > published:
-        high *= 2
+    while above < 0:
+        low, below, high = high, above, 2 * high
+        above = gap(high)
     for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if predict(middle) > published else (low, middle)
-    return low
+        middle = (low * above - high * below) / (above - below)
+        found = gap(middle)
+        if abs(found) < 1e-13 / published:
+            return middle
+        if found < 0:
+            low, below, above = middle, found, above / 2
+        else:
+            high, above, below = middle, found, below / 2
+    return (low + high) / 2

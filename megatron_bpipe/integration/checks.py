@@ -10,6 +10,7 @@ from ..schedule.base import one_f_one_b
 from ..schedule.ops import default_budget
 from .log import refuse
 from .options import TRANSPORTS, Options
+from .probe import missing
 
 
 def check(args: Any, options: Options) -> str | None:
@@ -33,6 +34,13 @@ def check(args: Any, options: Options) -> str | None:
             f"--bpipe-transport {options.transport} is unknown; choose one of "
             + ", ".join(TRANSPORTS)
         )
+    lacking = missing(training=False)
+    if lacking:
+        raise refuse(
+            f"--bpipe needs a Megatron that has {lacking[0]}; use a supported release "
+            "(python -m megatron_bpipe doctor lists all hook points)"
+        )
+    _check_data_paths(args)
     for flag, given, remedy in _incompatible(args):
         raise refuse(f"--bpipe cannot run with {flag} {given}; {remedy}")
     microbatches = _microbatches(args)
@@ -65,6 +73,28 @@ def _microbatches(args: Any) -> int | None:
     )
     copies = max(1, _world_size() // model)
     return max(1, int(size) // (args.micro_batch_size * copies)) if args.micro_batch_size else None
+
+
+def _check_data_paths(args: Any) -> None:
+    """Megatron finds out on some ranks only, after minutes of start-up."""
+    for prefix in getattr(args, "data_path", None) or []:
+        if _is_number(prefix):
+            continue  # the weight of the next path
+        for end in (".bin", ".idx"):
+            remote = "://" in prefix
+            if not remote and not os.path.isfile(prefix + end):
+                raise refuse(
+                    f"--data-path {prefix}: there is no {prefix + end}; give the path without "
+                    ".bin and .idx (scripts/prepare_data.py makes a dataset)"
+                )
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _world_size() -> int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-TRANSPORTS = ("auto", "shm")
+TRANSPORTS = ("auto", "shm", "p2p")
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--bpipe-transport",
         default="auto",
         metavar="|".join(TRANSPORTS),
-        help="How activations travel: shm is host memory lent by the paired rank; auto chooses.",
+        help="How activations travel: shm is host memory that the paired rank lends, p2p messages "
+        "over a process group of the pair; auto takes shm where both ranks share a host.",
     )
     group.add_argument(
         "--bpipe-report",

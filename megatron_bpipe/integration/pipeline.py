@@ -12,6 +12,8 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from ..runtime.executor import Run
 from .megatron_stage import MegatronStage, StageCall, call_known
 from .plan import stage_plan
@@ -43,7 +45,9 @@ def make_schedule(
             is_last_stage=call.is_last,
         )
         stage = MegatronStage(call)
-        Run(plan.ops, stage, session.store_for(plan), session.recorder).run()
+        store, lender = session.store_for(plan), session.lender
+        name = f"rank {torch.distributed.get_rank()} (stage {group.rank()} of {group.size()})"
+        Run(plan.ops, stage, store, lender, session.recorder, name).run()
         _finish_gradients(call, stage, embedding, arguments)
         _timer(call.config, start=False)
         session.end(stage.losses)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass, field
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -14,10 +13,10 @@ from ..runtime.memory import allocated_bytes, storage_ids
 from ..runtime.recorder import Recorder
 from ..runtime.report import merge, table, write_json
 from ..runtime.store import ActivationStore
-from ..runtime.transport import Lender
-from ..runtime.transport.shared_memory import SharedMemoryLender, SharedMemoryTransport
+from ..runtime.transport import Lender, Transport
 from .log import say
 from .options import Options
+from .pairing import Pair, open_pair
 from .plan import StagePlan
 
 
@@ -29,9 +28,9 @@ class Session:
     recorder: Recorder | None = None
     plan: StagePlan | None = None
     _store: ActivationStore | None = None
-    _lender: Lender | None = None
+    lender: Lender | None = None
     _peak_slots_lent: int = 0
-    _pair_store: Any = None
+    _transport: str = ""
     _announced: bool = False
     # tests look at, and tamper with, what comes back; see ActivationStore.inspect
     inspect_loaded: Any = field(default=None, repr=False)
@@ -53,16 +52,16 @@ class Session:
             return
         self.plan = plan
         self._peak_slots_lent = max(self._peak_slots_lent, plan.slots_lent)
-        if plan.slots_lent and self._lender is None:
-            self._lender = SharedMemoryLender(*self._pair(group, evictor=plan.partner))
+        if plan.slots_lent and self.lender is None:
+            assert plan.partner is not None
+            pair = self._meet(group, evictor=plan.partner)
+            self.lender = pair.lend(torch.device(torch.cuda.current_device()))
         if plan.slots_borrowed and self._store is None:
-            self._store = self._make_store(plan, group)
+            self._store = self._make_store(plan, self._meet(group, evictor=group.rank()))
         if not self._announced:
             self._announced = True
-            say(
-                f"1F1B with activations balanced: budget {plan.budget} micro-batches a stage, "
-                "transport shm (host memory of the paired rank)"
-            )
+            used = f", transport {self._transport}" if self._transport else ""
+            say(f"1F1B with activations balanced: budget {plan.budget} micro-batches a stage{used}")
 
     def store_for(self, plan: StagePlan) -> ActivationStore | None:
         """The activation store if ``plan`` evicts anything."""
@@ -78,7 +77,7 @@ class Session:
         assert self.recorder is not None
         totals = self._store.totals if self._store is not None else None
         return self.recorder.summary() | {
-            "pool_bytes": self._lender.pool_bytes if self._lender is not None else 0,
+            "pool_bytes": self.lender.pool_bytes if self.lender is not None else 0,
             "pool_slots": self._peak_slots_lent,
             "evicted_bytes": totals.evicted if totals is not None else 0,
             "loaded_bytes": totals.loaded if totals is not None else 0,
@@ -102,17 +101,15 @@ class Session:
 
     def close(self) -> None:
         """Give pools and threads back."""
-        for end in (self._store, self._lender):
+        for end in (self._store, self.lender):
             if end is not None:
                 with contextlib.suppress(OSError):
                     end.close()
-        self._store = self._lender = None
+        self._store = self.lender = None
 
-    def _make_store(self, plan: StagePlan, group: Any) -> ActivationStore:
-        def connect(microbatch_bytes: int) -> SharedMemoryTransport:
-            store, pair = self._pair(group, evictor=group.rank())
-            wanted = microbatch_bytes * plan.slots_borrowed
-            return SharedMemoryTransport(store, pair, wanted, self.options.deadline)
+    def _make_store(self, plan: StagePlan, pair: Pair) -> ActivationStore:
+        def connect(microbatch_bytes: int) -> Transport:
+            return pair.borrow(microbatch_bytes, plan.slots_borrowed)
 
         return ActivationStore(
             connect,
@@ -121,13 +118,8 @@ class Session:
             inspect=self.inspect_loaded,
         )
 
-    def _pair(self, group: Any, evictor: int | None) -> tuple[Any, str]:
-        """The store both ends meet in, and the pair's name (global ranks)."""
-        assert evictor is not None
-        if self._pair_store is None:
-            base: Any = dist.distributed_c10d._get_default_store()
-            # its own connection: a long wait here must not hold up c10d's own requests
-            self._pair_store = dist.PrefixStore("megatron_bpipe", base.clone())
-            self._pair_store.set_timeout(timedelta(seconds=self.options.deadline))
-        ends = [dist.get_global_rank(group, s) for s in (evictor, group.size() - 1 - evictor)]
-        return self._pair_store, f"{ends[0]}-{ends[1]}"
+    def _meet(self, group: Any, evictor: int) -> Pair:
+        pair = open_pair(group, evictor, self.options.transport, self.options.deadline)
+        chosen = " (chosen by auto)" if self.options.transport == "auto" else ""
+        self._transport = f"{pair.transport}{chosen}"
+        return pair

@@ -6,7 +6,7 @@
     F  B    one micro-batch's computation        Stage
     E  EW   copy out starts / is over            ActivationStore
     L  LW   copy back starts / is over           ActivationStore
-    AC RT   the acceptor's part                  nothing to do for a one-sided transport
+    AC RT   the acceptor's part                  Lender (nothing for a one-sided transport)
 
 The list decides everything: order, overlap and what leaves. A send directly followed by a receive
 from the same neighbour is one batched call, as `schedule.lower.batches` groups them.
@@ -21,7 +21,9 @@ from typing import Protocol
 from ..schedule.lower import batches
 from ..schedule.ops import Kind, Op
 from .store import ActivationStore
-from .transport import Ticket
+from .transport import Lender, Ticket
+
+SHOWN_AROUND = 12  # ops before and after a failed one
 
 
 class Stage(Protocol):
@@ -79,12 +81,16 @@ class Run:
         ops: Sequence[Op],
         stage: Stage,
         store: ActivationStore | None = None,
+        lender: Lender | None = None,
         observer: Observer | None = None,
+        name: str = "this stage",
     ) -> None:
         self._ops = ops
         self._stage = stage
         self._store = store
+        self._lender = lender
         self._observer = observer
+        self._name = name
         self._leaving = {op.microbatch for op in ops if op.kind is Kind.EVICT}
         self._moved = 0
         single: Mapping[Kind, Callable[[Op], object]] = {
@@ -98,8 +104,8 @@ class Run:
             Kind.EVICT_WAIT: self._evict_wait,
             Kind.LOAD: self._load,
             Kind.LOAD_WAIT: self._load_wait,
-            Kind.ACCEPT: _nothing,
-            Kind.RETURN: _nothing,
+            Kind.ACCEPT: self._accept,
+            Kind.RETURN: self._give_back,
         }
         self._single = single
 
@@ -128,6 +134,8 @@ class Run:
                     self._observer.op_done(op, start, end, self._moved)
         if self._store is not None:
             self._store.check_empty()
+        if self._lender is not None:
+            self._lender.finish()
 
     def _forward(self, op: Op) -> None:
         if self._observer is not None:
@@ -162,14 +170,26 @@ class Run:
         assert self._store is not None
         self._transfer_over(op, self._store.finish_load(op.microbatch))
 
+    def _accept(self, op: Op) -> None:
+        assert self._lender is not None
+        self._lender.accept(op.microbatch)
+
+    def _give_back(self, op: Op) -> None:
+        assert self._lender is not None
+        self._lender.give_back(op.microbatch)
+
     def _transfer_over(self, op: Op, ticket: Ticket) -> None:
         if self._observer is not None:
             self._observer.transfer_done(op, *ticket.span)
 
     def _failure_note(self, failed: Op) -> str:
-        marked = (f">>>{op}<<<" if op is failed else str(op) for op in self._ops)
-        return f"bpipe: op {failed} failed in this stage's schedule: {' '.join(marked)}"
-
-
-def _nothing(op: Op) -> None:
-    """A one-sided transport asks nothing of the acceptor."""
+        at = next(i for i, op in enumerate(self._ops) if op is failed)
+        first, last = max(0, at - SHOWN_AROUND), at + SHOWN_AROUND + 1
+        around = [str(op) for op in self._ops[first:last]]
+        around[at - first] = f">>>{failed}<<<"
+        before = "... " if first else ""
+        after = " ..." if last < len(self._ops) else ""
+        return (
+            f"bpipe: {self._name} failed at {failed} (micro-batch {failed.microbatch}) of its "
+            f"schedule: {before}{' '.join(around)}{after}"
+        )

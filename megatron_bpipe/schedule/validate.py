@@ -4,7 +4,8 @@ What is checked, for logical and lowered schedules alike:
 
 * every stage runs F and B of every micro-batch once, F first, each after the stage it needs, and
   where the backward is split W of each once after its B;
-* E and L only on evictors (on any stage where they go to the host), E of what is resident, L of what is remote, B of what is back;
+* E and L only on evictors (on any stage where they go to the host), E of what is resident, L of
+  what is remote, B of what is back;
 * no stage holds more than the budget, transfers in flight counted on both sides, under any
   relative timing: acceptor's own peak + most slots ever in use <= budget;
 

@@ -90,10 +90,18 @@ class Megatron:
             self._results[key] = self._run(job, out, timeout)
         return self._results[key]
 
-    def script(self, name: str, argv: list[str], *, world: int, timeout: float = 120) -> Result:
+    def script(
+        self,
+        name: str,
+        argv: list[str],
+        *,
+        world: int,
+        timeout: float = 120,
+        env: dict[str, str] | None = None,
+    ) -> Result:
         """Run ``tests/harness/scripts/NAME`` on ``world`` forked ranks, Megatron imported."""
         path = Path(__file__).parent / "scripts" / name
-        job = {"world": world, "script": str(path), "argv": argv, "hooks": [], "env": {}}
+        job = {"world": world, "script": str(path), "argv": argv, "hooks": [], "env": env or {}}
         return self._run(job | {"dump_at": None}, self._new_folder(), timeout)
 
     def _new_folder(self) -> Path:

@@ -109,3 +109,111 @@ def allocator_agrees(job: dict[str, Any]) -> None:
         Path(job["out"], f"allocator{os.environ['RANK']}.json").write_text(json.dumps(rows))
 
     recorder.Recorder.op_done = op_done  # type: ignore[method-assign]
+
+
+def gradient_accumulation_fusion(job: dict[str, Any]) -> None:
+    """Stand in for apex's CUDA extension, so that Megatron's fused path runs on a CPU.
+
+    The fused path accumulates into ``weight.main_grad`` inside the backward: it needs the saved
+    weight to be the Parameter itself.
+    """
+    from types import SimpleNamespace
+
+    from megatron.core.tensor_parallel import layers
+    from megatron.training import training
+
+    def accumulate(inputs: torch.Tensor, gradient: torch.Tensor, main: torch.Tensor) -> None:
+        main.add_(gradient.t() @ inputs)
+
+    layers.fused_weight_gradient_mlp_cuda = SimpleNamespace(
+        wgrad_gemm_accum_fp32=accumulate, wgrad_gemm_accum_fp16=accumulate
+    )
+    layers._grad_accum_fusion_available = True
+    # the CPU's default is not to fuse: switch it on where the model is about to be built
+    stock = training.get_model
+
+    def get_model(*positional: Any, **named: Any) -> Any:
+        from megatron.training import get_args
+
+        get_args().gradient_accumulation_fusion = True
+        models = stock(*positional, **named)
+        for model in models:
+            for module in model.modules():
+                config = getattr(module, "config", None)
+                if config is not None:
+                    config.gradient_accumulation_fusion = True
+                if hasattr(module, "gradient_accumulation_fusion"):
+                    module.gradient_accumulation_fusion = True
+        return models
+
+    training.get_model = get_model
+
+
+def fault(job: dict[str, Any], rank: int, where: str, how: str, step: int = 2) -> None:
+    """At the first ``where`` of training step ``step``, rank ``rank`` raises, dies or stops."""
+    import signal
+
+    from megatron_bpipe.integration.megatron_stage import MegatronStage
+    from megatron_bpipe.runtime.store import ActivationStore
+
+    if int(os.environ["RANK"]) != rank:
+        return
+    steps = 1
+
+    def count(step: int, model: Any, result: Any) -> None:
+        nonlocal steps
+        steps = step + 1
+
+    after_each_step(count)
+    owner = MegatronStage if where in ("forward", "backward") else ActivationStore
+    stock = getattr(owner, where)
+
+    def faulty(self: Any, *positional: Any) -> Any:
+        if steps == step:
+            Path(job["out"], "fault").write_text(where)
+            if how == "raise":
+                raise ValueError(f"injected into {where}")
+            os.kill(os.getpid(), signal.SIGKILL if how == "kill" else signal.SIGSTOP)
+        return stock(self, *positional)
+
+    setattr(owner, where, faulty)
+
+
+def random_delays(job: dict[str, Any], seed: int, most: float) -> None:
+    """Sleep at random before every computation and message of a stage (a stress test)."""
+    import random
+    import time
+
+    from megatron_bpipe.integration.megatron_stage import MegatronStage
+
+    dice = random.Random(f"{seed} {os.environ['RANK']}")
+
+    def delayed(stock: Callable[..., Any]) -> Callable[..., Any]:
+        def call(self: Any, *positional: Any) -> Any:
+            time.sleep(dice.random() ** 3 * most)
+            return stock(self, *positional)
+
+        return call
+
+    for name in ("forward", "backward", "recv_forward", "send_forward", "recv_backward"):
+        setattr(MegatronStage, name, delayed(getattr(MegatronStage, name)))
+
+
+def watch_memory(job: dict[str, Any]) -> None:
+    """Write this rank's resident memory and the allocator's bytes after every step."""
+    import json
+
+    import psutil
+
+    from megatron_bpipe.runtime.memory import allocated_bytes
+
+    process = psutil.Process()
+    rows = []
+
+    def look(step: int, model: Any, result: Any) -> None:
+        rows.append([process.memory_info().rss, allocated_bytes(torch.device("cpu"))])
+        if step % 100 == 0:
+            path = Path(job["out"], f"memory{os.environ['RANK']}.json")
+            path.write_text(json.dumps(rows))
+
+    after_each_step(look)

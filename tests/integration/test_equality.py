@@ -11,29 +11,42 @@ import pytest
 from tests.harness import Megatron
 from tests.harness.compare import difference, evicted
 from tests.harness.models import TAMPER, gpt
+from tests.integration.combinations import COMBINATIONS
 
-CASES = {
-    "pp4 fp32": (4, gpt(4)),
-    "pp4 bf16": (4, gpt(4, 8, None, "--bf16")),
-    "pp4 evaluation between steps": (
-        4,
-        gpt(4, 8, None, "--eval-iters", "2", "--eval-interval", "3"),
-    ),
-    "pp8 fp32": (8, gpt(8, 9)),
-    "pp8 bf16": (8, gpt(8, 9, None, "--bf16")),
-}
+CASES = [
+    pytest.param(name, marks=() if case.quick else pytest.mark.long)
+    for name, case in COMBINATIONS.items()
+]
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_bitwise_equal(megatron: Megatron, case: str) -> None:
-    world, flags = CASES[case]
-    stock = megatron.train(flags, world=world)
-    bpipe = megatron.train([*flags, "--bpipe"], world=world)
+@pytest.mark.parametrize("name", CASES)
+def test_bitwise_equal(megatron: Megatron, name: str) -> None:
+    case = COMBINATIONS[name]
+    stock = megatron.train(case.flags, world=case.world, hooks=case.hooks)
+    bpipe = megatron.train([*case.flags, "--bpipe"], world=case.world, hooks=case.hooks)
     assert difference(stock, bpipe) is None
-    assert evicted(bpipe) > 0
     assert evicted(stock) == 0
+    assert evicted(bpipe) > 0
     for stage in bpipe.memory["stages"]:
         assert stage["evicted_bytes"] == stage["loaded_bytes"]
+        assert stage["peak_microbatches"] <= bpipe.memory["budget"]
+
+
+TWO_SIDED = ["pp4", "pp8", "tp2 with sequence parallelism", "m < p", "odd p, 5"]
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n == "pp4" else pytest.mark.long) for n in TWO_SIDED]
+)
+def test_bitwise_equal_over_messages(megatron: Megatron, name: str) -> None:
+    """The two-sided transport, for pairs that share no memory."""
+    case = COMBINATIONS[name]
+    stock = megatron.train(case.flags, world=case.world)
+    flags = [*case.flags, "--bpipe", "--bpipe-transport", "p2p"]
+    bpipe = megatron.train(flags, world=case.world)
+    assert difference(stock, bpipe) is None
+    assert evicted(bpipe) > 0
+    assert "transport p2p" in bpipe.log(0)
 
 
 def test_keep_local_is_equal_too(megatron: Megatron) -> None:

@@ -17,6 +17,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from megatron_bpipe.runtime.activation import IllegalMoveError, ModifiedInPlaceError
 from megatron_bpipe.runtime.graph import Kept, roots_of, saved_storages
 from megatron_bpipe.runtime.store import ActivationStore
+from megatron_bpipe.runtime.transport.meeting import Meeting
 from megatron_bpipe.runtime.transport.shared_memory import (
     SharedMemoryLender,
     SharedMemoryTransport,
@@ -61,8 +62,8 @@ def ends() -> Iterator[tuple[ActivationStore, list[SharedMemoryLender]]]:
     lenders = []
 
     def connect(size: int) -> SharedMemoryTransport:
-        transport = SharedMemoryTransport(handshake, "0-1", size, deadline=10)
-        lenders.append(SharedMemoryLender(handshake, "0-1"))
+        transport = SharedMemoryTransport(Meeting(handshake, "0-1", "evictor", 10), size)
+        lenders.append(SharedMemoryLender(Meeting(handshake, "0-1", "acceptor", 10)))
         return transport
 
     store = ActivationStore(connect)

@@ -54,5 +54,14 @@ class Lender(Protocol):
     def pool_bytes(self) -> int:
         """Bytes lent now."""
 
+    def accept(self, microbatch: int) -> None:
+        """AC: be ready for an evicted micro-batch; returns at once."""
+
+    def give_back(self, microbatch: int) -> None:
+        """RT: send it back; returns at once."""
+
+    def finish(self) -> None:
+        """Raise unless every transfer of the iteration is over and nothing is left."""
+
     def close(self) -> None:
         """Free the pool."""

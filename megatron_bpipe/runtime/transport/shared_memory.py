@@ -1,8 +1,8 @@
 """The one-sided transport on one host: a pool that the acceptor allocates and only lends.
 
     evictor                               acceptor
-    F0 ends: posts the bytes it wants ->  reads it at its next step, allocates a memfd, touches
-    maps the pool                     <-  every page, posts (host, pid, descriptor, bytes)
+    F0 ends: says what it wants       ->  allocates a memfd of that size, touches every page
+    maps the pool                     <-  says where it is (pid, descriptor, bytes)
     writes and reads it, alone            never looks at it again
 
 A memfd has no name: nothing can stay behind whoever dies, and Docker's 64 MiB ``/dev/shm`` does
@@ -14,66 +14,48 @@ from __future__ import annotations
 import json
 import mmap
 import os
-import platform
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
 
 import torch
 
 from ..activation import padded
 from .base import TransportError
 from .copier import Copier, CopyTicket
+from .meeting import Meeting
 from .room import Extent, Room
-
-
-class KeyValueStore(Protocol):
-    """The part of torch.distributed's store that the handshake uses."""
-
-    def set(self, key: str, value: str) -> None:
-        """Publish ``value``."""
-
-    def get(self, key: str) -> bytes:
-        """Wait for ``key``, at most the store's time-out."""
-
-
-def host_identity() -> str:
-    """Same string exactly for processes of one running kernel."""
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    return boot.read_text().strip() if boot.exists() else platform.node()
 
 
 class SharedMemoryLender:
     """The acceptor's end: allocates the pool, touches its pages, keeps it until closed.
 
     Raises:
-        TransportError: the evictor asked for nothing within the store's time-out, or the kernel
-            has no memory for the pool.
+        TransportError: the evictor does not ask in time, or there is no memory for the pool.
     """
 
-    def __init__(self, store: KeyValueStore, pair: str) -> None:
-        wanted = int(_get(store, f"{pair}/want", pair))
+    def __init__(self, meeting: Meeting) -> None:
+        wanted = int(meeting.hear("want"))
+        _check_available(wanted, meeting.pair)
         try:
-            self._descriptor = os.memfd_create(f"bpipe-{pair}")
-            os.ftruncate(self._descriptor, wanted)
+            self._descriptor = os.memfd_create(f"bpipe-{meeting.pair}")
             os.posix_fallocate(self._descriptor, 0, wanted)  # raises now, not SIGBUS later
         except OSError as error:
-            raise TransportError(
-                f"pair {pair}: the acceptor could not allocate a pool of {wanted} bytes ({error}); "
-                "raise the memory limit, use a larger --bpipe-budget or fewer GPUs per node"
-            ) from error
-        offer = {
-            "host": host_identity(),
-            "pid": os.getpid(),
-            "fd": self._descriptor,
-            "bytes": wanted,
-        }
-        store.set(f"{pair}/lend", json.dumps(offer))
+            raise _no_memory(meeting.pair, wanted, str(error)) from error
+        meeting.tell("lend", json.dumps([os.getpid(), self._descriptor, wanted]))
 
     @property
     def pool_bytes(self) -> int:
         """Bytes of the file now, the evictor's extensions included."""
         return os.fstat(self._descriptor).st_size
+
+    def accept(self, microbatch: int) -> None:
+        """Nothing to do: the evictor writes by itself."""
+
+    def give_back(self, microbatch: int) -> None:
+        """Nothing to do: the evictor reads by itself."""
+
+    def finish(self) -> None:
+        """Nothing can be under way on this side."""
 
     def close(self) -> None:
         """Free the pool (its pages go when the evictor has unmapped them too)."""
@@ -86,20 +68,18 @@ class SharedMemoryTransport:
     """The evictor's end.
 
     Args:
-        store: where the two ends find each other.
-        pair: name of the pair, the same on both ends.
+        meeting: with the acceptor, which must be on this host.
         wanted: bytes of the pool to ask for.
-        deadline: seconds any one copy may take.
     """
 
-    def __init__(self, store: KeyValueStore, pair: str, wanted: int, deadline: float) -> None:
-        self.pair = pair
-        self._store = store
+    def __init__(self, meeting: Meeting, wanted: int) -> None:
+        self.pair = meeting.pair
+        self._meeting = meeting
         self._segments: list[torch.Tensor] = []
         self._room = Room()
-        self._copier = Copier(deadline)
+        self._copier = Copier(meeting.deadline)
         self._descriptor = -1
-        store.set(f"{pair}/want", str(max(wanted, mmap.PAGESIZE)))
+        meeting.tell("want", str(max(wanted, mmap.PAGESIZE)))
 
     def evict(self, microbatch: int, pieces: Sequence[torch.Tensor]) -> CopyTicket:
         """See `Transport`."""
@@ -143,32 +123,26 @@ class SharedMemoryTransport:
         return extent
 
     def _map_lent_pool(self) -> None:
-        offer = json.loads(_get(self._store, f"{self.pair}/lend", self.pair))
-        if offer["host"] != host_identity():
-            raise TransportError(
-                f"pair {self.pair}: evictor and acceptor run on different hosts, which share no "
-                "memory; place pairs on one node"
-            )
-        path = f"/proc/{offer['pid']}/fd/{offer['fd']}"
+        pid, descriptor, size = json.loads(self._meeting.hear("lend"))
+        path = f"/proc/{pid}/fd/{descriptor}"
         try:
             self._descriptor = os.open(path, os.O_RDWR)
         except OSError as error:
             raise TransportError(
                 f"pair {self.pair}: cannot open the pool lent at {path} ({error}); both ranks must "
-                "run as one user in one PID namespace (one container per node)"
+                "run on one host, as one user, in one PID namespace (one container per node); "
+                "or use --bpipe-transport p2p"
             ) from error
-        self._map(0, offer["bytes"])
+        self._map(0, size)
 
     def _lengthen(self, size: int) -> None:
         old = os.fstat(self._descriptor).st_size
         start = -(-old // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
+        _check_available(size, self.pair)
         try:
             os.posix_fallocate(self._descriptor, start, size)
         except OSError as error:
-            raise TransportError(
-                f"pair {self.pair}: a micro-batch of {size} bytes does not fit into the pool of "
-                f"{old} bytes, and the host has no memory to lengthen it ({error})"
-            ) from error
+            raise _no_memory(self.pair, size, str(error)) from error
         self._map(start, size)
 
     def _map(self, start: int, size: int) -> None:
@@ -185,10 +159,26 @@ class SharedMemoryTransport:
         return slot
 
 
-def _get(store: KeyValueStore, key: str, pair: str) -> bytes:
-    try:
-        return store.get(key)
-    except Exception as error:
-        raise TransportError(
-            f"pair {pair}: the other end did not answer within the store's time-out ({error})"
-        ) from error
+def available_bytes() -> int | None:
+    """Memory this host can still give, None where the kernel does not say."""
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():
+        return None
+    for line in meminfo.read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def _check_available(wanted: int, pair: str) -> None:
+    """The kernel would rather kill a process than refuse pages, so look first."""
+    available = available_bytes()
+    if available is not None and wanted > available:
+        raise _no_memory(pair, wanted, f"the host has {available} bytes available")
+
+
+def _no_memory(pair: str, wanted: int, why: str) -> TransportError:
+    return TransportError(
+        f"pair {pair}: no memory for a pool of {wanted} bytes on the acceptor's host ({why}); "
+        "use a larger --bpipe-budget, a smaller micro-batch or fewer ranks a host"
+    )

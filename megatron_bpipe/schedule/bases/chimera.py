@@ -10,8 +10,9 @@ Forward i of a half stands at time x + 2i, its backward at 2p-1-x + 2i (x counte
 half enters); for even p the halves never want a stage at once.  Further groups of p follow 2p
 later and fill the gaps of the one before ("direct concatenation").
 
-Bubble (p-2)/(2m+p-2) with F = B: half of 1F1B's; two copies of the weights; at most p/2 + ...
-p activations.  Source: Li and Hoefler 2021, "Chimera".
+Bubble (p-2)/(2m+p-2) with F = B: half of 1F1B's; two copies of the weights; from
+p/2 + 1 micro-batches on the outer stages to p on the inner ones.
+Source: Li and Hoefler 2021, "Chimera".
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ def chimera(p: int, m: int) -> Schedule:
     """Chimera of ``m`` micro-batches; raises ValueError unless p is even and m a multiple of p."""
     check_sizes(p, m, multiple=True, name="Chimera")
     if p % 2:
-        raise ValueError(f"p is {p}: Chimera needs an even number of stages; use {p - 1} or {p + 1}")
+        raise ValueError(f"p is {p}: Chimera needs an even number of stages; use {p + 1}")
     stages = []
     for stage in range(p):
         timed = []

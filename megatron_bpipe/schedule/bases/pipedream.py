@@ -48,7 +48,7 @@ def pipedream_2bw(p: int, m: int, group: int | None = None) -> Schedule:
     base = one_f_one_b(p, m)
     size = p if group is None else group
     if size < p:
-        raise ValueError(f"group is {size}: two weight versions need at least p = {p} micro-batches")
+        raise ValueError(f"group is {size}: two weight versions need p = {p} or more")
 
     def versioned(op: Op) -> Op:
         return replace(op, version=max(0, op.microbatch // size - 1))

@@ -23,7 +23,10 @@ def parsed(argv: list[str], world: int) -> Any:
         LOCAL_WORLD_SIZE=str(min(world, 8)),
     )
     os.environ.pop("BPIPE_PHYSICAL_RANK", None)
-    sys.argv = ["pretrain_gpt.py", *argv]
+    sys.argv = [
+        "pretrain_gpt.py",
+        *[w for w in argv if w not in ("--bpipe-placement", "pair-adjacent")],
+    ]
     megatron_bpipe.install()
     try:
         args = arguments.parse_args()  # unknown flags end it

@@ -1,0 +1,42 @@
+"""``doctor``: say whether --bpipe can run here, and what is missing."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the ``doctor`` subcommand."""
+    parser = subparsers.add_parser(
+        "doctor",
+        help="say whether --bpipe can run here, and what is missing",
+        description="Looks at versions, Megatron's hook points, GPUs, transports and limits. "
+        "Exit status 0 if --bpipe can run, 1 if not.",
+    )
+    parser.add_argument("--json", action="store_true", help="print findings as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Examine and print."""
+    import logging
+    import warnings
+
+    warnings.simplefilter("ignore")  # Megatron warns of every optional package at import
+    logging.disable(logging.WARNING)
+    from megatron_bpipe.integration.doctor import can_run, examine
+
+    findings = examine()
+    runs = can_run(findings)
+    if args.json:
+        print(json.dumps({"can_run": runs, "findings": [asdict(f) for f in findings]}, indent=1))
+        return 0 if runs else 1
+    width = max(len(f.name) for f in findings)
+    for f in findings:
+        mark = "ok     " if f.ok else "MISSING" if f.needed else "note   "
+        print(f"{mark} {f.name:{width}}  {f.found}")
+        if not f.ok and f.remedy:
+            print(f"{'':8}{'':{width}}  -> {f.remedy}")
+    print(f"--bpipe {'can' if runs else 'cannot'} run here")
+    return 0 if runs else 1

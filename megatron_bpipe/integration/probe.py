@@ -1,0 +1,117 @@
+"""Does the Megatron at hand have everything this patch set touches? By capability, not version.
+
+Every symbol is named once here, with the parameters that are passed to it. What may be absent in
+some releases (`call_known` then leaves an argument out) is not asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from dataclasses import dataclass
+
+SCHEDULES = "megatron.core.pipeline_parallel.schedules"
+ARGUMENTS = "megatron.training.arguments"
+TRAINING = "megatron.training.training"
+
+
+@dataclass(frozen=True)
+class HookPoint:
+    """A symbol that is replaced, wrapped or called.
+
+    Attributes:
+        module: where it lives.
+        name: its name there, dotted for a class's method.
+        parameters: names it must accept.
+        training: it belongs to the training loop, which early wheels lack.
+    """
+
+    module: str
+    name: str
+    parameters: tuple[str, ...] = ()
+    training: bool = False
+
+    def __str__(self) -> str:
+        takes = f"({', '.join(self.parameters)})" if self.parameters else ""
+        return f"{self.module}.{self.name}{takes}"
+
+
+HOOK_POINTS = (
+    HookPoint(
+        SCHEDULES,
+        "forward_backward_pipelining_without_interleaving",
+        (
+            *("forward_step_func", "data_iterator", "model", "num_microbatches", "seq_length"),
+            *("micro_batch_size", "decoder_seq_length", "forward_only", "collect_non_loss_data"),
+            *("first_val_step", "adjust_tensor_shapes_fn", "p2p_communicator"),
+        ),
+    ),
+    HookPoint(
+        SCHEDULES,
+        "forward_step",
+        (
+            *("forward_step_func", "data_iterator", "model", "num_microbatches", "input_tensor"),
+            *("forward_data_store", "config", "collect_non_loss_data", "current_microbatch"),
+            *("checkpoint_activations_microbatch", "is_first_microbatch"),
+        ),
+    ),
+    HookPoint(
+        SCHEDULES,
+        "backward_step",
+        ("input_tensor", "output_tensor", "output_tensor_grad", "config"),
+    ),
+    HookPoint(SCHEDULES, "deallocate_output_tensor", ("out", "deallocate_pipeline_outputs")),
+    HookPoint(SCHEDULES, "get_tensor_shapes", ("seq_length", "micro_batch_size", "config")),
+    HookPoint(SCHEDULES, "clear_embedding_activation_buffer", ("config", "model")),
+    HookPoint(SCHEDULES, "finish_embedding_wgrad_compute", ("config", "embedding_module")),
+    HookPoint(SCHEDULES, "get_model_config"),
+    HookPoint(SCHEDULES, "get_forward_backward_func"),
+    HookPoint(SCHEDULES, "parallel_state.get_pipeline_model_parallel_group"),
+    HookPoint(SCHEDULES, "P2PCommunicator", ("pp_group", "config")),
+    HookPoint(SCHEDULES, "P2PCommunicator.recv_forward", ("tensor_shapes",)),
+    HookPoint(SCHEDULES, "P2PCommunicator.recv_backward", ("tensor_shapes",)),
+    HookPoint(SCHEDULES, "P2PCommunicator.send_forward", ("output_tensors",)),
+    HookPoint(SCHEDULES, "P2PCommunicator.send_backward", ("input_tensor_grads",)),
+    HookPoint(
+        SCHEDULES, "P2PCommunicator.send_forward_recv_backward", ("output_tensors", "tensor_shapes")
+    ),
+    HookPoint(
+        SCHEDULES,
+        "P2PCommunicator.send_backward_recv_forward",
+        ("input_tensor_grads", "tensor_shapes"),
+    ),
+    HookPoint(ARGUMENTS, "add_megatron_arguments", ("parser",), training=True),
+    HookPoint(ARGUMENTS, "parse_args", training=True),
+    HookPoint(TRAINING, "train", training=True),
+)
+
+
+def missing(*, training: bool) -> list[str]:
+    """Hook points that the importable Megatron lacks, each with what is wrong.
+
+    Args:
+        training: look at the training loop's too (slow to import the first time).
+    """
+    return [
+        f"{point}: {problem}"
+        for point in HOOK_POINTS
+        if (training or not point.training) and (problem := _problem(point)) is not None
+    ]
+
+
+def _problem(point: HookPoint) -> str | None:
+    try:
+        found: object = importlib.import_module(point.module)
+    except ImportError as error:
+        return f"cannot be imported ({error})"
+    for part in point.name.split("."):
+        if not hasattr(found, part):
+            return "is not there"
+        found = getattr(found, part)
+    if point.parameters:
+        taken = inspect.signature(found).parameters  # type: ignore[arg-type]
+        if not any(p.kind is p.VAR_KEYWORD for p in taken.values()):
+            lacking = [name for name in point.parameters if name not in taken]
+            if lacking:
+                return f"does not take {', '.join(lacking)}"
+    return None

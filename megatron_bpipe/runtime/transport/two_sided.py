@@ -1,0 +1,235 @@
+"""The two-sided transport: messages over a process group of the pair's own.
+
+For pairs that share no memory. Both ends keep one worker thread that does its jobs in order; the
+schedule has E and L on the evictor in the same order as AC and RT on the acceptor, so the workers
+meet job by job and the computing threads never wait but at EW and LW.
+
+    evictor                     acceptor
+    E3: sizes, pieces     ->    AC3: sizes, memory for them, pieces
+    L3: pieces            <-    RT3: pieces, memory freed for the next
+
+The group is not the pipeline's: the middle pair are neighbours and partners at once, and gloo
+matches messages by sender and order alone.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .base import TransportError
+
+MOST_PIECES = 4096
+EVICTOR, ACCEPTOR = 0, 1  # ranks in the pair's group
+TAG = 0
+
+
+@dataclass
+class Job:
+    """A transfer on a worker thread; see `Ticket`."""
+
+    label: str
+    action: Callable[[], None] | None
+    deadline: float
+    done: threading.Event = field(default_factory=threading.Event)
+    error: BaseException | None = None
+    started: float = 0.0
+    ended: float = 0.0
+
+    def wait(self) -> None:
+        """Block until over.
+
+        Raises:
+            TransportError: it failed, or is not over within the deadline.
+        """
+        if not self.done.wait(self.deadline):
+            raise TransportError(f"{self.label} is not over after {self.deadline:.0f} s")
+        if self.error is not None:
+            raise TransportError(f"{self.label} failed: {self.error}") from self.error
+
+    @property
+    def span(self) -> tuple[float, float]:
+        """Start and end in seconds."""
+        return self.started, self.ended
+
+
+class Worker:
+    """Jobs in order on one daemon thread. After a failure every later job fails too."""
+
+    def __init__(self, deadline: float) -> None:
+        self._deadline = deadline
+        self._failed: BaseException | None = None
+        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name="bpipe-messages", daemon=True)
+        self._thread.start()
+
+    def start(self, label: str, action: Callable[[], None]) -> Job:
+        """Queue ``action``."""
+        job = Job(label, action, self._deadline)
+        self._jobs.put(job)
+        return job
+
+    def close(self) -> None:
+        """Stop after what is queued; a worker that hangs in a dead connection is left behind."""
+        self._jobs.put(None)
+        self._thread.join(1.0)
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            job.started = time.perf_counter()
+            try:
+                if self._failed is not None:
+                    raise self._failed
+                assert job.action is not None
+                job.action()
+            except BaseException as error:  # it must reach the thread that waits
+                self._failed = job.error = error
+            job.action = None  # it holds the tensors that are to be freed
+            job.ended = time.perf_counter()
+            job.done.set()
+            del job
+
+
+class TwoSidedTransport:
+    """The evictor's end; see `Transport`.
+
+    Args:
+        group: a process group of this pair, evictor 0 and acceptor 1.
+        pair: the pair's name, for messages.
+        deadline: seconds any one transfer may take.
+    """
+
+    def __init__(self, group: Any, pair: str, deadline: float) -> None:
+        self._group, self._pair = group, pair
+        self._worker = Worker(deadline)
+        self._sizes: dict[int, int] = {}
+
+    def evict(self, microbatch: int, pieces: Sequence[torch.Tensor]) -> Job:
+        """See `Transport`."""
+        pieces = list(pieces)
+        if len(pieces) > MOST_PIECES:
+            raise TransportError(
+                f"pair {self._pair}: micro-batch {microbatch} has {len(pieces)} storages, "
+                f"more than the {MOST_PIECES} that one message header can name"
+            )
+        self._sizes[microbatch] = sum(p.numel() for p in pieces)
+
+        def send() -> None:
+            header = torch.zeros(MOST_PIECES + 1, dtype=torch.int64)
+            header[0] = len(pieces)
+            header[1 : len(pieces) + 1] = torch.tensor([p.numel() for p in pieces])
+            _wait([self._group.send([t], ACCEPTOR, TAG) for t in (header, *pieces)])
+
+        return self._worker.start(f"E{microbatch} to {self._pair}", send)
+
+    def load(self, microbatch: int, pieces: Sequence[torch.Tensor]) -> Job:
+        """See `Transport`."""
+        pieces = list(pieces)
+
+        def receive() -> None:
+            _wait([self._group.recv([p], ACCEPTOR, TAG) for p in pieces])
+
+        return self._worker.start(f"L{microbatch} from {self._pair}", receive)
+
+    def release(self, microbatch: int) -> None:
+        """See `Transport`; the acceptor freed the memory when it had sent it back."""
+        del self._sizes[microbatch]
+
+    @property
+    def occupied_bytes(self) -> int:
+        """See `Transport`."""
+        return sum(self._sizes.values())
+
+    def close(self) -> None:
+        """See `Transport`."""
+        self._worker.close()
+
+
+class TwoSidedLender:
+    """The acceptor's end; see `Lender`.
+
+    Memory is kept between transfers and used again for one that is not larger.
+    """
+
+    def __init__(self, group: Any, pair: str, device: torch.device, deadline: float) -> None:
+        self._group, self._pair = group, pair
+        self._device = device
+        self._worker = Worker(deadline)
+        self._free: list[torch.Tensor] = []
+        self._held: dict[int, list[torch.Tensor]] = {}
+        self._memory: dict[int, torch.Tensor] = {}
+        self._jobs: list[Job] = []
+
+    @property
+    def pool_bytes(self) -> int:
+        """All memory that lies here for the partner."""
+        return sum(m.numel() for m in [*self._free, *self._memory.values()])
+
+    def accept(self, microbatch: int) -> None:
+        """AC: be ready for an evicted micro-batch."""
+
+        def receive() -> None:
+            header = torch.zeros(MOST_PIECES + 1, dtype=torch.int64)
+            _wait([self._group.recv([header], EVICTOR, TAG)])
+            sizes = header[1 : int(header[0]) + 1].tolist()
+            memory = self._room(sum(sizes))
+            self._memory[microbatch] = memory
+            self._held[microbatch] = list(memory[: sum(sizes)].split(sizes))
+            _wait([self._group.recv([p], EVICTOR, TAG) for p in self._held[microbatch]])
+
+        self._start(f"AC{microbatch} of {self._pair}", receive)
+
+    def give_back(self, microbatch: int) -> None:
+        """RT: send it back."""
+
+        def send() -> None:
+            _wait([self._group.send([p], EVICTOR, TAG) for p in self._held.pop(microbatch)])
+            self._free.append(self._memory.pop(microbatch))
+
+        self._start(f"RT{microbatch} of {self._pair}", send)
+
+    def finish(self) -> None:
+        """The iteration is over: so must all transfers be.
+
+        Raises:
+            TransportError: one failed, is not over in time, or a micro-batch was never fetched.
+        """
+        jobs, self._jobs = self._jobs, []
+        for job in jobs:
+            job.wait()
+        if self._held:
+            raise TransportError(f"pair {self._pair}: micro-batches {sorted(self._held)} are left")
+
+    def close(self) -> None:
+        """Stop the thread, free the memory."""
+        self._worker.close()
+        self._free.clear()
+        self._held.clear()
+        self._memory.clear()
+
+    def _start(self, label: str, action: Callable[[], None]) -> None:
+        for job in self._jobs:
+            if job.error is not None:
+                job.wait()  # raises: do not go on computing after a lost transfer
+        self._jobs.append(self._worker.start(label, action))
+
+    def _room(self, size: int) -> torch.Tensor:
+        fits = [m for m in self._free if m.numel() >= size]
+        if fits:
+            best = min(fits, key=torch.Tensor.numel)
+            self._free = [m for m in self._free if m is not best]
+            return best
+        if self._free:  # too small for this one: make it larger instead of one more
+            self._free.pop()
+        return torch.empty(size, dtype=torch.uint8, device=self._device)
+
+
+def _wait(requests: list[Any]) -> None:
+    for request in requests:
+        request.wait()

@@ -1,0 +1,202 @@
+"""What is drawn, whoever draws it: boxes on lanes, moves between lanes, memory curves below.
+
+A panel is one run, simulated (``panel_of``) or recorded (``recorded.panel``).  A panel may carry a
+``ghost``, another run of the same schedule drawn behind it: prediction and measurement lie over
+each other.
+
+Units: seconds from the start of the iteration; memory in bytes, or micro-batches where no sizes
+are known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_bpipe.schedule.ops import UP, Kind, Op, Schedule, partner
+from megatron_bpipe.simulate.memory import StageBytes, memory_steps
+from megatron_bpipe.simulate.result import Simulation, bubble_ratio
+
+
+@dataclass(frozen=True)
+class Box:
+    """A computation on a stage."""
+
+    stage: int
+    op: str
+    kind: str  # F, B or W
+    microbatch: int
+    chunk: int
+    up: bool
+    start: float
+    end: float
+
+
+@dataclass(frozen=True)
+class Move:
+    """A copy between two stages (``target`` None: the host's memory)."""
+
+    op: str
+    kind: str  # E or L
+    microbatch: int
+    source: int | None
+    target: int | None
+    start: float
+    end: float
+    size: int
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Memory of one stage: constant parts by name, and (time, resident, in flight) steps."""
+
+    stage: int
+    constant: tuple[tuple[str, float], ...]
+    steps: tuple[tuple[float, float, float], ...]
+
+    @property
+    def peak(self) -> float:
+        """Most at any time."""
+        return sum(v for _, v in self.constant) + max((a + b for _, a, b in self.steps), default=0)
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One run."""
+
+    title: str
+    facts: tuple[tuple[str, str], ...]
+    stages: int
+    end: float
+    boxes: tuple[Box, ...]
+    moves: tuple[Move, ...]
+    curves: tuple[Curve, ...]
+    budget: float | None
+    ghost: Panel | None = None
+
+
+@dataclass(frozen=True)
+class Picture:
+    """Panels side by side; ``unit`` of memory is "bytes" or "micro-batches", of time "s" or ""."""
+
+    panels: tuple[Panel, ...]
+    memory_unit: str
+    time_unit: str
+
+    @property
+    def end(self) -> float:
+        """The longest panel's end: all share one axis."""
+        return max(max(p.end, p.ghost.end if p.ghost else 0.0) for p in self.panels)
+
+    @property
+    def most_memory(self) -> float:
+        """The highest curve: all share one axis."""
+        panels = [q for p in self.panels for q in (p, p.ghost) if q is not None]
+        return max((c.peak for p in panels for c in p.curves), default=0.0)
+
+
+def panel_of(
+    simulation: Simulation,
+    sizes: Sequence[StageBytes] | None = None,
+    title: str | None = None,
+    time_unit: str = "",
+) -> Panel:
+    """A simulated run; without ``sizes`` memory is counted in micro-batches."""
+    schedule = simulation.schedule
+    curves = _curves(simulation, sizes)
+    known = sizes is not None
+    peak = max((curve.peak for curve in curves), default=0.0)
+    facts = [
+        ("iteration", time_text(simulation.seconds, time_unit)),
+        ("bubble", f"{100 * bubble_ratio(simulation):.1f} %"),
+        ("peak", memory_text(peak, "bytes" if known else "micro-batches")),
+    ]
+    moves = tuple(_moves(simulation, sizes))
+    if moves:
+        facts.append(("evictions", str(sum(move.kind == "E" for move in moves))))
+    budget = None if known or schedule.budget is None else float(schedule.budget)
+    return Panel(
+        title=title or schedule.name,
+        facts=tuple(facts),
+        stages=schedule.p,
+        end=simulation.pipeline_seconds,
+        boxes=tuple(_boxes(simulation)),
+        moves=moves,
+        curves=tuple(curves),
+        budget=budget,
+    )
+
+
+def box_of(op: Op, stage: int, start: float, end: float) -> Box:
+    """The box of a computation."""
+    return Box(
+        stage, str(op), op.kind.value, op.microbatch, op.chunk, op.direction is UP, start, end
+    )
+
+
+def move_of(
+    op: Op, stage: int, schedule: Schedule | None, p: int, span: tuple[float, float], size: int
+) -> Move:
+    """The move of an eviction or load (or of the wait for it)."""
+    to_host = schedule is not None and schedule.to_host
+    other = None if to_host else partner(stage, p)
+    leaves = op.kind in (Kind.EVICT, Kind.EVICT_WAIT)
+    source, target = (stage, other) if leaves else (other, stage)
+    kind = "E" if leaves else "L"
+    return Move(f"{kind}{op.microbatch}", kind, op.microbatch, source, target, *span, size)
+
+
+def _boxes(simulation: Simulation) -> list[Box]:
+    return [
+        box_of(op, stage, simulation.starts[stage][n], simulation.ends[stage][n])
+        for stage, line in enumerate(simulation.schedule.stages)
+        for n, op in enumerate(line)
+        if op.kind.computation
+    ]
+
+
+def _moves(simulation: Simulation, sizes: Sequence[StageBytes] | None) -> list[Move]:
+    out = []
+    for transfer in simulation.transfers:
+        stage, op = transfer.stage, transfer.op
+        size = 0
+        if sizes is not None:
+            here = sizes[stage]
+            size = here.activation[0] if here.moved is None else here.moved
+        span = (transfer.start, transfer.end)
+        out.append(move_of(op, stage, simulation.schedule, simulation.schedule.p, span, size))
+    return out
+
+
+def _curves(simulation: Simulation, sizes: Sequence[StageBytes] | None) -> list[Curve]:
+    chunks = 1 + max((op.chunk for op in simulation.schedule.stages[0]), default=0)
+    unit = 1 / chunks if sizes is None else 1.0
+    given = (StageBytes((1,)),) * simulation.schedule.p if sizes is None else tuple(sizes)
+    curves = []
+    for stage, memory in enumerate(memory_steps(simulation, given)):
+        constant = (
+            ("weights", float(memory.weights)),
+            ("gradients", float(memory.gradients)),
+            ("optimizer", float(memory.optimizer)),
+            ("pool", unit * memory.pool),
+        )
+        steps = tuple((time, unit * a, unit * b) for time, a, b in memory.steps)
+        curves.append(Curve(stage, tuple((n, v) for n, v in constant if v), steps))
+    return curves
+
+
+def time_text(value: float, unit: str) -> str:
+    """A time for people: 12.3 ms, 1.23 s, or 22 without a unit."""
+    if unit != "s":
+        return f"{value:.4g}"
+    return f"{value:.3g} s" if value >= 1 else f"{1000 * value:.3g} ms"
+
+
+def memory_text(value: float, unit: str) -> str:
+    """A size for people: 3.2 GiB, 17 MiB, 4.5 micro-batches."""
+    if unit != "bytes":
+        return f"{value:.3g} {unit}"
+    for power, name in ((30, "GiB"), (20, "MiB"), (10, "KiB")):
+        if value >= 2**power:
+            return f"{value / 2**power:.3g} {name}"
+    return f"{value:.0f} B"

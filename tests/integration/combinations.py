@@ -1,0 +1,83 @@
+"""What people combine with pipelines, as Megatron flags: name -> (ranks, flags, probes, long)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from tests.harness.models import gpt
+
+FUSION = {"call": "tests.harness.rank:gradient_accumulation_fusion", "with": {}}
+MOE = ["--num-experts", "4", "--moe-router-topk", "2", "--moe-token-dispatcher-type", "alltoall"]
+LLAMA = [
+    *("--swiglu", "--normalization", "RMSNorm", "--disable-bias-linear"),
+    *("--group-query-attention", "--num-query-groups", "2", "--position-embedding-type", "rope"),
+    "--untie-embeddings-and-output-weights",
+]
+DISTRIBUTED_OPTIMIZER = [
+    *("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"),
+]
+
+
+@dataclass(frozen=True)
+class Combination:
+    """One case of the equality tests; ``quick`` ones run by default, the others with --all."""
+
+    world: int
+    flags: list[str]
+    hooks: list[dict[str, Any]] = field(default_factory=list)
+    quick: bool = False
+
+
+def four(*extra: str, microbatches: int = 8) -> list[str]:
+    """PP 4."""
+    return gpt(4, microbatches, None, *extra)
+
+
+COMBINATIONS = {
+    "pp4": Combination(4, four(), quick=True),
+    "pp4 bf16": Combination(4, four("--bf16"), quick=True),
+    "pp4 fp16 with loss scaling": Combination(4, four("--fp16", "--initial-loss-scale", "1024")),
+    "pp8": Combination(8, gpt(8, 9), quick=True),
+    "pp8 bf16": Combination(8, gpt(8, 9, None, "--bf16")),
+    "evaluation between steps": Combination(
+        4, four("--eval-iters", "2", "--eval-interval", "3"), quick=True
+    ),
+    "tp2 with sequence parallelism": Combination(
+        8, four("--tensor-model-parallel-size", "2", "--sequence-parallel"), quick=True
+    ),
+    "dp2 distributed optimizer, both overlaps": Combination(
+        8, four(*DISTRIBUTED_OPTIMIZER, microbatches=16), quick=True
+    ),
+    "dp2 distributed optimizer, overlaps, gradient-accumulation fusion": Combination(
+        8, four(*DISTRIBUTED_OPTIMIZER, microbatches=16), [FUSION]
+    ),
+    "selective recompute": Combination(4, four("--recompute-granularity", "selective")),
+    "full recompute with dropout": Combination(
+        4,
+        four(
+            *("--recompute-granularity", "full", "--recompute-method", "uniform"),
+            *("--recompute-num-layers", "1", "--attention-dropout", "0.1"),
+            *("--hidden-dropout", "0.1"),
+        ),
+        quick=True,
+    ),
+    "dropout": Combination(4, four("--attention-dropout", "0.1", "--hidden-dropout", "0.1")),
+    "odd p, 5": Combination(5, gpt(5, 11)),
+    "odd p, 7": Combination(7, gpt(7, 9)),
+    "m < p": Combination(8, gpt(8, 6)),
+    "m = p": Combination(4, four(microbatches=4)),
+    "m no multiple of p": Combination(4, four(microbatches=7)),
+    "untied embeddings": Combination(4, four("--untie-embeddings-and-output-weights")),
+    "LLaMA-like": Combination(4, four(*LLAMA), quick=True),
+    "LLaMA-like, tp2, sequence parallelism, bf16": Combination(
+        8,
+        four(*LLAMA, "--bf16", "--tensor-model-parallel-size", "2", "--sequence-parallel"),
+    ),
+    "MoE, 4 experts": Combination(4, four(*MOE)),
+    "ramp-up of the batch size": Combination(
+        4, four("--rampup-batch-size", "6", "2", "40", microbatches=8)
+    ),
+    "rerun state machine": Combination(4, four("--rerun-mode", "validate_results")),
+    "per-token loss": Combination(4, four("--calculate-per-token-loss")),
+}

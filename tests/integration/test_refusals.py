@@ -1,0 +1,104 @@
+"""What cannot work stops every rank before training, with one message that says what to do."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.harness import Megatron
+from tests.harness.models import gpt
+
+PP8 = ["--pipeline-model-parallel-size", "8", "--global-batch-size", "16", "--bpipe"]
+
+# name -> (flags, what the message must name)
+REFUSED = {
+    "p = 1": (
+        ["--bpipe"],
+        ["--pipeline-model-parallel-size is 1", "set it to 4 or more"],
+    ),
+    "interleaving": (
+        [*PP8, "--num-layers-per-virtual-pipeline-stage", "1"],
+        ["--num-layers-per-virtual-pipeline-stage 1", "drop it"],
+    ),
+    "CUDA graphs": ([*PP8, "--cuda-graph-impl", "local"], ["--cuda-graph-impl local", "use none"]),
+    "fine-grained offloading": (
+        [*PP8, "--fine-grained-activation-offloading"],
+        ["--fine-grained-activation-offloading", "use one of the two"],
+    ),
+    "CPU offloading": (
+        [*PP8, "--cpu-offloading-num-layers", "1"],
+        ["--cpu-offloading-num-layers 1", "use one of the two"],
+    ),
+    "paged stash": ([*PP8, "--moe-paged-stash"], ["--moe-paged-stash", "use one of the two"]),
+    "budget too small": (
+        [*PP8, "--bpipe-budget", "4"],
+        ["--bpipe-budget 4", "8 stages", "the least is 5"],
+    ),
+    "budget below one": ([*PP8, "--bpipe-budget", "0"], ["--bpipe-budget 0", "the least is 5"]),
+    "unknown transport": (
+        [*PP8, "--bpipe-transport", "pigeon"],
+        ["--bpipe-transport pigeon", "auto, shm, p2p"],
+    ),
+    "no such data": (
+        [*PP8, "--data-path", "0.3", "nowhere/text"],
+        ["--data-path nowhere/text", "no nowhere/text.bin"],
+    ),
+    "hook point missing": (PP8, ["forward_step", "is not there", "doctor"]),
+}
+
+# name -> (flags, what is said); stock Megatron runs
+STOCK = {
+    "p = 2": (["--pipeline-model-parallel-size", "2", "--bpipe"], "nothing to balance: p = 2"),
+    "p = 3": (["--pipeline-model-parallel-size", "3", "--bpipe"], "nothing to balance: p = 3"),
+    "budget as large as 1F1B's": (
+        [*PP8, "--bpipe-budget", "8"],
+        "nothing to balance: --bpipe-budget is 8",
+    ),
+    "fewer micro-batches than the budget": (
+        ["--pipeline-model-parallel-size", "8", "--global-batch-size", "4", "--bpipe"],
+        "1F1B never holds more than 4",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def answers(megatron: Megatron, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
+    path = tmp_path_factory.mktemp("refusals") / "answers.json"
+    cases = [
+        {"flags": flags, "without": name == "hook point missing"}
+        for name, (flags, _) in [*REFUSED.items(), *STOCK.items()]
+    ]
+    env = {"ANSWERS": str(path)}
+    result = megatron.script("refusals.py", [json.dumps(cases)], world=1, env=env)
+    assert result.ok, result.logs
+    found = json.loads(Path(path).read_text())
+    return dict(zip([*REFUSED, *STOCK], found, strict=True))
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_with_flag_value_and_remedy(answers: dict[str, dict], name: str) -> None:
+    answer = answers[name]
+    assert answer["code"] == 2, answer
+    assert len(answer["error"].strip().splitlines()) == 1
+    for words in REFUSED[name][1]:
+        assert words in answer["error"]
+    assert not answer["active"]
+
+
+@pytest.mark.parametrize("name", STOCK)
+def test_nothing_to_balance_runs_stock_and_says_so(answers: dict[str, dict], name: str) -> None:
+    answer = answers[name]
+    assert answer["code"] is None, answer
+    assert STOCK[name][1] in answer["said"]
+    assert not answer["active"]
+
+
+def test_all_ranks_stop_with_one_message(megatron: Megatron) -> None:
+    result = megatron.train([*gpt(4), "--bpipe", "--bpipe-budget", "2"])
+    assert set(result.status.values()) == {2}
+    logs = "".join(result.log(rank) for rank in range(4))
+    assert logs.count("--bpipe-budget 2 is too small for 4 stages: the least is 3") == 1
+    assert not re.search(r"iteration\s+1/", logs)
