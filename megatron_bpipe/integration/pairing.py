@@ -59,8 +59,9 @@ def open_pair(group: Any, evictor: int, asked: str, deadline: float) -> Pair:
     stages = (evictor, group.size() - 1 - evictor)
     ranks = [dist.get_global_rank(group, stage) for stage in stages]
     end = "evictor" if group.rank() == evictor else "acceptor"
-    store = _store(deadline)
-    meeting = Meeting(store, f"{ranks[0]}-{ranks[1]}", end, deadline)
+    pair = f"{ranks[0]}-{ranks[1]}"
+    store = _store(pair, end, deadline)
+    meeting = Meeting(store, pair, end, deadline)
     meeting.introduce()
     if end == "evictor":
         meeting.tell("transport", _choose(asked, meeting))
@@ -101,9 +102,11 @@ def _choose(asked: str, meeting: Meeting) -> str:
     return "refused" if asked == "shm" and meeting.peer is None else asked
 
 
-def _store(deadline: float) -> Any:
+def _store(pair: str, end: str, deadline: float) -> Any:
+    """The job's store, in a corner that no earlier meeting of this pair has written to."""
     base: Any = dist.distributed_c10d._get_default_store()
     # its own connection: a wait here must not hold up c10d's own requests
     store = dist.PrefixStore("megatron_bpipe", base.clone())
     store.set_timeout(timedelta(seconds=deadline))
-    return store
+    times_met = store.add(f"{pair}/{end}/times", 1)
+    return dist.PrefixStore(str(times_met), store)

@@ -154,7 +154,7 @@ def measured_costs(recording: Recording) -> Costs:
 
 
 def measured_bytes(recording: Recording) -> tuple[StageBytes, ...]:
-    """Bytes of one micro-batch on each stage: its highest live bytes over the micro-batches then."""
+    """Bytes of one micro-batch on each stage: the highest live bytes over those then alive."""
     p = len(recording.stages)
     out = []
     for stage, events in enumerate(recording.stages):

@@ -8,7 +8,10 @@ from typing import Any
 from tests.harness.models import gpt
 
 FUSION = {"call": "tests.harness.rank:gradient_accumulation_fusion", "with": {}}
-MOE = ["--num-experts", "4", "--moe-router-topk", "2", "--moe-token-dispatcher-type", "alltoall"]
+MOE = [
+    *("--num-experts", "4", "--moe-router-topk", "2", "--moe-token-dispatcher-type", "alltoall"),
+    "--disable-bias-linear",  # stock Megatron's local experts fail with a bias
+]
 LLAMA = [
     *("--swiglu", "--normalization", "RMSNorm", "--disable-bias-linear"),
     *("--group-query-attention", "--num-query-groups", "2", "--position-embedding-type", "rope"),

@@ -1,0 +1,242 @@
+"""``simulate``: time a schedule before it runs, and draw it beside another or over a recording."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_bpipe.estimate.calibration import outside_calibration
+from megatron_bpipe.estimate.errors import EstimateError
+from megatron_bpipe.estimate.hardware import gpu_named
+from megatron_bpipe.estimate.models import model_named
+from megatron_bpipe.estimate.op_costs import Inputs, inputs_for
+from megatron_bpipe.estimate.published import EXPERIMENTS
+from megatron_bpipe.estimate.refined import Measured
+from megatron_bpipe.estimate.runs import Layout, Run
+from megatron_bpipe.estimate.tables import published_cases, published_constants
+from megatron_bpipe.schedule.bases.catalogue import CATALOGUE, build, lower_for
+from megatron_bpipe.schedule.ops import Schedule
+from megatron_bpipe.simulate import (
+    Costs,
+    Link,
+    Network,
+    StageBytes,
+    StageCosts,
+    exposed_seconds,
+    simulate,
+)
+from megatron_bpipe.simulate.chrome_trace import chrome_trace
+from megatron_bpipe.simulate.figure import FigureError, write_figure
+from megatron_bpipe.simulate.html import page
+from megatron_bpipe.simulate.overlay import overlay
+from megatron_bpipe.simulate.picture import Panel, Picture, panel_of, time_text
+from megatron_bpipe.simulate.recorded import ReportError, read_report
+from megatron_bpipe.simulate.terminal import draw_panel
+from megatron_bpipe.simulate.units import UnitError, bandwidth, seconds, size
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the ``simulate`` subcommand."""
+    parser = subparsers.add_parser(
+        "simulate",
+        help="time and draw a schedule before it runs, or a recorded run",
+        description=(
+            "Simulate the ops the executor runs and draw them: in the terminal, as a page, a "
+            "figure or a trace. Without costs a forward takes 1 and a backward 2 units of time "
+            "and memory is counted in micro-batches; --model gives the times and bytes of a run."
+        ),
+        epilog="schedules: " + "; ".join(f"{n}: {e.note}" for n, e in CATALOGUE.items()),
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--pp", type=int, metavar="P", help="pipeline stages")
+    add("--microbatches", type=int, metavar="M", help="micro-batches an iteration")
+    add("--base", default="bpipe", metavar="NAME", help="the schedule (default bpipe)")
+    add("--beside", metavar="NAME", help="draw this one beside it (default 1f1b; none: alone)")
+    costs = parser.add_argument_group("costs of one micro-batch on one stage, with units (12ms)")
+    costs.add_argument("--forward", metavar="TIME", help="a forward (default 1, without unit)")
+    costs.add_argument("--backward", metavar="TIME", help="a backward, W included (default 2)")
+    costs.add_argument("--send", metavar="TIME", help="a message between stages (default 0)")
+    costs.add_argument("--transfer", metavar="TIME", help="an eviction or load (default 0)")
+    costs.add_argument("--activation", metavar="SIZE", help="bytes of a micro-batch (3.5GiB)")
+    costs.add_argument("--link", metavar="BANDWIDTH", help="of a pair (300GB/s), for --activation")
+    costs.add_argument("--tp-share", type=float, default=0.0, metavar="U", help=_TP_SHARE)
+    costs.add_argument(
+        "--contention", action="store_true", help="transfers on one port share its bandwidth"
+    )
+    model = parser.add_argument_group("or a training run")
+    model.add_argument("--model", metavar="NAME", help="'LLaMA 65B' or 'GPT-3 96B'")
+    model.add_argument("--gpu", default="A100-80GB", metavar="NAME", help="default A100-80GB")
+    model.add_argument("--tp", type=int, default=4, metavar="T", help="default 4")
+    model.add_argument("--micro-batch", type=int, default=1, metavar="B", help="default 1")
+    model.add_argument("--attention", default="flash", help="none, recompute, flash (default)")
+    model.add_argument("--stage-mfu", type=float, metavar="PERCENT", help=_STAGE_MFU)
+    out = parser.add_argument_group("what to write")
+    out.add_argument("--html", type=Path, metavar="FILE", help="a page that works offline")
+    out.add_argument("--png", type=Path, metavar="FILE", help="a figure (also .pdf)")
+    out.add_argument("--svg", type=Path, metavar="FILE", help="a figure")
+    out.add_argument("--trace", type=Path, metavar="FILE", help="for chrome://tracing or Perfetto")
+    out.add_argument(
+        "--from-report",
+        type=Path,
+        action="append",
+        metavar="DIR",
+        help="draw a recorded run (--bpipe-report) over its prediction; twice for two runs",
+    )
+
+
+_TP_SHARE = "share of a computation in which tensor-parallel traffic keeps the link busy (0..1)"
+_STAGE_MFU = "MFU of a single stage (default: the paper's table 5 where it has that run)"
+
+
+class _UsageError(ValueError):
+    """Names the flag, its value and the remedy."""
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is simulated: costs by schedule, or the same ones for all."""
+
+    args: argparse.Namespace
+    case: Measured | None
+    time_unit: str
+    sizes_known: bool
+
+    def inputs(self, schedule: Schedule) -> Inputs:
+        """Costs, sizes and links for this schedule."""
+        if self.case is not None:
+            found = inputs_for(self.case, published_constants(), schedule)
+            network = Network(
+                found.network.local,
+                host=found.network.host,
+                contention=self.args.contention,
+                tp_share=self.args.tp_share,
+            )
+            return Inputs(found.costs, found.sizes, network)
+        return _given(self.args, schedule)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Simulate, print and write; returns 2 after one line on stderr if that is not possible."""
+    try:
+        if args.from_report:
+            picture = Picture(
+                tuple(overlay(read_report(d), str(d)) for d in args.from_report), "bytes", "s"
+            )
+        else:
+            picture = _simulated(args)
+        _write(args, picture)
+    except (_UsageError, UnitError, EstimateError, ReportError, FigureError) as error:
+        print(f"simulate: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _simulated(args: argparse.Namespace) -> Picture:
+    for flag, value in (("--pp", args.pp), ("--microbatches", args.microbatches)):
+        if value is None or value < 1:
+            raise _UsageError(f"{flag} {value}: give a number of at least 1")
+    if not 0 <= args.tp_share <= 1:
+        raise _UsageError(f"--tp-share {args.tp_share}: a share is from 0 to 1")
+    case = _case(args) if args.model else None
+    plan = _Plan(
+        args, case, "s" if case or args.forward else "", case is not None or bool(args.activation)
+    )
+    beside = ("1f1b" if args.base != "1f1b" else "none") if args.beside is None else args.beside
+    names = [args.base] if beside == "none" else [beside, args.base]
+    panels = tuple(_panel(plan, name) for name in names)
+    return Picture(panels, "bytes" if plan.sizes_known else "micro-batches", plan.time_unit)
+
+
+def _panel(plan: _Plan, name: str) -> Panel:
+    try:
+        schedule = build(name, plan.args.pp, plan.args.microbatches)
+    except ValueError as error:
+        raise _UsageError(f"--base {name}: {error}") from None
+    lowered, buffered = lower_for(schedule)
+    given = plan.inputs(schedule)
+    simulation = simulate(lowered, given.costs, given.network, buffered)
+    panel = panel_of(
+        simulation, given.sizes if plan.sizes_known else None, CATALOGUE[name].note, plan.time_unit
+    )
+    if panel.moves:
+        exposed = time_text(exposed_seconds(simulation), plan.time_unit)
+        panel = Panel(**{**vars(panel), "facts": (*panel.facts, ("exposed transfers", exposed))})
+    return panel
+
+
+def _given(args: argparse.Namespace, schedule: Schedule) -> Inputs:
+    """Costs from the flags; without units the times are plain numbers."""
+    read = seconds if args.forward else float
+    try:
+        forward = read(args.forward) if args.forward else 1.0
+        backward = read(args.backward) if args.backward else 2 * forward
+        send, transfer = (read(v) if v else 0.0 for v in (args.send, args.transfer))
+    except UnitError:
+        raise
+    except ValueError as error:
+        raise _UsageError(f"{error}: with units give --forward too, for example 100ms") from None
+    activation = size(args.activation) if args.activation else 0
+    link = Link(bandwidth(args.link)) if args.link else Link()
+    chunks = 1 + max(op.chunk for op in schedule.stages[0])
+    split = any(op.kind.value == "W" for op in schedule.stages[0])
+    back = backward / 2 if split else backward
+    stage = StageCosts(
+        (forward / chunks,),
+        (back / chunks,),
+        (back / chunks,),
+        evict=transfer,
+        load=transfer,
+        moved=activation // chunks,
+    )
+    return Inputs(
+        Costs((stage,) * schedule.p, send=send),
+        (StageBytes((activation // chunks,)),) * schedule.p,
+        Network(link, host=link, contention=args.contention, tp_share=args.tp_share),
+    )
+
+
+def _case(args: argparse.Namespace) -> Measured:
+    model, gpu = model_named(args.model), gpu_named(args.gpu)
+    layout = Layout(tp=args.tp, pp=args.pp, sequence_parallel=args.tp > 1)
+    batch = args.micro_batch * args.microbatches
+    run = Run(model, layout, args.micro_batch, batch, args.attention)
+    mfu = args.stage_mfu
+    if mfu is None:
+        wanted = (args.model, args.micro_batch, args.attention)
+        known = {(e.model, e.micro_batch, e.attention): e.stage_mfu for e in EXPERIMENTS}
+        if wanted not in known:
+            raise _UsageError(
+                f"--model {args.model} --micro-batch {args.micro_batch} --attention "
+                f"{args.attention}: the paper measured no such stage; give --stage-mfu PERCENT"
+            )
+        mfu = known[wanted]
+    if not 0 < mfu <= 100:
+        raise _UsageError(f"--stage-mfu {mfu}: per cent of the peak, more than 0 and at most 100")
+    for outside in outside_calibration(run, gpu, published_cases()):
+        print(f"extrapolated: {outside}", file=sys.stderr)
+    return Measured(run, gpu, mfu, 0.0)
+
+
+def _write(args: argparse.Namespace, picture: Picture) -> None:
+    width = shutil.get_terminal_size((120, 24)).columns
+    for panel in picture.panels:
+        print(draw_panel(panel, width, picture.memory_unit, picture.time_unit))
+        if panel.ghost:
+            print(draw_panel(panel.ghost, width, picture.memory_unit, picture.time_unit))
+    heading = " beside ".join(panel.title for panel in picture.panels)
+    if args.svg and args.svg.suffix != ".svg":
+        raise _UsageError(f"--svg {args.svg}: the name must end in .svg")
+    try:
+        if args.html:
+            args.html.write_text(page(picture, heading), encoding="utf-8")
+        if args.trace:
+            args.trace.write_text(json.dumps(chrome_trace(picture)), encoding="utf-8")
+        for path in filter(None, (args.png, args.svg)):
+            write_figure(picture, path)
+    except OSError as error:
+        raise _UsageError(f"{error.filename}: {error.strerror}; choose another place") from error

@@ -1,0 +1,144 @@
+"""A loop of one's own on megatron.core: stock and BPipe one after the other in each process.
+
+For what pretrain_gpt.py's flags cannot say on a CPU. Every mode compares losses and gradients of
+three iterations bitwise, and wants something evicted.
+"""
+
+import dataclasses
+import json
+import os
+import sys
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+
+import megatron_bpipe
+
+STAGES, MICROBATCHES, SIZE, LONGEST, VOCABULARY = 4, 8, 2, 64, 128
+
+
+class ScaledDotProductAttention(DotProductAttention):
+    """torch's own attention, in place of Megatron's unfused one."""
+
+    def forward(self, query, key, value, attention_mask, *_, **__):
+        q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return out.permute(2, 0, 1, 3).reshape(query.size(0), query.size(1), -1)
+
+
+def build(mode: str) -> GPTModel:
+    torch.manual_seed(7)
+    tensor_parallel.model_parallel_cuda_manual_seed(7)
+    config = TransformerConfig(
+        num_layers=STAGES,
+        hidden_size=64,
+        num_attention_heads=4,
+        pipeline_model_parallel_size=STAGES,
+        pipeline_dtype=torch.float32,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        variable_seq_lengths=mode == "variable lengths",
+        deallocate_pipeline_outputs=mode != "outputs not deallocated",
+        moe_token_dispatcher_type="alltoall",  # the default refuses variable lengths
+        gradient_accumulation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        num_microbatches_with_partial_activation_checkpoints=(
+            2 if mode == "partial checkpointing" else None
+        ),
+        recompute_method="uniform" if mode == "partial checkpointing" else None,
+        recompute_num_layers=1 if mode == "partial checkpointing" else None,
+    )
+    spec = get_gpt_layer_local_spec()
+    if mode == "SDPA":
+        spec.submodules.self_attention.submodules.core_attention = ScaledDotProductAttention
+    return GPTModel(
+        config=config,
+        transformer_layer_spec=spec,
+        vocab_size=VOCABULARY,
+        max_sequence_length=LONGEST,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+    )
+
+
+def batches(mode: str, iteration: int):
+    dice = torch.Generator().manual_seed(iteration)
+    for _ in range(MICROBATCHES):
+        length = LONGEST
+        if mode == "variable lengths":
+            length = int(torch.randint(2, 9, (), generator=dice)) * 8
+        yield torch.randint(0, VOCABULARY, (SIZE, length + 1), generator=dice)
+
+
+def mean(output: torch.Tensor):
+    loss = output.float().mean()
+    return loss, {"loss": loss.detach().clone()}
+
+
+def forward_step(mode, data, model, checkpoint_all=None):
+    tokens = next(data)
+    inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    length = inputs.size(1)
+    positions = torch.arange(length).expand_as(inputs)
+    mask = torch.ones(1, 1, length, length).tril() < 0.5
+    if mode == "partial checkpointing":
+        model.config.recompute_granularity = "full" if checkpoint_all else None
+    return model(inputs, positions, mask, labels=labels), mean
+
+
+def train(mode: str) -> list:
+    model = build(mode)
+    schedule = get_forward_backward_func()
+    seen = []
+    for iteration in range(3):
+        if mode == "evaluation first":
+            with torch.no_grad():
+                run(schedule, mode, model, 100 + iteration, forward_only=True)
+        model.zero_grad()
+        losses = run(schedule, mode, model, iteration, forward_only=False)
+        seen += [loss["loss"] for loss in losses]
+        seen += [parameter.grad.clone() for parameter in model.parameters()]
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter -= 0.1 * parameter.grad
+    return seen
+
+
+def run(schedule, mode, model, iteration, *, forward_only):
+    return schedule(
+        forward_step_func=partial(forward_step, mode),
+        data_iterator=batches(mode, iteration),
+        model=model,
+        num_microbatches=MICROBATCHES,
+        seq_length=LONGEST,
+        micro_batch_size=SIZE,
+        forward_only=forward_only,
+    )
+
+
+dist.init_process_group("gloo")
+parallel_state.initialize_model_parallel(pipeline_model_parallel_size=STAGES)
+found = {}
+for mode in json.loads(sys.argv[1]):
+    expected = train(mode)
+    for transport in ("shm", "p2p"):
+        options = megatron_bpipe.Options(bpipe=True, transport=transport, deadline=60.0)
+        megatron_bpipe.install(options)
+        actual = train(mode)
+        from megatron_bpipe.integration.install import session
+
+        store = session()._store
+        evicted = dataclasses.asdict(store.totals)["evicted"] if store is not None else 0
+        megatron_bpipe.uninstall()
+        equal = len(actual) == len(expected) and all(map(torch.equal, actual, expected))
+        found[f"{mode}, {transport}"] = {"equal": equal, "evicted": evicted}
+with open(f"{sys.argv[2]}/{os.environ['RANK']}.json", "w") as file:
+    json.dump(found, file)
