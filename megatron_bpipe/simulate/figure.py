@@ -16,8 +16,8 @@ COLORS = {
     "resident": "#8fb8de",
     "in flight": "#dd84b4",
     "pool": "#f3d48b",
-    "weights": "#b9c1ca",
-    "gradients": "#cbd2d9",
+    "weights": "#93a0ad",
+    "gradients": "#bac4cd",
     "optimizer": "#dde2e7",
 }
 SUFFIXES = (".png", ".svg", ".pdf")
@@ -172,7 +172,7 @@ def _legend(figure: Any, picture: Picture) -> None:
         Patch(
             color=COLORS[kind][shade], label=names[kind] + (", second chunk or direction") * shade
         )
-        for kind, shade in sorted(shades, key=lambda s: (s[1], s[0]))
+        for kind, shade in sorted(shades, key=lambda s: (s[1], "FBW".index(s[0])))
     ]
     if any(panel.moves for panel in picture.panels):
         handles += [

@@ -15,7 +15,7 @@ from megatron_bpipe.simulate.recorded import Recording, measured_bytes, measured
 def overlay(recording: Recording, title: str) -> Panel:
     """The recording as a panel whose ghost is the simulation of what ran.
 
-    The simulation knows the medians of the op times only: what lies apart is variation from
+    The simulation knows the means of the op times only: what lies apart is variation from
     micro-batch to micro-batch and what the recording's machine did besides.
     """
     schedule = one_f_one_b(len(recording.stages), recording.microbatches)

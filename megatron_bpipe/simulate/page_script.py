@@ -10,7 +10,7 @@ const COLOR = {
   F: ["#3f7fbf", "#7fb0dd"], B: ["#e39a3b", "#f2c283"], W: ["#6aa56a", "#a3cda3"],
   E: "#c2307f", L: "#0f8f7a",
   resident: "#8fb8de", flying: "#dd84b4", pool: "#f3d48b",
-  weights: "#b9c1ca", gradients: "#cbd2d9", optimizer: "#dde2e7",
+  weights: "#93a0ad", gradients: "#bac4cd", optimizer: "#dde2e7",
 };
 const GUTTER = 66, TAIL = 78, AXIS = 22, GAP = 30;
 const view = { from: 0, to: data.end };
@@ -293,7 +293,8 @@ function drawAll() { for (const plot of plots) plot.draw(); }
 function legend() {
   const kinds = new Set(data.panels.flatMap(p => p.boxes.map(b => b[2] + (b[4] || b[5] ? 1 : 0))));
   const names = { F: "forward", B: "backward", W: "weight gradients" };
-  const parts = [...kinds].sort().map(k => [COLOR[k[0]][+k.slice(1)], names[k[0]] +
+  const order = k => "FBW".indexOf(k[0]) + 3 * +k.slice(1);
+  const parts = [...kinds].sort((a, b) => order(a) - order(b)).map(k => [COLOR[k[0]][+k.slice(1)], names[k[0]] +
     (k.length > 1 && k[1] === "1" ? ", second chunk or direction" : ""), ""]);
   if (data.panels.some(p => p.moves.length))
     parts.push([COLOR.E, "evict", "arrow"], [COLOR.L, "load", "arrow"]);

@@ -126,7 +126,7 @@ def panel(recording: Recording, title: str) -> Panel:
 
 
 def measured_costs(recording: Recording) -> Costs:
-    """Medians of what each stage's ops took: a simulation with these is the prediction.
+    """Means of what each stage's ops took: a simulation with these is the prediction.
 
     A message's own time is what the shortest of them took, since all others also waited.
     """
@@ -144,10 +144,10 @@ def measured_costs(recording: Recording) -> Costs:
             sends += took.get(kind, [])
         stages.append(
             StageCosts(
-                forward=(statistics.median(took[Kind.FORWARD]),),
-                backward=(statistics.median(took[Kind.BACKWARD]),),
-                evict=statistics.median(copies.get(Kind.EVICT_WAIT, [0.0])),
-                load=statistics.median(copies.get(Kind.LOAD_WAIT, [0.0])),
+                forward=(statistics.fmean(took[Kind.FORWARD]),),
+                backward=(statistics.fmean(took[Kind.BACKWARD]),),
+                evict=statistics.fmean(copies.get(Kind.EVICT_WAIT, [0.0])),
+                load=statistics.fmean(copies.get(Kind.LOAD_WAIT, [0.0])),
             )
         )
     return Costs(tuple(stages), send=min(sends, default=0.0))

@@ -78,15 +78,20 @@ class Megatron:
         timeout: float = 240,
         env: dict[str, str] | None = None,
         fresh: bool = False,
+        dump_at: int | None = None,
     ) -> Result:
-        """Train for ``steps`` on ``world`` forked ranks; ``flags`` come on top of the data's."""
+        """Train up to step ``steps`` on ``world`` forked ranks; ``flags`` come with the data's.
+
+        Every rank dumps its state after the ``dump_at``-th step of this run, by default the last.
+        """
         request = {"world": world, "argv": flags, "hooks": hooks or [], "env": env or {}}
         key = json.dumps(request | {"steps": steps})
         if key not in self._results or fresh:
             out = self._new_folder()
             argv = [*flags, *self.data, "--train-iters", str(steps)]
             argv += ["--bpipe-report", str(out / "report")]
-            job = request | {"script": str(SCRIPT), "argv": argv, "dump_at": steps}
+            job = request | {"script": str(SCRIPT), "argv": argv}
+            job["dump_at"] = steps if dump_at is None else dump_at
             self._results[key] = self._run(job, out, timeout)
         return self._results[key]
 

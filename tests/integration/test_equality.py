@@ -6,7 +6,10 @@ one flipped bit in what comes back must show, or the comparison is blind.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+import torch
 
 from tests.harness import Megatron
 from tests.harness.compare import difference, evicted
@@ -68,3 +71,27 @@ def test_the_loss_falls(megatron: Megatron) -> None:
     states = megatron.train([*gpt(4), "--bpipe"]).states
     losses = [step["lm loss"] for step in states[-1]["losses"]]
     assert losses[0] - losses[-1] > 0.5
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("first", ["stock", "bpipe"])
+def test_resume_across_bpipe_on_and_off(megatron: Megatron, tmp_path: Path, first: str) -> None:
+    """Five steps with, five without, from a checkpoint: what ten steps of stock give."""
+    extra = {"stock": [], "bpipe": ["--bpipe"]}
+    other = "bpipe" if first == "stock" else "stock"
+    save = ["--save", str(tmp_path), "--save-interval", "5", "--exit-interval", "5"]
+    begun = megatron.train([*gpt(4), *save, *extra[first]], dump_at=5)
+    assert begun.ok, begun.logs
+    load = ["--load", str(tmp_path)]
+    resumed = megatron.train([*gpt(4), *load, *extra[other]], dump_at=5)
+    assert resumed.ok, resumed.logs
+    whole = megatron.train(gpt(4))
+    assert evicted(begun if first == "bpipe" else resumed) > 0
+    for one, another in zip(whole.states, resumed.states, strict=True):
+        assert one["params"].keys() == another["params"].keys()
+        assert all(map(torch.equal, one["params"].values(), another["params"].values()))
+        assert all(map(torch.equal, one["grads"].values(), another["grads"].values()))
+    losses = [step["lm loss"] for step in whole.states[-1]["losses"]]
+    parts = [step["lm loss"] for run in (begun, resumed) for step in run.states[-1]["losses"]]
+    assert all(map(torch.equal, losses, parts))
+    assert len(parts) == 10

@@ -128,11 +128,17 @@ def test_wrong_use_is_explained(style: str) -> None:
     assert "start it with sbatch" in output
 
 
-def test_tasks_that_do_not_fill_the_nodes() -> None:
-    environ = job("srun.sbatch", SLURM_NTASKS="7")
-    status, output = run([str(SLURM / "srun.sbatch"), "x"], environ, 30)
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"SLURM_NTASKS": "7"}, "7 tasks on 2 nodes: give --ntasks-per-node"),
+        ({"SLURM_GPUS_ON_NODE": "8"}, "4 tasks but 8 GPUs on a node"),
+    ],
+)
+def test_tasks_that_do_not_fill_the_nodes(changed: dict[str, str], message: str) -> None:
+    status, output = run([str(SLURM / "srun.sbatch"), "x"], job("srun.sbatch", **changed), 30)
     assert status == 2
-    assert "7 tasks on 2 nodes: give --ntasks-per-node" in output
+    assert message in output
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,204 @@
+"""Pages, figures, traces and text; the page in a real browser."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from megatron_bpipe.cli.main import main
+from megatron_bpipe.schedule import balance, lower, one_f_one_b
+from megatron_bpipe.schedule.bases.catalogue import CATALOGUE, build, lower_for
+from megatron_bpipe.simulate import StageBytes, even_costs, simulate
+from megatron_bpipe.simulate.chrome_trace import chrome_trace
+from megatron_bpipe.simulate.html import page
+from megatron_bpipe.simulate.overlay import overlay
+from megatron_bpipe.simulate.picture import Picture, memory_text, panel_of, time_text
+from megatron_bpipe.simulate.recorded import ReportError, read_report
+from megatron_bpipe.simulate.terminal import draw_panel
+
+BROWSER = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), ""
+)
+
+
+def two_panels(p: int = 4, m: int = 8) -> Picture:
+    panels = []
+    for name in ("1f1b", "bpipe"):
+        found = simulate(lower(build(name, p, m)), even_costs(p, backward=2, transfer=0.5))
+        panels.append(panel_of(found, title=CATALOGUE[name].note))
+    return Picture(tuple(panels), "micro-batches", "")
+
+
+def dump(path: Path, profile: Path, anchor: str = "") -> str:
+    """The page's document after its script ran in a real browser."""
+    flags = (
+        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run "
+        "--disable-background-networking --disable-component-update --disable-sync "
+        "--virtual-time-budget=2000 --window-size=1500,900 --dump-dom"
+    ).split()
+    command = [BROWSER, *flags, f"--user-data-dir={profile}", f"file://{path}{anchor}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    return done.stdout
+
+
+@pytest.mark.skipif(not BROWSER, reason="needs chromium or chrome")
+def test_the_page_draws_in_a_browser(tmp_path):
+    path = tmp_path / "page.html"
+    path.write_text(page(two_panels(), "stock & <BPipe>"), encoding="utf-8")
+    document = dump(path, tmp_path / "profile")
+    assert 'data-drawn="64 64"' in document  # written after the last box of each panel
+    assert document.count("<canvas") == 2
+    assert "<h1>stock &amp; &lt;BPipe&gt;</h1>" in document
+
+
+@pytest.mark.skipif(not BROWSER, reason="needs chromium or chrome")
+@pytest.mark.parametrize(
+    ("anchor", "text"),
+    [
+        ("#op=1/0/E1", "stage 0 to stage 3"),
+        ("#op=0/2/B3", "backward of micro-batch 3"),
+    ],
+)
+def test_details_of_an_op_can_be_linked(tmp_path, anchor, text):
+    path = tmp_path / "page.html"
+    path.write_text(page(two_panels(), "two"), encoding="utf-8")
+    document = dump(path, tmp_path / "profile", anchor)
+    tip = re.search(r'<div id="tip"[^>]*>(.*?)</div>', document, re.DOTALL)
+    assert tip is not None
+    assert text in tip[1]
+
+
+def test_the_page_needs_no_network():
+    text = page(two_panels(), "two")
+    assert not re.search(r"(src|href)\s*=|@import|https?://|fetch\(", text)
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
+def test_figures(tmp_path, suffix, capsys):
+    flag = "--svg" if suffix == "svg" else "--png"
+    out = tmp_path / f"figure.{suffix}"
+    pytest.importorskip("matplotlib")
+    assert main(["simulate", "--pp", "4", "--microbatches", "8", flag, str(out)]) == 0
+    heads = {"png": b"\x89PNG", "svg": b"<?xml", "pdf": b"%PDF"}
+    assert out.read_bytes().startswith(heads[suffix])
+
+
+def test_trace_has_every_op_and_arrows_between_the_pair():
+    events = chrome_trace(two_panels())["traceEvents"]
+    json.dumps(events)
+    spans = [e for e in events if e["ph"] == "X" and e["pid"] == 3]
+    assert sum(e["cat"] in ("F", "B") for e in spans) == 64
+    copies = [e for e in spans if e["cat"] in ("E", "L")]
+    assert [e["name"] for e in copies] == ["E1", "E3", "L1", "E5", "L3", "E6", "L5", "L6"]
+    assert sum(e["ph"] == "s" for e in events) == sum(e["ph"] == "f" for e in events) == 8
+    assert {e["ph"] for e in events} == {"M", "X", "s", "f", "C"}
+
+
+def test_text_for_any_costs():
+    text = draw_panel(two_panels().panels[1], 80, "micro-batches", "")
+    lines = text.splitlines()
+    assert all(len(line) <= 80 for line in lines[1:-1])
+    assert lines[1].startswith("0: 0")
+    assert lines[1].endswith("3 micro-batches")
+    assert ">" in lines[2]
+    assert "<" in lines[2]
+
+
+def test_every_schedule_can_be_drawn():
+    for name in CATALOGUE:
+        lowered, buffered = lower_for(build(name, 4, 8))
+        found = simulate(lowered, even_costs(4, weight=1), buffered=buffered)
+        panel = panel_of(found, (StageBytes((2**30,), weights=2**30),) * 4, time_unit="s")
+        picture = Picture((panel,), "bytes", "s")
+        assert len(page(picture, name)) > 10_000
+        assert draw_panel(panel, 100, "bytes", "s").count("\n") >= 5
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.0123, "12.3 ms"), (2.5, "2.5 s"), (1e-5, "0.01 ms")]
+)
+def test_times(value, text):
+    assert time_text(value, "s") == text
+    assert memory_text(3.5 * 2**30, "bytes") == "3.5 GiB"
+
+
+def write_report(folder: Path, p: int, m: int, bpipe: bool) -> None:
+    """What --bpipe-report would write for a run exactly as simulated."""
+    schedule = balance(one_f_one_b(p, m)) if bpipe else one_f_one_b(p, m)
+    found = simulate(
+        lower(schedule), even_costs(p, forward=0.1, backward=0.2, send=0.001, transfer=0.05)
+    )
+    copies = {(t.stage, str(t.op)): (t.start + 100, t.end + 100) for t in found.transfers}
+    stages = []
+    for stage, line in enumerate(found.schedule.stages):
+        events, live = [], 0
+        for op, start, end in zip(line, found.starts[stage], found.ends[stage], strict=True):
+            name = str(op)
+            live += {"F": 1, "L": 1, "B": -1, "EW": -1}.get(op.kind.value, 0)
+            span = copies.get((stage, name.replace("W", ""))) if "W" in name else None
+            events.append(
+                {
+                    "op": name,
+                    "start": start + 100,
+                    "end": end + 100,
+                    "bytes": 1000 if op.kind.value in "EL" else 0,
+                    "live_bytes": 1000 * live,
+                    "live_microbatches": live,
+                    "copy_start": span[0] if span else None,
+                    "copy_end": span[1] if span else None,
+                }
+            )
+        document = {"version": 1, "stage": stage, "rank": stage, "iterations": [events]}
+        (folder / f"timeline-stage{stage:03d}-rank{stage:05d}.json").write_text(
+            json.dumps(document)
+        )
+        lent = 2 if bpipe and stage == p - 1 else 0
+        stages.append({"stage": stage, "pool_bytes": 1000 * lent, "pool_slots": lent})
+    budget = schedule.budget if bpipe else None
+    (folder / "memory.json").write_text(
+        json.dumps({"bpipe": bpipe, "budget": budget, "stages": stages})
+    )
+
+
+@pytest.mark.parametrize("bpipe", [False, True])
+def test_a_recording_lies_over_its_prediction(tmp_path, bpipe):
+    write_report(tmp_path, 4, 8, bpipe)
+    panel = overlay(read_report(tmp_path), "recorded")
+    assert panel.ghost is not None
+    assert panel.ghost.end == pytest.approx(panel.end, rel=1e-6)
+    for real, predicted in zip(panel.boxes, panel.ghost.boxes, strict=True):
+        assert (real.op, real.stage) == (predicted.op, predicted.stage)
+        assert real.start == pytest.approx(predicted.start, abs=1e-6)
+    for real, predicted in zip(panel.curves, panel.ghost.curves, strict=True):
+        assert real.peak == pytest.approx(predicted.peak, rel=1e-6)
+    assert len(panel.moves) == len(panel.ghost.moves) == (8 if bpipe else 0)
+
+
+def test_reports_on_the_command_line(tmp_path, capsys):
+    write_report(tmp_path, 4, 8, True)
+    html = tmp_path / "page.html"
+    assert main(["simulate", "--from-report", str(tmp_path), "--html", str(html)]) == 0
+    out = capsys.readouterr().out
+    assert "predicted" in out
+    assert "(+0.0 %)" in out or "(-0.0 %)" in out
+    assert html.exists()
+
+
+def test_folders_that_are_no_reports(tmp_path):
+    with pytest.raises(ReportError, match=r"memory.json: No such file.*--bpipe-report"):
+        read_report(tmp_path)
+    write_report(tmp_path, 4, 8, True)
+    (tmp_path / "timeline-stage002-rank00002.json").unlink()
+    with pytest.raises(ReportError, match="there is no timeline of stage 2"):
+        read_report(tmp_path)
+    (tmp_path / "timeline-stage002-rank00002.json").write_text("{}")
+    with pytest.raises(ReportError, match="not what --bpipe-report writes"):
+        read_report(tmp_path)
+    (tmp_path / "memory.json").write_text("{")
+    with pytest.raises(ReportError, match="not JSON"):
+        read_report(tmp_path)
