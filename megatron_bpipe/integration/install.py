@@ -24,6 +24,7 @@ from .observe import make_observed
 from .options import Options, add_flags
 from .pipeline import make_schedule
 from .session import Session
+from .throughput import make_logging
 
 ARGUMENTS = "megatron.training.arguments"
 TRAINING = "megatron.training.training"
@@ -166,6 +167,10 @@ def _activate(options: Options) -> None:
 
         patches.replace(training, "train", wrap)
 
+    def log_throughput(training: ModuleType) -> None:
+        patches.replace(training, "training_log", lambda log: make_logging(log, training, current))
+
     patches.when_imported(SCHEDULES, replace_schedule)
+    patches.when_imported(TRAINING, log_throughput)
     if options.report is not None:
         patches.when_imported(TRAINING, report_at_the_end)

@@ -13,6 +13,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ..placement import common_node_size
+
 PHYSICAL = "BPIPE_PHYSICAL_RANK"
 
 
@@ -25,7 +27,8 @@ class Started:
     """One process as its launcher started it.
 
     ``local_rank`` is its CUDA device; ``index`` its place among the processes of its node (another
-    number where each sees its own GPU only); ``node`` is None where the launcher does not say.
+    number where each sees its own GPU only). ``node`` is None and ``ranks_on_nodes`` empty where
+    the launcher does not say; torchrun says the latter for this node only.
     """
 
     physical: int
@@ -34,6 +37,16 @@ class Started:
     index: int
     node: int | None
     ranks_on_nodes: tuple[int, ...]
+
+    def ranks_per_node(self) -> int:
+        """The ranks of each node; raises a ValueError where nodes differ or nobody knows."""
+        if not self.ranks_on_nodes:
+            raise LauncherError(
+                "LOCAL_WORLD_SIZE is not set, so nobody knows how many ranks a node has: start "
+                "with torchrun or srun, export it beside RANK, WORLD_SIZE and LOCAL_RANK, or use "
+                "--bpipe-placement megatron"
+            )
+        return common_node_size(self.ranks_on_nodes)
 
     def check_blocks(self, ranks_per_node: int) -> None:
         """Raise LauncherError unless ranks are counted node by node, ``ranks_per_node`` on each."""
@@ -61,15 +74,11 @@ def started(environ: Mapping[str, str]) -> Started:
         return Started(0, 1, _number(environ, "LOCAL_RANK", 0), 0, 0, (1,))
     world = _number(environ, "WORLD_SIZE")
     physical = _physical(environ, world)
-    if "LOCAL_WORLD_SIZE" not in environ and world > 1:
-        raise LauncherError(
-            "LOCAL_WORLD_SIZE is not set, so nobody knows how many ranks a node has: start with "
-            "torchrun or srun, or export it beside RANK, WORLD_SIZE and LOCAL_RANK"
-        )
-    here = _number(environ, "LOCAL_WORLD_SIZE", 1)
-    local_rank = _number(environ, "LOCAL_RANK", physical % max(1, here))
+    local_rank = _number(environ, "LOCAL_RANK", 0)
+    known = "LOCAL_WORLD_SIZE" in environ or world == 1
+    here = (_number(environ, "LOCAL_WORLD_SIZE", 1),) if known else ()
     node = _number(environ, "GROUP_RANK") if "GROUP_RANK" in environ else None
-    return Started(physical, world, local_rank, local_rank, node, (here,))
+    return Started(physical, world, local_rank, local_rank, node, here)
 
 
 def _slurm_starts_ranks(environ: Mapping[str, str]) -> bool:
@@ -96,7 +105,8 @@ def _from_slurm(environ: Mapping[str, str]) -> Started:
     if physical != task:
         raise LauncherError(
             f"RANK is {physical} but SLURM_PROCID is {task}: they must be the same where each task "
-            "is one rank; set RANK from SLURM_PROCID inside the task, or leave it unset"
+            "is one rank; set RANK from SLURM_PROCID inside the task, or leave it unset (unset "
+            "SLURM_PROCID where another launcher starts the ranks)"
         )
     index = _number(environ, "SLURM_LOCALID")
     return Started(

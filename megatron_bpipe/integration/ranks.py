@@ -23,7 +23,6 @@ from ..placement import (
     ParallelShape,
     PlacementError,
     Report,
-    common_node_size,
     crossings_text,
     make_report,
     slot_of_rank,
@@ -66,7 +65,7 @@ def apply(
     report = _report(args, placement_name, me)
     logical = me.physical if report is None else report.placement[me.physical]
     given = environ.get("RANK")
-    if given is not None and int(given) not in (me.physical, logical):
+    if given is not None and given not in (str(me.physical), str(logical)):
         raise LauncherError(
             f"RANK is {given}, but {PHYSICAL} is {me.physical}, which is logical rank {logical}: "
             "ranks were given out anew in this process (in-process restart with spare ranks?) or "
@@ -77,7 +76,8 @@ def apply(
     environ["RANK"] = str(logical)
     environ["WORLD_SIZE"] = str(me.world)
     environ["LOCAL_RANK"] = str(me.local_rank)
-    environ.setdefault("LOCAL_WORLD_SIZE", str(max(me.ranks_on_nodes)))
+    if me.ranks_on_nodes:
+        environ.setdefault("LOCAL_WORLD_SIZE", str(max(me.ranks_on_nodes)))
     args.local_rank = me.local_rank
     return RankMap(me.physical, logical, me.local_rank, me.world, report)
 
@@ -176,11 +176,11 @@ def _problem(ranks: RankMap, everyone: list[tuple[int, int, str, int | None]]) -
 
 def _report(args: Any, placement_name: str, me: Started) -> Report | None:
     if placement_name != STOCK:
-        gpus_per_node = common_node_size(me.ranks_on_nodes)
+        gpus_per_node = me.ranks_per_node()
         report = make_report(shape_of(args, me.world), gpus_per_node, placement_name)
         me.check_blocks(gpus_per_node)
         return report
     try:  # for the table only: Megatron's own order needs nothing of the nodes
-        return make_report(shape_of(args, me.world), me.ranks_on_nodes[0], placement_name)
-    except PlacementError:
+        return make_report(shape_of(args, me.world), me.ranks_per_node(), placement_name)
+    except (LauncherError, PlacementError):
         return None

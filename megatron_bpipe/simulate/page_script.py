@@ -294,7 +294,8 @@ function legend() {
   const kinds = new Set(data.panels.flatMap(p => p.boxes.map(b => b[2] + (b[4] || b[5] ? 1 : 0))));
   const names = { F: "forward", B: "backward", W: "weight gradients" };
   const order = k => "FBW".indexOf(k[0]) + 3 * +k.slice(1);
-  const parts = [...kinds].sort((a, b) => order(a) - order(b)).map(k => [COLOR[k[0]][+k.slice(1)], names[k[0]] +
+  const sorted = [...kinds].sort((a, b) => order(a) - order(b));
+  const parts = sorted.map(k => [COLOR[k[0]][+k.slice(1)], names[k[0]] +
     (k.length > 1 && k[1] === "1" ? ", second chunk or direction" : ""), ""]);
   if (data.panels.some(p => p.moves.length))
     parts.push([COLOR.E, "evict", "arrow"], [COLOR.L, "load", "arrow"]);

@@ -136,6 +136,7 @@ UNEQUAL = srun(5, 12, 4) | {"SLURM_TASKS_PER_NODE": "8,4"}
         (torchrun(1) | {"RANK": "one"}, "RANK is 'one': expected a number"),
         ({"RANK": "1", "WORLD_SIZE": "16"}, "LOCAL_WORLD_SIZE is not set"),
         ({"RANK": "1"}, "WORLD_SIZE is not set"),
+        (torchrun(3) | {PHYSICAL: "3", "RANK": "x"}, "RANK is x, but BPIPE_PHYSICAL_RANK is 3"),
         (srun(1) | {"SLURM_TASKS_PER_NODE": "8x2"}, "SLURM_TASKS_PER_NODE is '8x2'"),
         (torchrun(1, 24), "24 ranks is not a multiple of tp x cp x pp"),
     ],
@@ -151,6 +152,10 @@ def test_bad_environment_is_one_sentence(environ: dict[str, str], message: str) 
 
 def test_megatron_placement_takes_unequal_nodes() -> None:
     assert apply(arguments(4), "megatron", dict(UNEQUAL)).logical == 5
+    unknown = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}  # another launcher
+    ranks = apply(arguments(4), "megatron", unknown)
+    assert (ranks.logical, ranks.local_rank, ranks.report) == (3, 1, None)
+    assert "LOCAL_WORLD_SIZE" not in unknown
     assert started(UNEQUAL).ranks_on_nodes == (8, 4)
 
 

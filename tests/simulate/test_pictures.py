@@ -36,11 +36,11 @@ def two_panels(p: int = 4, m: int = 8) -> Picture:
 
 def dump(path: Path, profile: Path, anchor: str = "") -> str:
     """The page's document after its script ran in a real browser."""
-    flags = (
-        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run "
-        "--disable-background-networking --disable-component-update --disable-sync "
-        "--virtual-time-budget=2000 --window-size=1500,900 --dump-dom"
-    ).split()
+    flags = [
+        *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+        *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+        *("--virtual-time-budget=2000", "--window-size=1500,900", "--dump-dom"),
+    ]
     command = [BROWSER, *flags, f"--user-data-dir={profile}", f"file://{path}{anchor}"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     return done.stdout
