@@ -23,6 +23,7 @@ from .log import say
 from .observe import make_observed
 from .options import Options, add_flags
 from .pipeline import make_schedule
+from .place import place
 from .session import Session
 from .throughput import make_logging
 
@@ -137,6 +138,9 @@ def _parsed(args: Any) -> None:
             say(notice)
             options = Options(report=options.report)
     _activate(options)
+    if options.bpipe:
+        assert _installed.session is not None
+        _installed.session.ranks = place(args, options.placement)
 
 
 def _activate(options: Options) -> None:

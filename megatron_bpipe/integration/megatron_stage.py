@@ -51,7 +51,8 @@ class StageCall:
     config: Any
     model: Any
     communicator: Any
-    pg_collection: Any
+    groups: Any  # of processes: a collection with tp, cp, pp ...
+    groups_name: str  # the parameter by which this release passes them
     forward_step_func: Callable[..., Any]
     data_iterator: Any
     microbatches: int
@@ -61,12 +62,13 @@ class StageCall:
     @property
     def is_first(self) -> bool:
         """Whether this is stage 0."""
-        return bool(self.communicator.is_pp_first_stage)
+        return bool(self.communicator.pp_group.rank() == 0)
 
     @property
     def is_last(self) -> bool:
         """Whether this is stage p-1."""
-        return bool(self.communicator.is_pp_last_stage)
+        group = self.communicator.pp_group
+        return bool(group.rank() == group.size() - 1)
 
 
 @dataclass
@@ -86,7 +88,8 @@ class MegatronStage:
         call = self.call
         self.tokens = torch.zeros([], dtype=torch.int, device=torch.cuda.current_device())
         if call.config.num_microbatches_with_partial_activation_checkpoints is not None:
-            ahead = call.communicator.total_stages - call.communicator.current_stage - 1
+            group = call.communicator.pp_group
+            ahead = group.size() - group.rank() - 1
             self._window = min(ahead, call.microbatches) + 1
         self._no_sync = (call.config.no_sync_func or contextlib.nullcontext)()
         self._no_sync.__enter__()
@@ -110,7 +113,7 @@ class MegatronStage:
             input_tensor=self._inputs[i],
             forward_data_store=self.losses,
             config=call.config,
-            cp_group_size=call.pg_collection.cp.size(),
+            cp_group_size=call.groups.cp.size(),
             collect_non_loss_data=call.collect_non_loss_data,
             checkpoint_activations_microbatch=self._checkpoint_all(i),
             is_first_microbatch=i == 0,
@@ -182,9 +185,11 @@ class MegatronStage:
 
     def _sent(self, microbatch: int) -> None:
         """Once sent, an output's data is needed no more, only its graph."""
-        self.call.schedules.deallocate_output_tensor(
-            self._outputs[microbatch], self.call.config.deallocate_pipeline_outputs
-        )
+        outputs = self._outputs[microbatch]
+        for output in outputs if isinstance(outputs, list) else [outputs]:
+            self.call.schedules.deallocate_output_tensor(
+                output, self.call.config.deallocate_pipeline_outputs
+            )
 
     def _checkpoint_all(self, microbatch: int) -> bool | None:
         """Whether this micro-batch recomputes all layers (arXiv 2205.05198, appendix C)."""

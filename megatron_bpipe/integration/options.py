@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 TRANSPORTS = ("auto", "shm", "p2p")
+PLACEMENTS = ("pair-adjacent", "megatron")
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,7 @@ class Options:
         bpipe: replace the 1F1B schedule.
         budget: most micro-batches whose activations may occupy one stage; None: ceil((p+2)/2).
         transport: one of `TRANSPORTS`.
+        placement: one of `PLACEMENTS`.
         report: folder for ``memory.json`` and timelines, or None.
         keep_local: copy, but never drop the local copy.
         deadline: seconds after which a transfer or a silent partner is an error.
@@ -26,6 +28,7 @@ class Options:
     bpipe: bool = False
     budget: int | None = None
     transport: str = "auto"
+    placement: str = "pair-adjacent"
     report: Path | None = None
     keep_local: bool = False
     deadline: float = 600.0
@@ -37,6 +40,7 @@ class Options:
             bpipe=args.bpipe,
             budget=args.bpipe_budget,
             transport=args.bpipe_transport,
+            placement=args.bpipe_placement,
             report=args.bpipe_report,
             keep_local=args.bpipe_keep_local,
             deadline=60.0 * getattr(args, "distributed_timeout_minutes", 10),
@@ -65,6 +69,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         metavar="|".join(TRANSPORTS),
         help="How activations travel: shm is host memory that the paired rank lends, p2p messages "
         "over a process group of the pair; auto takes shm where both ranks share a host.",
+    )
+    group.add_argument(
+        "--bpipe-placement",
+        choices=PLACEMENTS,
+        default="pair-adjacent",
+        help="Which GPU each rank runs on: pair-adjacent moves ranks where that brings pairs onto "
+        "one node, megatron leaves Megatron's order.",
     )
     group.add_argument(
         "--bpipe-report",

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from ..runtime.executor import Run
+from .groups import GROUPS_NAMES, default_groups
 from .megatron_stage import MegatronStage, StageCall, call_known
 from .plan import stage_plan
 from .session import Session
@@ -61,20 +62,27 @@ def _stage_call(schedules: Any, arguments: dict[str, Any]) -> StageCall:
     config = schedules.get_model_config(model)
     if config.overlap_p2p_comm:
         raise ValueError("bpipe: overlap_p2p_comm needs interleaving; use --no-overlap-p2p-comm")
-    communicator, groups = arguments["p2p_communicator"], arguments["pg_collection"]
+    communicator = arguments["p2p_communicator"]
+    groups_name = next(name for name in GROUPS_NAMES if name in arguments)
+    groups = arguments[groups_name]
     if (communicator is None) != (groups is None):
-        raise ValueError("bpipe: pass both p2p_communicator and pg_collection, or neither")
+        raise ValueError(f"bpipe: pass both p2p_communicator and {groups_name}, or neither")
     if communicator is None:
         communicator = schedules.P2PCommunicator(
             pp_group=schedules.parallel_state.get_pipeline_model_parallel_group(), config=config
         )
-        groups = schedules._build_default_pg_collection()
+        groups = default_groups(schedules)
+    elif not (
+        hasattr(communicator, "pp_group") and hasattr(groups, "tp") and hasattr(groups, "cp")
+    ):
+        raise ValueError("bpipe: a pipeline of several modules has no pairs; run it without bpipe")
     return StageCall(
         schedules=schedules,
         config=config,
         model=model,
         communicator=communicator,
-        pg_collection=groups,
+        groups=groups,
+        groups_name=groups_name,
         forward_step_func=arguments["forward_step_func"],
         data_iterator=_only(arguments["data_iterator"], "data iterator"),
         microbatches=arguments["num_microbatches"],
@@ -121,13 +129,13 @@ def _finish_gradients(
         config=config,
         embedding_module=embedding,
         is_last_stage=call.is_last,
-        tp_group=call.pg_collection.tp,
+        tp_group=call.groups.tp,
     )
     call_known(
         config.finalize_model_grads_func,
         [call.model],
         stage.tokens if config.calculate_per_token_loss else None,
-        pg_collection=call.pg_collection,
+        **{call.groups_name: call.groups},
         force_all_reduce=arguments.get("force_all_reduce", False),
     )
 

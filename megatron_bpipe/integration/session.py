@@ -18,6 +18,7 @@ from .log import say
 from .options import Options
 from .pairing import Pair, open_pair
 from .plan import StagePlan
+from .ranks import RankMap, verify
 
 
 @dataclass
@@ -27,6 +28,7 @@ class Session:
     options: Options
     recorder: Recorder | None = None
     plan: StagePlan | None = None
+    ranks: RankMap | None = None
     _store: ActivationStore | None = None
     lender: Lender | None = None
     _peak_slots_lent: int = 0
@@ -50,6 +52,10 @@ class Session:
             self.recorder.begin(storage_ids(model))
         if plan is None:
             return
+        if self.ranks is not None and self.plan is None:
+            table_of_ranks = verify(self.ranks, stage=group.rank())
+            if self.ranks.moves_ranks:
+                say(f"ranks placed so that pairs share a node\n{table_of_ranks}")
         self.plan = plan
         self._peak_slots_lent = max(self._peak_slots_lent, plan.slots_lent)
         if plan.slots_lent and self.lender is None:

@@ -37,6 +37,12 @@ class Result:
         return (self.out / f"rank{rank}.log").read_text(errors="replace")
 
     @property
+    def placed(self) -> dict[int, int]:
+        """Physical rank (the harness's) of each logical one (Megatron's)."""
+        files = self.out.glob("placed*")
+        return dict(sorted(json.loads(path.read_text()) for path in files))
+
+    @property
     def logs(self) -> str:
         """The end of every rank's output, for messages."""
         return "\n".join(f"--- rank {r}\n{self.log(r)[-3000:]}" for r in sorted(self.status))
@@ -79,12 +85,15 @@ class Megatron:
         env: dict[str, str] | None = None,
         fresh: bool = False,
         dump_at: int | None = None,
+        nodes: int = 1,
     ) -> Result:
         """Train up to step ``steps`` on ``world`` forked ranks; ``flags`` come with the data's.
 
         Every rank dumps its state after the ``dump_at``-th step of this run, by default the last.
+        With ``nodes`` the ranks' environment says that they run on so many.
         """
         request = {"world": world, "argv": flags, "hooks": hooks or [], "env": env or {}}
+        request["nodes"] = nodes
         key = json.dumps(request | {"steps": steps})
         if key not in self._results or fresh:
             out = self._new_folder()

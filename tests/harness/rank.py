@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import runpy
 import sys
@@ -21,6 +22,7 @@ def run(job: dict[str, Any]) -> None:
         sys.argv = [job["script"], *job["argv"]]
         runpy.run_path(job["script"], run_name="__main__")
         return
+    job["physical"] = int(os.environ["RANK"])
     _probe_training(job)
     for hook in job["hooks"]:
         module, name = hook["call"].split(":")
@@ -63,6 +65,8 @@ def _probe_training(job: dict[str, Any]) -> None:
                 gradient = getattr(parameter, "main_grad", parameter.grad)
                 if gradient is not None:
                     state["grads"][name] = gradient.detach().clone()
+        where = [int(os.environ["RANK"]), job["physical"]]
+        Path(job["out"], f"placed{where[1]}").write_text(json.dumps(where))
         torch.save(state, Path(job["out"], f"state{os.environ['RANK']}.pt"))
 
     after_each_step(dump)
@@ -95,8 +99,6 @@ def tamper_with_loads(job: dict[str, Any], byte: int) -> None:
 
 def allocator_agrees(job: dict[str, Any]) -> None:
     """Dump, per op boundary, live bytes by weak reference and the allocator's own number."""
-    import json
-
     from megatron_bpipe.runtime import recorder
 
     rows: list[list[Any]] = []
@@ -201,8 +203,6 @@ def random_delays(job: dict[str, Any], seed: int, most: float) -> None:
 
 def watch_memory(job: dict[str, Any]) -> None:
     """Write this rank's resident memory and the allocator's bytes after every step."""
-    import json
-
     import psutil
 
     from megatron_bpipe.runtime.memory import allocated_bytes

@@ -69,11 +69,13 @@ def _run_rank(job: dict[str, Any], rank: int) -> None:
     log = os.open(Path(job["out"], f"rank{rank}.log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
+    per_node = job["world"] // job.get("nodes", 1)
     os.environ.update(
         RANK=str(rank),
-        LOCAL_RANK=str(rank),
+        LOCAL_RANK=str(rank % per_node),
+        GROUP_RANK=str(rank // per_node),
         WORLD_SIZE=str(job["world"]),
-        LOCAL_WORLD_SIZE=str(job["world"]),
+        LOCAL_WORLD_SIZE=str(per_node),
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(job["port"]),
         **job["env"],

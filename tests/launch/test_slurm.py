@@ -19,6 +19,7 @@ import pytest
 
 from tests.harness import ROOT, Megatron
 from tests.harness.models import gpt
+from tests.launch import PLACEMENT_FLAG
 
 SLURM = ROOT / "scripts" / "slurm"
 STYLES = {"torchrun.sbatch": 1, "srun.sbatch": 4}  # tasks a node
@@ -143,22 +144,29 @@ def test_tasks_that_do_not_fill_the_nodes(changed: dict[str, str], message: str)
 
 @pytest.fixture(scope="module")
 def rehearsal(megatron: Megatron, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Training of three steps by each launcher: name -> (memory.json, output)."""
+    """Training of three steps by each launcher: name -> (memory.json, output).
+
+    torchrun in Megatron's order on one node, the Slurm scripts with pairs on one node of two.
+    """
     folder = tmp_path_factory.mktemp("rehearsal")
     script = str(ROOT / "scripts" / "pretrain_gpt.py")
     flags = [*gpt(4, microbatches=16), *megatron.data, "--train-iters", "3", "--bpipe"]
 
-    def train(name: str, start: list[str], environ: dict[str, str]) -> tuple[Any, str]:
-        report = ["--bpipe-report", str(folder / name)]
-        status, output = run([*start, script, *flags, *report], environ, LAUNCH_SECONDS)
+    def train(
+        name: str, start: list[str], environ: dict[str, str], placement: str
+    ) -> tuple[Any, str]:
+        more = ["--bpipe-report", str(folder / name)]
+        if PLACEMENT_FLAG:
+            more += ["--bpipe-placement", placement]
+        status, output = run([*start, script, *flags, *more], environ, LAUNCH_SECONDS)
         assert status == 0, output[-6000:]
         return json.loads((folder / name / "memory.json").read_text()), output
 
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     torchrun += ["--nproc-per-node", "8", "-m", "megatron_bpipe", "run"]
-    results = {"torchrun": train("torchrun", torchrun, job("srun.sbatch"))}
+    results = {"torchrun": train("torchrun", torchrun, job("srun.sbatch"), "megatron")}
     for style in STYLES:
-        results[style] = train(style, [str(SLURM / style)], job(style))
+        results[style] = train(style, [str(SLURM / style)], job(style), "pair-adjacent")
     return results
 
 
@@ -169,3 +177,11 @@ def test_same_losses_as_torchrun(rehearsal: Any, style: str) -> None:
     assert len(found["losses"]) == 3
     assert found["losses"] == stock["losses"]
     assert found["stages"][0]["evicted_bytes"] > 0
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not PLACEMENT_FLAG, reason="there is no flag --bpipe-placement yet")
+@pytest.mark.parametrize("style", STYLES)
+def test_placement_is_realised(rehearsal: Any, style: str) -> None:
+    output = rehearsal[style][1]
+    assert output.count("pairs (evictor, acceptor)  4 of 4          0 of 4") == 1

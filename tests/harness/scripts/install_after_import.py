@@ -1,6 +1,7 @@
 """install() after Megatron has been imported; then uninstall() leaves no trace."""
 
 import argparse
+import os
 import sys
 
 import megatron.core.pipeline_parallel.schedules as schedules
@@ -10,6 +11,9 @@ import megatron.training.training as training
 import megatron_bpipe
 
 NAME = "forward_backward_pipelining_without_interleaving"
+
+
+os.environ["WORLD_SIZE"] = "8"
 
 
 def attributes():
@@ -60,6 +64,7 @@ assert flags == {
     "--bpipe",
     "--bpipe-budget",
     "--bpipe-transport",
+    "--bpipe-placement",
     "--bpipe-report",
     "--bpipe-keep-local",
 }

@@ -23,10 +23,7 @@ def parsed(argv: list[str], world: int) -> Any:
         LOCAL_WORLD_SIZE=str(min(world, 8)),
     )
     os.environ.pop("BPIPE_PHYSICAL_RANK", None)
-    sys.argv = [
-        "pretrain_gpt.py",
-        *[w for w in argv if w not in ("--bpipe-placement", "pair-adjacent")],
-    ]
+    sys.argv = ["pretrain_gpt.py", *argv]
     megatron_bpipe.install()
     try:
         args = arguments.parse_args()  # unknown flags end it

@@ -1,0 +1,32 @@
+"""Pair-adjacent placement, acting: ranks really run where it says, and nothing else changes."""
+
+from __future__ import annotations
+
+import torch
+
+from tests.harness import Megatron
+from tests.harness.models import gpt
+
+
+def test_pairs_share_a_node_and_the_numbers_stay(megatron: Megatron) -> None:
+    stock = megatron.train(gpt(4))
+    placed = megatron.train([*gpt(4), "--bpipe"], nodes=2)
+    assert placed.ok, placed.logs
+    said = placed.log(0)
+    assert said.count("ranks placed so that pairs share a node") == 1
+    # the state dumps are named by logical rank, which is the stage here
+    for one, other in zip(stock.states, placed.states, strict=True):
+        assert one["params"].keys() == other["params"].keys()
+        assert all(map(torch.equal, one["params"].values(), other["params"].values()))
+    stages = {s["stage"]: s["rank"] for s in placed.memory["stages"]}
+    assert stages == {0: 0, 1: 1, 2: 2, 3: 3}
+    assert placed.placed == {0: 0, 3: 1, 1: 2, 2: 3}  # logical rank -> physical
+
+
+def test_megatron_order_stays_where_asked_or_where_nothing_is_gained(megatron: Megatron) -> None:
+    asked = megatron.train([*gpt(4), "--bpipe", "--bpipe-placement", "megatron"], nodes=2)
+    one_node = megatron.train([*gpt(4), "--bpipe"])
+    for result in (asked, one_node):
+        assert result.ok, result.logs
+        assert "ranks placed" not in result.log(0)
+        assert result.placed == {0: 0, 1: 1, 2: 2, 3: 3}

@@ -1,0 +1,253 @@
+"""Runs schedules on the real executor with stages that sleep instead of computing.
+
+``python -m tests.simulate.sleeping P OUT``: P processes over gloo, activations over the real
+shared-memory transport.  First every op is measured alone (a message by round trips, the others by
+lines without messages), then each schedule runs once.  Writes ``OUT/rankN.json``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import sys
+import time
+import traceback
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_bpipe.runtime.executor import Run
+from megatron_bpipe.runtime.recorder import Recorder
+from megatron_bpipe.runtime.store import ActivationStore
+from megatron_bpipe.runtime.transport.meeting import Meeting
+from megatron_bpipe.runtime.transport.shared_memory import (
+    SharedMemoryLender,
+    SharedMemoryTransport,
+)
+from megatron_bpipe.schedule import Op, Schedule, balance, is_evictor, lower, one_f_one_b, slots
+from megatron_bpipe.schedule.bases.gpipe import gpipe
+
+DEADLINE = 60
+MESSAGE = 64 * 1024  # elements
+ACTIVATION = 512 * 1024  # elements that a forward saves beside its input
+ALONE = (Op.parse("F0"), Op.parse("B0"))
+MOVED = "F0 F1 E0 B1 EW0 L0 F2 LW0 E2 B0 EW2 L2 F3 LW2 B2 B3"
+
+
+def schedules(p: int) -> dict[str, Schedule]:
+    """What is run; short, so that a run takes seconds."""
+    m = p + 4
+    bases = {
+        "1f1b": one_f_one_b(p, m),
+        "bpipe": balance(one_f_one_b(p, m)),
+        "gpipe": gpipe(p, m),
+    }
+    return {name: lower(schedule) for name, schedule in bases.items()}
+
+
+def seconds(stage: int) -> tuple[float, float]:
+    """How long a forward and a backward of this stage sleep: no two stages alike."""
+    return 0.100 + 0.004 * (stage % 3), 0.140 + 0.006 * (stage % 2)
+
+
+class Layer(torch.autograd.Function):
+    """Saves what a layer would; its computation is a sleep."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, stage: int) -> torch.Tensor:
+        time.sleep(seconds(stage)[0])
+        ctx.stage = stage
+        ctx.save_for_backward(x.new_full((ACTIVATION,), 1.0))
+        return x + 1
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        time.sleep(seconds(ctx.stage)[1])
+        (kept,) = ctx.saved_tensors
+        return gradients[0] * kept[0], None
+
+
+class SleepingStage:
+    """A stage of the executor over gloo."""
+
+    def __init__(self, stage: int, p: int) -> None:
+        self.stage, self.p = stage, p
+        self.inputs: dict[int, torch.Tensor] = {}
+        self.outputs: dict[int, torch.Tensor] = {}
+        self.gradients: dict[int, torch.Tensor] = {}
+
+    def recv_forward(self, op: Op) -> None:
+        self.inputs[op.microbatch] = self._receive(self.stage - 1)
+
+    def forward(self, op: Op) -> torch.Tensor:
+        x = self.inputs.get(op.microbatch, torch.zeros(MESSAGE)).requires_grad_()
+        self.inputs[op.microbatch] = x
+        self.outputs[op.microbatch] = Layer.apply(x, self.stage)
+        return self.outputs[op.microbatch]
+
+    def send_forward(self, op: Op) -> None:
+        dist.send(self.outputs[op.microbatch].detach(), self.stage + 1)
+
+    def recv_backward(self, op: Op) -> None:
+        self.gradients[op.microbatch] = self._receive(self.stage + 1)
+
+    def backward(self, op: Op) -> None:
+        gradient = self.gradients.pop(op.microbatch, torch.ones(MESSAGE))
+        torch.autograd.backward([self.outputs.pop(op.microbatch)], [gradient])
+
+    def send_backward(self, op: Op) -> None:
+        gradient = self.inputs.pop(op.microbatch).grad
+        assert gradient is not None
+        dist.send(gradient, self.stage - 1)
+
+    def send_forward_recv_backward(self, send: Op, recv: Op) -> None:
+        self.gradients[recv.microbatch] = self._exchange(
+            self.outputs[send.microbatch].detach(), self.stage + 1
+        )
+
+    def send_backward_recv_forward(self, send: Op, recv: Op) -> None:
+        gradient = self.inputs.pop(send.microbatch).grad
+        assert gradient is not None
+        self.inputs[recv.microbatch] = self._exchange(gradient, self.stage - 1)
+
+    def _receive(self, source: int) -> torch.Tensor:
+        tensor = torch.empty(MESSAGE)
+        dist.recv(tensor, source)
+        return tensor
+
+    def _exchange(self, tensor: torch.Tensor, other: int) -> torch.Tensor:
+        received = torch.empty(MESSAGE)
+        for work in (dist.isend(tensor, other), dist.irecv(received, other)):
+            work.wait()
+        return received
+
+
+class Rank:
+    """One process."""
+
+    def __init__(self, stage: int, p: int, out: Path) -> None:
+        self.stage, self.p, self.out = stage, p, out
+        store = dist.FileStore(str(out / "store"), p)
+        dist.init_process_group(
+            "gloo", store=store, rank=stage, world_size=p, timeout=timedelta(seconds=DEADLINE)
+        )
+        self.meetings = dist.FileStore(str(out / "meetings"), p)
+        bpipe = schedules(p)["bpipe"]
+        self.borrowed = slots(bpipe, stage) if is_evictor(stage, p) else 0
+        lent = slots(bpipe, p - 1 - stage) if stage >= p - p // 2 else 0
+        self.lender = None
+        self.activations = None
+        self.recorder = Recorder(stage, stage, lambda: None)
+        if self.borrowed:
+            self.activations = ActivationStore(self._connect, on_load=self.recorder.loaded)
+        if lent:
+            self.lender = SharedMemoryLender(self._meeting(p - 1 - stage, "acceptor"))
+
+    def _meeting(self, evictor: int, role: Any) -> Meeting:
+        return Meeting(self.meetings, f"{evictor}-{self.p - 1 - evictor}", role, DEADLINE)
+
+    def _connect(self, size: int) -> SharedMemoryTransport:
+        return SharedMemoryTransport(self._meeting(self.stage, "evictor"), size * self.borrowed)
+
+    def run(self, ops: tuple[Op, ...]) -> list[Any]:
+        """One run; its events."""
+        stage = SleepingStage(self.stage, self.p)
+        self.recorder.begin(())
+        Run(ops, stage, self.activations, self.lender, self.recorder).run()
+        self.recorder.end([])
+        return list(self.recorder.timeline[-1])
+
+    def measure(self) -> dict[str, float]:
+        """What each op takes alone."""
+        for _ in range(2):  # the first time of everything is slower
+            self.run(ALONE)
+        moves = self.run(tuple(map(Op.parse, MOVED.split()))) if self.borrowed else []
+        alone = [event for _ in range(6) for event in self.run(ALONE)]
+
+        def mean(events: list[Any], kind: str) -> float:
+            return statistics.fmean(
+                [e.end - e.start for e in events if e.op.startswith(kind)] or [0.0]
+            )
+
+        copies = {
+            kind: [e.copy_end - e.copy_start for e in moves if e.op.startswith(kind)]
+            for kind in ("EW", "LW")
+        }
+        return {
+            "forward": mean(alone, "F"),
+            "backward": mean(alone, "B"),
+            "evict": statistics.fmean(copies["EW"] or [0.0]),
+            "load": statistics.fmean(copies["LW"] or [0.0]),
+            "hop": self._hop(),
+        }
+
+    def _hop(self) -> float:
+        """Half a round trip to the next stage; 0 on the last."""
+        stage = SleepingStage(self.stage, self.p)
+        tensor, took = torch.zeros(MESSAGE), 0.0
+        for edge in range(self.p - 1):
+            dist.barrier()
+            for number in range(22):
+                if number == 2:
+                    begin = time.perf_counter()
+                if self.stage == edge:
+                    dist.send(tensor, edge + 1)
+                    stage._receive(edge + 1)
+                elif self.stage == edge + 1:
+                    stage._receive(edge)
+                    dist.send(tensor, edge)
+            if self.stage == edge:
+                took = (time.perf_counter() - begin) / 40
+        dist.barrier()
+        return took
+
+    def main(self) -> None:
+        result: dict[str, Any] = {"costs": self.measure(), "runs": {}}
+        for name, schedule in schedules(self.p).items():
+            dist.barrier()
+            events = self.run(schedule.stages[self.stage])
+            result["runs"][name] = {
+                "start": events[0].start,
+                "end": events[-1].end,
+                "live": [[e.op, e.live_microbatches] for e in events],
+            }
+        dist.barrier()
+        (self.out / f"rank{self.stage}.json").write_text(json.dumps(result))
+        for end in (self.activations, self.lender):
+            if end is not None:
+                end.close()
+
+
+def main() -> int:
+    """Fork the ranks, wait, end those that are left when one fails."""
+    p, out = int(sys.argv[1]), Path(sys.argv[2])
+    pids = {}
+    for stage in range(p):
+        pid = os.fork()
+        if pid == 0:
+            try:
+                torch.set_num_threads(1)
+                Rank(stage, p, out).main()
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+        pids[pid] = stage
+    failed = 0
+    while pids:
+        pid, status = os.wait()
+        stage = pids.pop(pid)
+        if status and not failed:
+            failed = 1
+            sys.stderr.write(f"stage {stage} ended with status {status}\n")
+            for other in pids:
+                os.kill(other, 15)
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,69 @@
+"""The simulator against the real executor: processes, gloo, shared memory, stages that sleep."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_bpipe.schedule.ops import Kind, Op
+from megatron_bpipe.simulate import Costs, Simulation, StageCosts, simulate
+from tests.simulate.sleeping import schedules
+
+ROOT = Path(__file__).resolve().parents[2]
+CHANGES = {Kind.FORWARD: 1, Kind.BACKWARD: -1, Kind.EVICT_WAIT: -1, Kind.LOAD: 1}
+
+
+def run(p: int, out: Path) -> list[dict[str, Any]]:
+    command = [sys.executable, "-m", "tests.simulate.sleeping", str(p), str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=150)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads((out / f"rank{x}.json").read_text()) for x in range(p)]
+
+
+def measured_costs(ranks: list[dict[str, Any]]) -> Costs:
+    stages = [
+        StageCosts(
+            (r["costs"]["forward"],),
+            (r["costs"]["backward"],),
+            evict=r["costs"]["evict"],
+            load=r["costs"]["load"],
+        )
+        for r in ranks
+    ]
+    hops = [r["costs"]["hop"] for r in ranks[:-1]]
+    return Costs(tuple(stages), send=sum(hops) / len(hops))
+
+
+def live(simulation: Simulation, stage: int) -> list[list[Any]]:
+    """Micro-batches in this stage's memory after each op."""
+    out: list[list[Any]] = []
+    now = 0
+    for op in simulation.schedule.stages[stage]:
+        now += CHANGES.get(op.kind, 0)
+        out.append([str(op), now])
+    return out
+
+
+@pytest.mark.parametrize("p", [4, pytest.param(8, marks=pytest.mark.long)])
+def test_iteration_time_within_3_per_cent_and_live_micro_batches_exactly(p, tmp_path):
+    """1F1B, BPipe and GPipe; costs measured alone, before, in the same processes."""
+    ranks = run(p, tmp_path)
+    costs = measured_costs(ranks)
+    assert min(s.forward[0] for s in costs.stages) > 0.1
+    apart = {}
+    for name, schedule in schedules(p).items():
+        predicted = simulate(schedule, costs)
+        runs = [r["runs"][name] for r in ranks]
+        seconds = max(r["end"] for r in runs) - min(r["start"] for r in runs)
+        apart[name] = predicted.seconds / seconds - 1
+        for stage in range(p):
+            assert runs[stage]["live"] == live(predicted, stage), (name, stage)
+    evictions = [op for op in schedules(p)["bpipe"].stages[0] if op.kind is Kind.EVICT]
+    assert evictions, "BPipe has to evict to be tested"
+    assert isinstance(evictions[0], Op)
+    assert max(map(abs, apart.values())) < 0.03, apart
