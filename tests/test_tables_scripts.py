@@ -16,7 +16,6 @@ import pytest
 from megatron_bpipe.estimate.flops import equation_1, layer_flops_equation_1
 from megatron_bpipe.estimate.published import EXPERIMENTS, GLOBAL_BATCH, LAYOUT
 from tests.harness import ROOT, Megatron
-from tests.launch import PLACEMENT_FLAG
 
 SCRIPTS = ROOT / "scripts"
 
@@ -166,8 +165,6 @@ def test_megatron_takes_every_line(megatron: Megatron, scripts: Any) -> None:
             if row.attention == "recompute":
                 expected["recompute_modules"] = ["core_attn"]
             argv = scripts.rows.flags(row, one_gpu=one_gpu)
-            if not PLACEMENT_FLAG:
-                argv = [w for w in argv if w not in ("--bpipe-placement", "pair-adjacent")]
             cases.append({"argv": argv, "gpus": row.gpus(one_gpu), "expected": expected})
     assert len(cases) == 30
     result = megatron.script("parse_table_rows.py", [json.dumps(cases)], world=1)

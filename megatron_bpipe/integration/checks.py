@@ -8,9 +8,9 @@ from typing import Any
 from ..schedule.balance import BudgetError, balance
 from ..schedule.base import one_f_one_b
 from ..schedule.ops import default_budget
-from .log import refuse
+from .log import refuse, say
 from .options import TRANSPORTS, Options
-from .probe import missing
+from .probe import KNOWN_RELEASES, missing, release
 
 
 def check(args: Any, options: Options) -> str | None:
@@ -34,14 +34,9 @@ def check(args: Any, options: Options) -> str | None:
             f"--bpipe-transport {options.transport} is unknown; choose one of "
             + ", ".join(TRANSPORTS)
         )
-    lacking = missing(training=False)
-    if lacking:
-        raise refuse(
-            f"--bpipe needs a Megatron that has {lacking[0]}; use a supported release "
-            "(python -m megatron_bpipe doctor lists all hook points)"
-        )
+    check_megatron()
     _check_data_paths(args)
-    for flag, given, remedy in _incompatible(args):
+    for flag, given, remedy in incompatible(args):
         raise refuse(f"--bpipe cannot run with {flag} {given}; {remedy}")
     microbatches = _microbatches(args)
     needed = min(stages, microbatches) if microbatches is not None else stages
@@ -59,6 +54,27 @@ def check(args: Any, options: Options) -> str | None:
             f"{error.least}; raise it or leave the flag out (default {default_budget(stages)})"
         ) from error
     return None
+
+
+def check_megatron() -> None:
+    """Look at the Megatron at hand; say so, once, if nobody has tried its release.
+
+    Raises:
+        Refused: it lacks something; rank 0 has named it.
+    """
+    lacking = missing(training=False)
+    if lacking:
+        raise refuse(
+            f"--bpipe needs a Megatron that has {lacking[0]}; use a supported release "
+            "(python -m megatron_bpipe doctor lists all hook points)"
+        )
+    found = release()
+    if found not in KNOWN_RELEASES:
+        say(
+            f"Megatron-Core {found} has not been tried with bpipe (tried: "
+            f"{', '.join(KNOWN_RELEASES)}); everything that is needed is there, so it runs. "
+            "Compare a few steps with and without --bpipe first"
+        )
 
 
 def _microbatches(args: Any) -> int | None:
@@ -101,8 +117,12 @@ def _world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def _incompatible(args: Any) -> list[tuple[str, object, str]]:
-    """Flags given that BPipe cannot run with: (flag, value, remedy)."""
+def incompatible(args: Any) -> list[tuple[str, object, str]]:
+    """What BPipe cannot run with in Megatron's arguments or configuration.
+
+    Returns:
+        For each, the flag, its value and the remedy.
+    """
     found: list[tuple[str, object, str]] = []
     interleaving = {
         "num_layers_per_virtual_pipeline_stage": "--num-layers-per-virtual-pipeline-stage",
@@ -124,7 +144,8 @@ def _incompatible(args: Any) -> list[tuple[str, object, str]]:
         if value:
             found.append((flag, value, "both take over saved tensors: use one of the two"))
     graphs = getattr(args, "cuda_graph_impl", "none")
-    if graphs not in (None, "none") or getattr(args, "enable_cuda_graph", False):
+    early = ("enable_cuda_graph", "external_cuda_graph")  # instead of cuda_graph_impl
+    if graphs not in (None, "none") or any(getattr(args, name, False) for name in early):
         found.append(
             ("--cuda-graph-impl", graphs, "a captured graph pins its activations: use none")
         )

@@ -18,7 +18,7 @@ from types import ModuleType
 from typing import Any
 
 from .after_import import after_import
-from .checks import check
+from .checks import check, check_megatron
 from .log import say
 from .observe import make_observed
 from .options import Options, add_flags
@@ -65,6 +65,8 @@ def install(options: Options | None = None) -> None:
         return
     _installed = _PatchSet()
     if options is not None:
+        if options.bpipe:
+            _installed.when_imported(SCHEDULES, lambda _: check_megatron())
         _activate(options)
     else:
         _installed.when_imported(ARGUMENTS, _add_flags_to_parser)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from ..runtime.executor import Run
+from .checks import incompatible
 from .groups import GROUPS_NAMES, default_groups
 from .megatron_stage import MegatronStage, StageCall, call_known
 from .plan import stage_plan
@@ -62,6 +63,8 @@ def _stage_call(schedules: Any, arguments: dict[str, Any]) -> StageCall:
     config = schedules.get_model_config(model)
     if config.overlap_p2p_comm:
         raise ValueError("bpipe: overlap_p2p_comm needs interleaving; use --no-overlap-p2p-comm")
+    for flag, given, remedy in incompatible(config):  # a loop without Megatron's parser
+        raise ValueError(f"bpipe: cannot run with {flag} {given}; {remedy}")
     communicator = arguments["p2p_communicator"]
     groups_name = next(name for name in GROUPS_NAMES if name in arguments)
     groups = arguments[groups_name]
@@ -131,12 +134,14 @@ def _finish_gradients(
         is_last_stage=call.is_last,
         tp_group=call.groups.tp,
     )
+    named = {call.groups_name: call.groups}
+    if "force_all_reduce" in arguments:
+        named["force_all_reduce"] = arguments["force_all_reduce"]
     call_known(
         config.finalize_model_grads_func,
         [call.model],
         stage.tokens if config.calculate_per_token_loss else None,
-        **{call.groups_name: call.groups},
-        force_all_reduce=arguments.get("force_all_reduce", False),
+        **named,
     )
 
 

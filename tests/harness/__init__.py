@@ -67,10 +67,21 @@ class Result:
 
 @dataclass
 class Megatron:
-    """Starts runs; equal requests share one result."""
+    """Starts runs; equal requests share one result.
+
+    Attributes:
+        folder: for everything that runs write.
+        data: Megatron's flags for the dataset.
+        megatron: folder whose ``megatron`` is used instead of the installed one.
+        core_only: do not import the training loop; only `script` can be used.
+        training_script: what `train` runs.
+    """
 
     folder: Path
     data: list[str]
+    megatron: Path | None = None
+    core_only: bool = False
+    training_script: Path = SCRIPT
     _zygote: subprocess.Popen[str] | None = None
     _results: dict[str, Result] = field(default_factory=dict)
 
@@ -99,7 +110,7 @@ class Megatron:
             out = self._new_folder()
             argv = [*flags, *self.data, "--train-iters", str(steps)]
             argv += ["--bpipe-report", str(out / "report")]
-            job = request | {"script": str(SCRIPT), "argv": argv}
+            job = request | {"script": str(self.training_script), "argv": argv}
             job["dump_at"] = steps if dump_at is None else dump_at
             self._results[key] = self._run(job, out, timeout)
         return self._results[key]
@@ -151,9 +162,17 @@ class Megatron:
 
     def _start(self) -> None:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-m", "tests.harness.zygote"]
+        command += ["--core-only"] * self.core_only
+        if self.megatron is not None:
+            command.append(str(self.megatron))
+            # some releases compile CUDA code when imported, even without a device
+            environment["TORCH_CUDA_ARCH_LIST"] = "8.0"
+            environment["CUDA_HOME"] = "/nonexistent"
+            environment["TORCH_EXTENSIONS_DIR"] = str(self.folder / "extensions")
         log = (self.folder / "zygote.log").open("w")
         self._zygote = subprocess.Popen(
-            [sys.executable, "-m", "tests.harness.zygote"],
+            command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,

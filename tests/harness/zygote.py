@@ -4,11 +4,14 @@ Importing ``megatron.training`` takes 10 s alone and 48 s in eight processes at 
 a fork takes milliseconds. Nothing here starts a thread or a process group before the fork.
 
 Protocol: one JSON job a line on stdin, one JSON answer a line on stdout.
+
+    python -m tests.harness.zygote [--core-only] [FOLDER_WITH_ANOTHER_MEGATRON]
 """
 
 from __future__ import annotations
 
 import ctypes
+import importlib
 import json
 import os
 import signal
@@ -28,17 +31,31 @@ def main() -> None:
     from megatron_bpipe.integration import cpu
 
     cpu.install()
+    core_only = "--core-only" in sys.argv
+    folders = [word for word in sys.argv[1:] if word != "--core-only"]
+    if folders:
+        _use_megatron_of(Path(folders[0]))
     import megatron.core.datasets.gpt_dataset
     import megatron.core.models.gpt
-    import megatron.training
-    import megatron.training.arguments
-    import megatron.training.training  # noqa: F401
+
+    if not core_only:
+        import megatron.training
+        import megatron.training.arguments
+        import megatron.training.training  # noqa: F401
 
     answers.write(json.dumps({"ready": True}) + "\n")
     answers.flush()
     for line in sys.stdin:
         answers.write(json.dumps(_serve(json.loads(line))) + "\n")
         answers.flush()
+
+
+def _use_megatron_of(folder: Path) -> None:
+    """Take all of ``megatron`` from ``folder``: a namespace package would mix two releases."""
+    sys.path.insert(0, str(folder))
+    importlib.import_module("megatron").__path__ = [str(folder / "megatron")]
+    core = importlib.import_module("megatron.core")
+    assert Path(str(core.__file__)).is_relative_to(folder), core.__file__
 
 
 def _serve(job: dict[str, Any]) -> dict[str, Any]:

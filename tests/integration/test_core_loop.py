@@ -16,6 +16,8 @@ MODES = [
     "evaluation first",
     "SDPA",
     "outputs not deallocated",
+    "gradients finalised",
+    "own process groups",
 ]
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
 import torch
 
 from tests.harness import Megatron
@@ -30,3 +33,16 @@ def test_megatron_order_stays_where_asked_or_where_nothing_is_gained(megatron: M
         assert result.ok, result.logs
         assert "ranks placed" not in result.log(0)
         assert result.placed == {0: 0, 1: 1, 2: 2, 3: 3}
+
+
+@pytest.mark.long
+def test_a_checkpoint_loads_under_the_other_placement(megatron: Megatron, tmp_path: Path) -> None:
+    save = ["--save", str(tmp_path), "--save-interval", "5", "--exit-interval", "5"]
+    begun = megatron.train([*gpt(4), "--bpipe", *save], nodes=2, dump_at=5)
+    assert begun.ok, begun.logs
+    assert begun.placed[3] == 1
+    load = ["--load", str(tmp_path), "--bpipe-placement", "megatron"]
+    resumed = megatron.train([*gpt(4), "--bpipe", *load], nodes=2, dump_at=5)
+    whole = megatron.train(gpt(4))
+    for one, other in zip(whole.states, resumed.states, strict=True):
+        assert all(map(torch.equal, one["params"].values(), other["params"].values()))

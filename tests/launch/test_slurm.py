@@ -7,10 +7,7 @@ trains PP 4 x DP 2 on the CPU and compares the losses with torchrun's.
 from __future__ import annotations
 
 import json
-import os
-import signal
 import stat
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,50 +16,9 @@ import pytest
 
 from tests.harness import ROOT, Megatron
 from tests.harness.models import gpt
-from tests.launch import PLACEMENT_FLAG
+from tests.launch.stand_in import SLURM, STYLES, job, run
 
-SLURM = ROOT / "scripts" / "slurm"
-STYLES = {"torchrun.sbatch": 1, "srun.sbatch": 4}  # tasks a node
 LAUNCH_SECONDS = 900
-
-
-def job(style: str, **more: str) -> dict[str, str]:
-    """The environment of a batch script on two nodes with four GPUs each."""
-    fake = Path(__file__).parent / "fake_slurm"
-    tasks = STYLES[style]
-    keep = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
-    return keep | {
-        "PATH": f"{fake}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-        "BPIPE_PYTHON": sys.executable,
-        "SLURM_JOB_ID": str(os.getpid()),
-        "SLURM_JOB_NODELIST": "node[1-2]",
-        "SLURM_NNODES": "2",
-        "SLURM_NTASKS": str(2 * tasks),
-        "SLURM_NTASKS_PER_NODE": str(tasks),
-        "SLURM_GPUS_ON_NODE": "4",
-        **more,
-    }
-
-
-def run(command: list[str], environ: dict[str, str], seconds: float) -> tuple[int, str]:
-    """Run with a time-out; whatever happens, everything it started ends."""
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=environ,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=seconds)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGTERM)
-            process.wait(30)
-    return process.returncode, output
 
 
 @pytest.fixture
@@ -74,7 +30,7 @@ def interpreter(tmp_path: Path) -> Path:
         'echo "task=$SLURM_PROCID rank=$RANK local=$LOCAL_RANK world=$WORLD_SIZE'
         ' of=$LOCAL_WORLD_SIZE at=$MASTER_ADDR:$MASTER_PORT $*"\n'
         '[ "$SLURM_PROCID" = "$FAILS" ] && exit "$STATUS"\n'
-        '[ -n "$FAILS" ] && sleep 60\n'
+        '[ -n "$FAILS" ] && sleep 300\n'
         "exit 0\n"
     )
     path.chmod(path.stat().st_mode | stat.S_IXUSR)
@@ -113,7 +69,7 @@ def test_one_task_a_gpu_sets_what_megatron_reads(interpreter: Path) -> None:
 @pytest.mark.parametrize("style", STYLES)
 def test_a_failing_task_ends_the_job_with_its_status(style: str, interpreter: Path) -> None:
     environ = job(style, BPIPE_PYTHON=str(interpreter), FAILS="1", STATUS="37")
-    status, output = run([str(SLURM / style), "x"], environ, 30)  # the others sleep for 60
+    status, output = run([str(SLURM / style), "x"], environ, 90)  # the others sleep
     assert status == 37, output
 
 
@@ -156,8 +112,7 @@ def rehearsal(megatron: Megatron, tmp_path_factory: pytest.TempPathFactory) -> A
         name: str, start: list[str], environ: dict[str, str], placement: str
     ) -> tuple[Any, str]:
         more = ["--bpipe-report", str(folder / name)]
-        if PLACEMENT_FLAG:
-            more += ["--bpipe-placement", placement]
+        more += ["--bpipe-placement", placement]
         status, output = run([*start, script, *flags, *more], environ, LAUNCH_SECONDS)
         assert status == 0, output[-6000:]
         return json.loads((folder / name / "memory.json").read_text()), output
@@ -180,7 +135,6 @@ def test_same_losses_as_torchrun(rehearsal: Any, style: str) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.skipif(not PLACEMENT_FLAG, reason="there is no flag --bpipe-placement yet")
 @pytest.mark.parametrize("style", STYLES)
 def test_placement_is_realised(rehearsal: Any, style: str) -> None:
     output = rehearsal[style][1]

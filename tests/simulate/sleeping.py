@@ -168,18 +168,16 @@ class Rank:
         moves = self.run(tuple(map(Op.parse, MOVED.split()))) if self.borrowed else []
         alone = [event for _ in range(6) for event in self.run(ALONE)]
 
-        def mean(events: list[Any], kind: str) -> float:
-            return statistics.fmean(
-                [e.end - e.start for e in events if e.op.startswith(kind)] or [0.0]
-            )
+        def middle(events: list[Any], kind: str) -> float:
+            return statistics.median([e.end - e.start for e in events if e.op.startswith(kind)])
 
         copies = {
             kind: [e.copy_end - e.copy_start for e in moves if e.op.startswith(kind)]
             for kind in ("EW", "LW")
         }
         return {
-            "forward": mean(alone, "F"),
-            "backward": mean(alone, "B"),
+            "forward": middle(alone, "F"),
+            "backward": middle(alone, "B"),
             "evict": statistics.fmean(copies["EW"] or [0.0]),
             "load": statistics.fmean(copies["LW"] or [0.0]),
             "hop": self._hop(),

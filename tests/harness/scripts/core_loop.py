@@ -5,6 +5,7 @@ three iterations bitwise, and wants something evicted.
 """
 
 import dataclasses
+import inspect
 import json
 import os
 import sys
@@ -13,13 +14,19 @@ from functools import partial
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.pipeline_parallel import get_forward_backward_func, schedules
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 
 import megatron_bpipe
+from megatron_bpipe.integration.groups import default_groups
 
 STAGES, MICROBATCHES, SIZE, LONGEST, VOCABULARY = 4, 8, 2, 64, 128
 
@@ -33,7 +40,11 @@ class ScaledDotProductAttention(DotProductAttention):
         return out.permute(2, 0, 1, 3).reshape(query.size(0), query.size(1), -1)
 
 
-def build(mode: str) -> GPTModel:
+# in these, Megatron finalises the gradients over process groups, tied embeddings among them
+DISTRIBUTED = ("gradients finalised", "own process groups")
+
+
+def build(mode: str) -> torch.nn.Module:
     torch.manual_seed(7)
     tensor_parallel.model_parallel_cuda_manual_seed(7)
     config = TransformerConfig(
@@ -55,18 +66,28 @@ def build(mode: str) -> GPTModel:
         ),
         recompute_method="uniform" if mode == "partial checkpointing" else None,
         recompute_num_layers=1 if mode == "partial checkpointing" else None,
+        calculate_per_token_loss=mode in DISTRIBUTED,
     )
     spec = get_gpt_layer_local_spec()
     if mode == "SDPA":
         spec.submodules.self_attention.submodules.core_attention = ScaledDotProductAttention
-    return GPTModel(
+    model = GPTModel(
         config=config,
+        share_embeddings_and_output_weights=mode in DISTRIBUTED,
         transformer_layer_spec=spec,
         vocab_size=VOCABULARY,
         max_sequence_length=LONGEST,
         pre_process=parallel_state.is_pipeline_first_stage(),
         post_process=parallel_state.is_pipeline_last_stage(),
     )
+    if mode not in DISTRIBUTED:
+        return model
+    how = DistributedDataParallelConfig(overlap_grad_reduce=True)
+    model = DistributedDataParallel(config=config, ddp_config=how, module=model)
+    config.no_sync_func = model.no_sync
+    config.grad_sync_func = model.start_grad_sync
+    config.finalize_model_grads_func = finalize_model_grads
+    return model
 
 
 def batches(mode: str, iteration: int):
@@ -83,6 +104,11 @@ def mean(output: torch.Tensor):
     return loss, {"loss": loss.detach().clone()}
 
 
+def total(output: torch.Tensor):
+    loss = output.float().sum()
+    return loss, torch.tensor(output.numel(), dtype=torch.int), {"loss": loss.detach().clone()}
+
+
 def forward_step(mode, data, model, checkpoint_all=None):
     tokens = next(data)
     inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
@@ -91,7 +117,7 @@ def forward_step(mode, data, model, checkpoint_all=None):
     mask = torch.ones(1, 1, length, length).tril() < 0.5
     if mode == "partial checkpointing":
         model.config.recompute_granularity = "full" if checkpoint_all else None
-    return model(inputs, positions, mask, labels=labels), mean
+    return model(inputs, positions, mask, labels=labels), total if mode in DISTRIBUTED else mean
 
 
 def train(mode: str) -> list:
@@ -102,14 +128,25 @@ def train(mode: str) -> list:
         if mode == "evaluation first":
             with torch.no_grad():
                 run(schedule, mode, model, 100 + iteration, forward_only=True)
-        model.zero_grad()
+        model.zero_grad_buffer() if mode in DISTRIBUTED else model.zero_grad()
         losses = run(schedule, mode, model, iteration, forward_only=False)
         seen += [loss["loss"] for loss in losses]
-        seen += [parameter.grad.clone() for parameter in model.parameters()]
+        name = "main_grad" if mode in DISTRIBUTED else "grad"
         with torch.no_grad():
             for parameter in model.parameters():
-                parameter -= 0.1 * parameter.grad
+                gradient = getattr(parameter, name)
+                seen.append(gradient.clone())
+                parameter -= 0.1 * gradient
     return seen
+
+
+def own_groups(model) -> dict:
+    """What a caller passes who does not use Megatron's global process groups."""
+    pipeline = parallel_state.get_pipeline_model_parallel_group()
+    communicator = schedules.P2PCommunicator(pp_group=pipeline, config=model.config)
+    known = inspect.signature(schedules.forward_backward_pipelining_without_interleaving).parameters
+    name = "pg_collection" if "pg_collection" in known else "grad_finalize_pgs"
+    return {"p2p_communicator": communicator, name: default_groups(schedules)}
 
 
 def run(schedule, mode, model, iteration, *, forward_only):
@@ -121,6 +158,7 @@ def run(schedule, mode, model, iteration, *, forward_only):
         seq_length=LONGEST,
         micro_batch_size=SIZE,
         forward_only=forward_only,
+        **(own_groups(model) if mode == "own process groups" else {}),
     )
 
 
