@@ -50,7 +50,7 @@ def main() -> int:
         return 0
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += ["--nproc-per-node", str(arguments.stages), __file__]
+        command += ["--log-dir", folder, "--nproc-per-node", str(arguments.stages), __file__]
         command += ["--pairs", str(arguments.pairs), "--block", str(arguments.block)]
         command += ["--stages", str(arguments.stages), "--rank-writes-to", folder]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}

@@ -98,7 +98,8 @@ def _megatron_flags(stages: int, iterations: int, on_gpu: bool) -> list[str]:
 def _train(name: str, flags: list[str], stages: int) -> dict[str, Any]:
     folder = OUT / name
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(stages), "-m", "megatron_bpipe", "run"]
+    command += ["--log-dir", str(OUT / "torchrun"), "--nproc-per-node", str(stages)]
+    command += ["-m", "megatron_bpipe", "run"]
     command += [str(ROOT / "scripts" / "pretrain_gpt.py"), *flags, "--bpipe-report", str(folder)]
     threads = {"OMP_NUM_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
     deterministic = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NCCL_ALGO": "Ring"}
@@ -149,10 +150,14 @@ def _compare(stock: dict[str, Any], bpipe: dict[str, Any], command: str) -> dict
         "seconds_per_iteration": times,
         "time_ratio": times["bpipe"] / times["stock"],
         "budget": bpipe["budget"],
-        "stock": stock["stages"],
-        "bpipe": bpipe["stages"],
+        "stock": _memory(stock),
+        "bpipe": _memory(bpipe),
         "command": command,
     }
+
+
+def _memory(report: dict[str, Any]) -> dict[str, Any]:
+    return {key: report[key] for key in ("bpipe", "budget", "stages")}
 
 
 def _both(stock: dict[str, Any], bpipe: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
@@ -165,7 +170,7 @@ def _table(result: dict[str, Any]) -> str:
         "stage   peak activations (MiB)   live micro-batches        evicted   loaded     pool",
         "           stock      BPipe       stock  BPipe  bound        MiB       MiB       MiB",
     ]
-    for a, b in zip(result["stock"], result["bpipe"], strict=True):
+    for a, b in zip(result["stock"]["stages"], result["bpipe"]["stages"], strict=True):
         lines.append(
             f"{a['stage']:5d} {a['peak_activation_bytes'] / MIB:10.1f}"
             f" {b['peak_activation_bytes'] / MIB:10.1f} {a['peak_microbatches']:11d}"
@@ -219,7 +224,7 @@ def _plot(stages: int, budget: int | None) -> None:
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.25)
         if stage % columns == 0:
-            axis.set_ylabel("activations, MiB")
+            axis.set_ylabel("activations and pool, MiB")
         if stage >= stages - columns:
             axis.set_xlabel("seconds of the last iteration")
     handles, labels = axes.flat[stages - 1].get_legend_handles_labels()

@@ -11,6 +11,8 @@ from tests.harness import Megatron
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
+pytest_plugins = ["tests.results_table"]
+
 
 @pytest.fixture(scope="session")
 def megatron(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Megatron]:

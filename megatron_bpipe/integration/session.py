@@ -92,7 +92,10 @@ class Session:
     def write_report(self) -> None:
         """Collect all ranks' numbers and write them; every rank must call it."""
         folder = self.options.report
-        if folder is None or self.recorder is None:
+        if folder is None:
+            return
+        if self.recorder is None:
+            say("--bpipe-report: nothing to write; it sees pipelines without interleaving only")
             return
         recorder = self.recorder
         name = f"timeline-stage{recorder.stage:03d}-rank{recorder.rank:05d}.json"

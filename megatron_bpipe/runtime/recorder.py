@@ -2,7 +2,7 @@
 
 Serves stock and BPipe runs alike, so that both are measured with the same rule: the live bytes at
 the boundary of every op, from weak references. It keeps the op times of the last iterations only
-(`TIMELINE_ITERATIONS`), and of every iteration its start, end and losses.
+(`TIMELINE_ITERATIONS`), and start, end and losses of the last `KEPT`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from .audit import Audit, audit_forward
 from .memory import LiveActivations
 
 TIMELINE_ITERATIONS = 8
+KEPT = 1000  # iterations whose times and losses are kept
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,8 @@ class Recorder:
     rank: int
     allocated: Callable[[], int | None]
     peaks: Peaks = field(default_factory=Peaks)
-    iterations: list[tuple[float, float]] = field(default_factory=list)
-    losses: list[list[str]] = field(default_factory=list)
+    iterations: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=KEPT))
+    losses: deque[list[str]] = field(default_factory=lambda: deque(maxlen=KEPT))
     timeline: deque[list[Event]] = field(default_factory=lambda: deque(maxlen=TIMELINE_ITERATIONS))
     audit: Audit | None = None
     _before_forward: int | None = None
@@ -136,7 +137,7 @@ class Recorder:
             "allocator_peak_bytes": self.peaks.allocator_bytes,
             "forward": self.audit.document() if self.audit is not None else None,
             "iterations": [list(span) for span in self.iterations],
-            "losses": self.losses,
+            "losses": list(self.losses),
         }
 
     def timeline_document(self) -> dict[str, Any]:

@@ -20,10 +20,10 @@ def test_install_after_import_and_uninstall(megatron: Megatron) -> None:
     assert result.ok, result.logs
 
 
-def torchrun(arguments: list[str], ranks: int) -> tuple[int, str]:
+def torchrun(arguments: list[str], ranks: int, logs: Path) -> tuple[int, str]:
     """Run torchrun with a time-out; whatever happens, its whole process group ends."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(ranks), *arguments]
+    command += ["--log-dir", str(logs), "--nproc-per-node", str(ranks), *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
         command,
@@ -47,7 +47,7 @@ def test_the_command_of_the_readme(megatron: Megatron, tmp_path: Path) -> None:
     flags = [*gpt(4), *megatron.data, "--train-iters", "3", "--bpipe"]
     script = ROOT / "scripts" / "pretrain_gpt.py"
     run = ["-m", "megatron_bpipe", "run", str(script), *flags, "--bpipe-report", str(tmp_path)]
-    status, output = torchrun(run, 4)
+    status, output = torchrun(run, 4, tmp_path / "torchrun")
     assert status == 0, output[-4000:]
     assert output.count("the CPU stands in for CUDA") == 1
     assert output.count("1F1B with activations balanced") == 1
