@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tarfile
 import venv
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,10 @@ def test_wheel_installs_clean_and_its_script_is_the_module(built: Path) -> None:
     venv.create(built / "env", with_pip=True)
     python = built / "env" / "bin" / "python"
     run(python, "-m", "pip", "install", "--no-index", "--no-deps", wheel, cwd=built)
+    with zipfile.ZipFile(wheel) as archive:
+        packed = {name for name in archive.namelist() if name.startswith("megatron_bpipe/")}
+    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "megatron_bpipe").rglob("*.py")}
+    assert packed == {*modules, "megatron_bpipe/py.typed"}
     script = run(built / "env" / "bin" / "bpipe", *CSV, cwd=built)
     module = run(python, "-m", "megatron_bpipe", *CSV, cwd=built)
     here = run(sys.executable, "-m", "megatron_bpipe", *CSV, cwd=ROOT)
@@ -59,3 +64,4 @@ def test_sdist_has_what_a_reader_needs(built: Path) -> None:
     assert wanted <= names
     assert "megatron_bpipe/py.typed" in names
     assert "scripts/quickstart.sh" in names
+    assert "tests/launch/fake_slurm/srun" in names

@@ -29,6 +29,7 @@ from .throughput import make_logging
 
 ARGUMENTS = "megatron.training.arguments"
 TRAINING = "megatron.training.training"
+PARALLEL_STATE = "megatron.core.parallel_state"
 SCHEDULES = "megatron.core.pipeline_parallel.schedules"
 REPLACED = "forward_backward_pipelining_without_interleaving"
 
@@ -173,10 +174,26 @@ def _activate(options: Options) -> None:
 
         patches.replace(training, "train", wrap)
 
+    def verify_placement(parallel_state: ModuleType) -> None:
+        # at once when the groups stand: the first collective teaches NCCL each rank's device,
+        # which Megatron's first barrier would guess from the rank
+        def wrap(initialize: Callable[..., Any]) -> Callable[..., Any]:
+            @functools.wraps(initialize)
+            def initialize_and_verify(*positional: Any, **named: Any) -> Any:
+                result = initialize(*positional, **named)
+                current.verify_placement(parallel_state.get_pipeline_model_parallel_rank())
+                return result
+
+            return initialize_and_verify
+
+        patches.replace(parallel_state, "initialize_model_parallel", wrap)
+
     def log_throughput(training: ModuleType) -> None:
         patches.replace(training, "training_log", lambda log: make_logging(log, training, current))
 
     patches.when_imported(SCHEDULES, replace_schedule)
     patches.when_imported(TRAINING, log_throughput)
+    if options.bpipe:
+        patches.when_imported(PARALLEL_STATE, verify_placement)
     if options.report is not None:
         patches.when_imported(TRAINING, report_at_the_end)

@@ -29,9 +29,12 @@ class Refused(SystemExit):
     """Training cannot start as asked; the process ends with status 2."""
 
 
-def refuse(message: str) -> Refused:
-    """Make the error that ends every rank; rank 0 says why, the others stay silent."""
-    if _rank_zero():
+def refuse(message: str, *, on_every_rank: bool = False) -> Refused:
+    """Make the error that ends every rank; rank 0 says why, the others stay silent.
+
+    ``on_every_rank``: for what only some ranks can see, such as a node unlike the others.
+    """
+    if on_every_rank or _rank_zero():
         sys.stderr.write(f"bpipe: {message}\n")
         sys.stderr.flush()
     return Refused(2)

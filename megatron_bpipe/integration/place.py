@@ -29,7 +29,7 @@ def place(args: Any, placement: str) -> RankMap | None:
             raise refuse(f"--bpipe-placement {placement} cannot run with {flag} {value}; {remedy}")
         return apply(args, placement)
     except ValueError as error:
-        raise refuse(str(error)) from error
+        raise refuse(str(error), on_every_rank=True) from error
 
 
 def _helps(args: Any) -> bool:

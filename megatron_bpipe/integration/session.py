@@ -52,10 +52,6 @@ class Session:
             self.recorder.begin(storage_ids(model))
         if plan is None:
             return
-        if self.ranks is not None and self.plan is None:
-            table_of_ranks = verify(self.ranks, stage=group.rank())
-            if self.ranks.moves_ranks:
-                say(f"ranks placed so that pairs share a node\n{table_of_ranks}")
         self.plan = plan
         self._peak_slots_lent = max(self._peak_slots_lent, plan.slots_lent)
         if plan.slots_lent and self.lender is None:
@@ -68,6 +64,13 @@ class Session:
             self._announced = True
             used = f", transport {self._transport}" if self._transport else ""
             say(f"1F1B with activations balanced: budget {plan.budget} micro-batches a stage{used}")
+
+    def verify_placement(self, stage: int) -> None:
+        """Check on all ranks that each runs where its placement says; rank 0 shows the table."""
+        if self.ranks is not None:
+            shown = verify(self.ranks, stage=stage)
+            if self.ranks.moves_ranks:
+                say(f"ranks placed so that pairs share a node\n{shown}")
 
     def store_for(self, plan: StagePlan) -> ActivationStore | None:
         """The activation store if ``plan`` evicts anything."""

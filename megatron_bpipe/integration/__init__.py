@@ -1,0 +1,1 @@
+"""The only place that names Megatron: install and uninstall, flags, checks, the replacement."""
