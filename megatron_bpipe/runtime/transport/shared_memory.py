@@ -21,9 +21,9 @@ import torch
 
 from ..activation import padded
 from .base import TransportError
-from .copier import Copier, CopyTicket
 from .meeting import Meeting
 from .room import Extent, Room
+from .worker import Job, Worker
 
 
 class SharedMemoryLender:
@@ -77,23 +77,21 @@ class SharedMemoryTransport:
         self._meeting = meeting
         self._segments: list[torch.Tensor] = []
         self._room = Room()
-        self._copier = Copier(meeting.deadline)
+        self._worker = Worker(meeting.deadline)
         self._descriptor = -1
         meeting.tell("want", str(max(wanted, mmap.PAGESIZE)))
 
-    def evict(self, microbatch: int, pieces: Sequence[torch.Tensor]) -> CopyTicket:
+    def evict(self, microbatch: int, pieces: Sequence[torch.Tensor]) -> Job:
         """See `Transport`."""
         size = sum(padded(p.numel()) for p in pieces)
         extent = self._take(microbatch, size)
-        return self._copier.copy(
-            f"E{microbatch} to {self.pair}", self._slot(extent, pieces), pieces
-        )
+        return self._copy(f"E{microbatch} to {self.pair}", self._slot(extent, pieces), pieces)
 
-    def load(self, microbatch: int, pieces: Sequence[torch.Tensor]) -> CopyTicket:
+    def load(self, microbatch: int, pieces: Sequence[torch.Tensor]) -> Job:
         """See `Transport`."""
         extent = self._room.taken[microbatch]
         slot = self._slot(extent, pieces)
-        return self._copier.copy(f"L{microbatch} from {self.pair}", pieces, slot)
+        return self._copy(f"L{microbatch} from {self.pair}", pieces, slot)
 
     def release(self, microbatch: int) -> None:
         """See `Transport`."""
@@ -106,11 +104,23 @@ class SharedMemoryTransport:
 
     def close(self) -> None:
         """See `Transport`."""
-        self._copier.close()
+        self._worker.close()
         self._segments.clear()
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
+
+    def _copy(
+        self, label: str, targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]
+    ) -> Job:
+        targets, sources = list(targets), list(sources)
+
+        def copy() -> None:
+            # one call for a whole micro-batch lets the interpreter lock go once, so the main
+            # thread keeps computing; a copy a storage would ask for the lock dozens of times
+            torch._foreach_copy_(targets, sources)
+
+        return self._worker.start(label, copy)
 
     def _take(self, microbatch: int, size: int) -> Extent:
         if self._descriptor < 0:
