@@ -16,6 +16,7 @@ from megatron_bpipe.schedule import (
     to_csv,
     validate,
 )
+from megatron_bpipe.schedule.bases.catalogue import CATALOGUE, build, lower_for
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -38,6 +39,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         type=int,
         metavar="N",
         help="most micro-batches on one stage (default: ceil((P+2)/2), the paper's)",
+    )
+    parser.add_argument(
+        "--base", metavar="NAME", help=f"another schedule, as it is: {', '.join(CATALOGUE)}"
     )
     parser.add_argument("--stock", action="store_true", help="Megatron's schedule, not balanced")
     parser.add_argument("--csv", action="store_true", help="print CSV, complete, not a drawing")
@@ -73,6 +77,8 @@ def _build(args: argparse.Namespace) -> Schedule:
         raise _UsageError(
             f"--microbatches {m}: an iteration has at least 1; use --microbatches 1 or more"
         )
+    if args.base is not None:
+        return _named(args)
     if args.stock and args.budget is not None:
         raise _UsageError(
             f"--budget {args.budget}: Megatron's own schedule keeps no budget; drop --stock or "
@@ -91,3 +97,15 @@ def _build(args: argparse.Namespace) -> Schedule:
         schedule = lower(schedule)
     validate(schedule)
     return schedule
+
+
+def _named(args: argparse.Namespace) -> Schedule:
+    """A schedule of the catalogue."""
+    for flag, given in (("--stock", args.stock), ("--budget", args.budget is not None)):
+        if given:
+            raise _UsageError(f"--base {args.base}: drawn as it is; drop {flag} or --base")
+    try:
+        schedule = build(args.base, args.pp, args.microbatches)
+    except ValueError as error:
+        raise _UsageError(f"--base {args.base}: {error}") from None
+    return lower_for(schedule)[0] if args.lowered else schedule

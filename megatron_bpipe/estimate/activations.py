@@ -57,7 +57,9 @@ class Kernels:
     ``element`` bytes of an activation; ``mask`` bytes of a dropout mask element; ``fused_swiglu``
     keeps no silu(gate); ``fused_rotary`` keeps no second copy of queries and keys beside the QKV
     output; ``fp32_softmax`` keeps the fp32 softmax beside the rounded one; ``fp32_rmsnorm`` makes
-    RMSNorm keep its input in fp32 beside the normalised one (both for 2-byte elements only).
+    RMSNorm keep its input in fp32 beside the normalised one (both for 2-byte elements only);
+    ``composed`` is RMSNorm and SwiGLU made of single operations: the one keeps the normalised input
+    beside its input, the other a copy of its up half (Megatron-Core 0.19 adds an offset to it).
     """
 
     element: int = 2
@@ -66,6 +68,7 @@ class Kernels:
     fused_rotary: bool = True
     fp32_softmax: bool = False
     fp32_rmsnorm: bool = False
+    composed: bool = False
 
 
 FUSED = Kernels()
@@ -112,10 +115,12 @@ def layer_activations(run: Run, kernels: Kernels = FUSED) -> dict[str, int]:
         kept["rotated queries and keys"] = e * tokens * (h + model.kv_width) // t
     if kernels.fp32_rmsnorm and model.norm == "rmsnorm":
         kept["norms in fp32"] = 2 * 4 * tokens * h // sp
+    if kernels.composed and model.norm == "rmsnorm":
+        kept["normalised inputs"] = 2 * e * tokens * h // sp
     visits = model.experts_per_token if model.experts else 1
     widths = 1 + (2 if model.gated else 1)
     if model.gated and not kernels.fused_swiglu:
-        widths += 1
+        widths += 2 if kernels.composed else 1
     if model.experts:
         widths += 1
         kept["expert inputs"] = visits * e * tokens * h

@@ -148,6 +148,17 @@ def _logits(run: Run, kernels: Kernels) -> int:
     becomes the softmax in place (megatron/core/tensor_parallel/cross_entropy.py, core_v0.4.0).
     """
     model, layout = run.model, run.layout
-    inputs = 2 * kernels.element * run.tokens * model.hidden // layout.sp
     logits = run.tokens * padded_vocab(model.vocab, layout.tp) // layout.tp
-    return inputs + (kernels.element + 4 + 4) * logits
+    return head_saved_bytes(run, kernels) + (kernels.element + 4) * logits
+
+
+def head_saved_bytes(run: Run, kernels: Kernels = FUSED) -> int:
+    """What the output layer of one micro-batch keeps from its forward to its backward.
+
+    Inputs of the final norm (normalised too, where it is composed) and of the matrix, and the fp32
+    softmax; the rest of ``logits`` is gone when the forward is over.
+    """
+    tensors = 3 if kernels.composed and run.model.norm == "rmsnorm" else 2
+    inputs = tensors * kernels.element * run.tokens * run.model.hidden // run.layout.sp
+    vocab = padded_vocab(run.model.vocab, run.layout.tp) // run.layout.tp
+    return inputs + 4 * run.tokens * vocab

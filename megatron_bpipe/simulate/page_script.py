@@ -76,7 +76,8 @@ class Plot {
       if (this.ghost) this.boxes(this.ghost[stage], stage, true);
       this.memory(stage);
     }
-    for (const move of this.panel.moves) this.move(move);
+    const shown = this.panel.moves.filter(m => m[5] >= view.from && m[4] <= view.to);
+    for (const move of shown) this.move(move, shown.length > 150);
     g.restore();
     this.labels();
   }
@@ -122,8 +123,7 @@ class Plot {
       }
     }
   }
-  move([op, kind, source, target, start, end]) {
-    if (end < view.from || start > view.to) return;
+  move([op, kind, source, target, start, end], crowded) {
     const g = this.g, x0 = this.x(start), x1 = Math.max(this.x(end), x0 + 3);
     const here = kind === "E" ? source : target, other = kind === "E" ? target : source;
     g.strokeStyle = g.fillStyle = COLOR[kind]; g.lineWidth = this.lane > 20 ? 1.8 : 1.1;
@@ -132,14 +132,16 @@ class Plot {
     const bottom = this.y(here) + this.lane - 2;
     g.fillRect(x0, bottom - 2, x1 - x0, 3.2);
     if (other === null) return;
-    g.globalAlpha = mark ? 1 : 0.62;
+    g.globalAlpha = mark ? 1 : crowded ? 0.1 : 0.62;
     const far = this.y(other) + (other > here ? 2 : this.lane - 2);
     const [ya, yb] = kind === "E" ? [bottom, far] : [far, bottom];
     const middle = (ya + yb) / 2;
     g.beginPath(); g.moveTo(x0, ya); g.bezierCurveTo(x0, middle, x1, middle, x1, yb); g.stroke();
     const way = yb > ya ? 1 : -1;
-    g.beginPath(); g.moveTo(x1, yb + way * 2); g.lineTo(x1 - 4, yb - way * 5);
-    g.lineTo(x1 + 4, yb - way * 5); g.fill();
+    if (!crowded || mark) {
+      g.beginPath(); g.moveTo(x1, yb + way * 2); g.lineTo(x1 - 4, yb - way * 5);
+      g.lineTo(x1 + 4, yb - way * 5); g.fill();
+    }
     g.globalAlpha = 1; g.lineWidth = 1;
   }
   memory(stage) {

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_bpipe.cli.main import main
 from megatron_bpipe.schedule import (
     Kind,
     Op,
@@ -285,3 +286,16 @@ def test_messages_of_chunked_schedules_need_buffers():
         "v-zb",
     }
     assert balance(one_f_one_b(4, 8)) == build("bpipe", 4, 8)
+
+
+def test_the_command_line_draws_any_of_them(capsys):
+    sizes = ["schedule", "--pp", "4", "--microbatches", "8"]
+    for name in CATALOGUE:
+        assert main([*sizes, "--base", name]) == 0
+        assert "p=4, m=8" in capsys.readouterr().out
+        assert main([*sizes, "--base", name, "--csv", "--lowered"]) == 0
+        assert "SF0" in capsys.readouterr().out
+    assert main([*sizes, "--base", "chimaera"]) == 2
+    assert "schedule 'chimaera' is not known" in capsys.readouterr().err
+    assert main([*sizes, "--base", "gpipe", "--budget", "3"]) == 2
+    assert "drop --budget or --base" in capsys.readouterr().err

@@ -60,6 +60,13 @@ def test_bubble_of_unequal_forward_and_backward(make, p):
     assert bubble_ratio(found) == pytest.approx((p - 1) / (5 * p - 1))
 
 
+def test_recomputation_lengthens_every_backward():
+    plain, longer = StageCosts((1.0,), (2.0,)), StageCosts((1.0,), (2.0,), recompute=0.5)
+    lowered = lower(one_f_one_b(4, 8))
+    assert simulate(lowered, Costs((plain,) * 4)).seconds == 11 * 3.0
+    assert simulate(lowered, Costs((longer,) * 4)).seconds == 11 * 3.5
+
+
 @settings(deadline=None, max_examples=40)
 @given(
     name=st.sampled_from(list(CATALOGUE)),

@@ -73,6 +73,43 @@ def test_details_of_an_op_can_be_linked(tmp_path, anchor, text):
     assert text in tip[1]
 
 
+HAND = """<script>
+const plot = plots[1], place = plot.canvas.getBoundingClientRect();
+function at(kind, x, y, more) {
+  plot.canvas.dispatchEvent(new kind(more.type, { clientX: place.left + x, clientY: place.top + y,
+    bubbles: true, cancelable: true, ...more }));
+}
+const told = [];
+function point(x, y) { at(PointerEvent, x, y, { type: "pointermove" }); told.push(tip.innerText); }
+point(plot.x(0.5), plot.y(0) + 8);
+point(plot.x(2.2), plot.y(0) + plot.lane - 3);
+point(plot.x(5), plot.memoryY(3) + 8);
+const before = view.to - view.from;
+at(WheelEvent, plot.x(10), 40, { type: "wheel", deltaY: -400 });
+told.push(`zoomed ${view.to - view.from < before}`);
+layout.click();
+told.push(`stacked ${main.className === ""}`);
+document.documentElement.dataset.told = told.join(" | ");
+</script></body>"""
+
+
+@pytest.mark.skipif(not BROWSER, reason="needs chromium or chrome")
+def test_pointing_zooming_and_stacking(tmp_path):
+    """A hand over the second panel: a box, an eviction, memory; then the wheel and the button."""
+    path = tmp_path / "page.html"
+    text = page(two_panels(), "two").replace("</body>", HAND)
+    path.write_text(text, encoding="utf-8")
+    document = dump(path, tmp_path / "profile")
+    told = re.search(r'data-told="([^"]*)"', document)
+    assert told is not None
+    box, move, memory, zoomed, stacked = told[1].split(" | ")
+    assert "forward of micro-batch 0" in box
+    assert "evict: stage 0 to stage 3" in move
+    assert "memory of stage 3" in memory
+    assert "pool 2 mb" in memory
+    assert (zoomed, stacked) == ("zoomed true", "stacked true")
+
+
 def test_the_page_needs_no_network():
     text = page(two_panels(), "two")
     assert not re.search(r"(src|href)\s*=|@import|https?://|fetch\(", text)

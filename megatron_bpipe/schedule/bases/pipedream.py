@@ -65,7 +65,7 @@ def continuous_pipe(p: int, n: int) -> Schedule:
 def weight_versions(line: tuple[Op, ...]) -> int:
     """Most versions of the weights that one stage's line needs at the same time, at least 1.
 
-    A version is needed from its first op to its last; the newest one is always kept.  A version that
+    A version is needed from its first op to its last; the newest one is always kept.  One that
     exists before any op uses it is not seen: the last stage of 2BW counts one, where the published
     scheme keeps the second buffer already.
     """
