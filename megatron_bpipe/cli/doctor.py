@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from dataclasses import asdict
 
 
@@ -16,6 +17,14 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "Exit status 0 if --bpipe can run, 1 if not.",
     )
     parser.add_argument("--json", action="store_true", help="print findings as JSON")
+    parser.add_argument(
+        "--heads",
+        type=int,
+        help="attention heads of your model: also look whether Megatron's fused softmax will run",
+    )
+    parser.add_argument("--tp", type=int, default=1, help="its tensor-parallel size (default 1)")
+    parser.add_argument("--micro-batch", type=int, default=1, help="its micro-batch (default 1)")
+    parser.add_argument("--seq", type=int, default=2048, help="its sequence length (default 2048)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -25,9 +34,14 @@ def run(args: argparse.Namespace) -> int:
 
     warnings.simplefilter("ignore")  # Megatron warns of every optional package at import
     logging.disable(logging.WARNING)
-    from megatron_bpipe.integration.doctor import can_run, examine
+    from megatron_bpipe.integration.doctor import can_run, examine, fused_softmax
 
+    if args.heads is not None and (args.tp < 1 or args.heads % args.tp):
+        print(f"doctor: --heads {args.heads} is not divisible by --tp {args.tp}", file=sys.stderr)
+        return 2
     findings = examine()
+    if args.heads is not None:
+        findings.append(fused_softmax(args.heads, args.tp, args.micro_batch, args.seq))
     runs = can_run(findings)
     if args.json:
         print(json.dumps({"can_run": runs, "findings": [asdict(f) for f in findings]}, indent=1))

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from ..estimate.softmax_trap import why_not_fused
 from ..runtime.transport.meeting import Identity
 from ..runtime.transport.shared_memory import available_bytes
 from . import cpu
@@ -47,6 +48,17 @@ def examine() -> list[Finding]:
     findings += [*_links(), _shm_transport(), _p2p_transport(), _memory(), *_limits(), _dev_shm()]
     findings += [_optional(name) for name in ("transformer_engine", "flash_attn", "apex")]
     return findings
+
+
+def fused_softmax(heads: int, tp: int, micro_batch: int, seq: int) -> Finding:
+    """Whether unfused attention gets Megatron's fused softmax kernel, which BPipe's gain rests on.
+
+    The paper's rows 7 and 8 differ by this kernel as much as by BPipe (estimate.softmax_trap).
+    """
+    why = why_not_fused(micro_batch, heads // tp, seq)
+    remedy = "another --tp, another micro-batch or flash attention may gain more than BPipe"
+    found = "; ".join(why) or f"runs at micro-batch {micro_batch} with {heads // tp} heads a rank"
+    return Finding("fused softmax", found, not why, needed=False, remedy=remedy)
 
 
 def can_run(findings: list[Finding]) -> bool:
