@@ -6,6 +6,7 @@ does, so that the recorder sees the same op boundaries as under BPipe.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import time
 from collections.abc import Callable
@@ -20,6 +21,7 @@ def make_observed(
 ) -> Callable[..., Any]:
     """``stock`` with the recorder listening."""
 
+    @functools.wraps(stock)  # callers look at its signature
     def forward_backward_observed(**named: Any) -> Any:
         """Megatron's own schedule, observed."""
         if named.get("forward_only", False):

@@ -8,6 +8,7 @@ Evaluation (``forward_only``) holds no activations, so it goes to Megatron's own
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -28,6 +29,7 @@ def make_schedule(
     """The function that replaces ``stock`` in Megatron's module ``schedules``."""
     signature = inspect.signature(stock)
 
+    @functools.wraps(stock)  # callers look at its signature
     def forward_backward_bpipe(**named: Any) -> Any:
         """Run the forward and backward passes of one iteration under BPipe."""
         bound = signature.bind(**named)

@@ -11,8 +11,8 @@ import importlib
 import inspect
 from dataclasses import dataclass
 
-# Minor releases that scripts/version_matrix.py has run (docs/results/versions.md).
-KNOWN_RELEASES = ("0.14", "0.15", "0.16", "0.17", "0.18", "0.19")
+# Minor releases that scripts/version_matrix.py has run (docs/results/versions.md); 0.20 is main.
+KNOWN_RELEASES = ("0.14", "0.15", "0.16", "0.17", "0.18", "0.19", "0.20")
 
 SCHEDULES = "megatron.core.pipeline_parallel.schedules"
 ARGUMENTS = "megatron.training.arguments"

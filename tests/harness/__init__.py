@@ -73,6 +73,7 @@ class Megatron:
         folder: for everything that runs write.
         data: Megatron's flags for the dataset.
         megatron: folder whose ``megatron`` is used instead of the installed one.
+        also: folders with what that one needs and this environment lacks.
         core_only: do not import the training loop; only `script` can be used.
         training_script: what `train` runs.
     """
@@ -80,6 +81,7 @@ class Megatron:
     folder: Path
     data: list[str]
     megatron: Path | None = None
+    also: tuple[Path, ...] = ()
     core_only: bool = False
     training_script: Path = SCRIPT
     _zygote: subprocess.Popen[str] | None = None
@@ -165,7 +167,7 @@ class Megatron:
         command = [sys.executable, "-m", "tests.harness.zygote"]
         command += ["--core-only"] * self.core_only
         if self.megatron is not None:
-            command.append(str(self.megatron))
+            command += [str(folder) for folder in (self.megatron, *self.also)]
             # some releases compile CUDA code when imported, even without a device
             environment["TORCH_CUDA_ARCH_LIST"] = "8.0"
             environment["CUDA_HOME"] = "/nonexistent"

@@ -16,8 +16,11 @@ from tests.harness import ROOT
 CACHE = ROOT / ".versions"
 # The last patch of each supported minor release, oldest first.
 RELEASES = ("0.14.0", "0.15.3", "0.16.1", "0.17.1", "0.18.2", "0.19.2")
-# What a release imports beside torch and numpy.
-ALSO = {"0.17.1": ["pyyaml"], "0.18.2": ["pyyaml"]}
+# What training loops up to 0.18 import beside torch and numpy; versions that fit each other.
+ALSO = (
+    *("pyyaml", "six", "regex"),
+    *("pydantic==2.11.7", "pydantic-core==2.33.2", "annotated-types", "typing-inspection"),
+)
 INSTALL_SECONDS = 180
 
 
@@ -31,14 +34,27 @@ def overlay(release: str, cache: Path = CACHE) -> Path:
     Raises:
         NoOverlay: it cannot be installed; says why.
     """
-    folder = cache / release
+    return _installed(cache / release, [f"megatron-core=={release}"])
+
+
+def also(cache: Path = CACHE) -> Path:
+    """A folder with the small packages that the training loops of some releases import.
+
+    Raises:
+        NoOverlay: as for `overlay`.
+    """
+    return _installed(cache / "also", list(ALSO))
+
+
+def _installed(folder: Path, packages: list[str]) -> Path:
     if folder.is_dir():
         return folder
-    cache.mkdir(exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f"{release}-", dir=cache))
+    folder.parent.mkdir(exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f"{folder.name}-", dir=folder.parent))
     try:
-        _install([f"megatron-core=={release}", *ALSO.get(release, [])], unfinished)
-        unfinished.rename(folder)
+        _install(packages, unfinished)
+        if not folder.is_dir():  # another test run may have been faster
+            unfinished.rename(folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return folder

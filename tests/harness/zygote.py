@@ -5,7 +5,7 @@ a fork takes milliseconds. Nothing here starts a thread or a process group befor
 
 Protocol: one JSON job a line on stdin, one JSON answer a line on stdout.
 
-    python -m tests.harness.zygote [--core-only] [FOLDER_WITH_ANOTHER_MEGATRON]
+    python -m tests.harness.zygote [--core-only] [FOLDER_WITH_ANOTHER_MEGATRON [MORE]]
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ def main() -> None:
     folders = [word for word in sys.argv[1:] if word != "--core-only"]
     if folders:
         _use_megatron_of(Path(folders[0]))
+        sys.path += folders[1:]
     import megatron.core.datasets.gpt_dataset
     import megatron.core.models.gpt
 
@@ -68,7 +69,7 @@ def _serve(job: dict[str, Any]) -> dict[str, Any]:
     Path(job["out"], "pids").write_text(json.dumps({str(rank): pid for pid, rank in ranks.items()}))
     status: dict[str, int | None] = {}
     deadline = time.monotonic() + job["timeout"]
-    while ranks and time.monotonic() < deadline:
+    while ranks and time.monotonic() < deadline and not all(map(_stopped, ranks)):
         for pid in list(ranks):
             done, raw = os.waitpid(pid, os.WNOHANG)
             if done:
@@ -79,6 +80,11 @@ def _serve(job: dict[str, Any]) -> dict[str, Any]:
         os.waitpid(pid, 0)
         status[str(rank)] = None
     return {"status": status}
+
+
+def _stopped(pid: int) -> bool:
+    """Whether a process has been stopped by a signal: it would never end."""
+    return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "T"
 
 
 def _run_rank(job: dict[str, Any], rank: int) -> None:

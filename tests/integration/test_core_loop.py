@@ -2,36 +2,21 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import pytest
 
 from tests.harness import Megatron
+from tests.harness.core import MODES, TRANSPORTS, Outcome, core_loop
 
-MODES = [
-    "plain",
-    "variable lengths",
-    "partial checkpointing",
-    "evaluation first",
-    "SDPA",
-    "outputs not deallocated",
-    "gradients finalised",
-    "own process groups",
-]
+Outcomes = dict[tuple[str, str], Outcome]
 
 
 @pytest.fixture(scope="module")
-def found(megatron: Megatron, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
-    folder = tmp_path_factory.mktemp("core")
-    result = megatron.script("core_loop.py", [json.dumps(MODES), str(folder)], world=4)
-    assert result.ok, result.logs
-    return [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(4)]
+def found(megatron: Megatron, tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
+    return core_loop(megatron, tmp_path_factory.mktemp("core"))
 
 
-@pytest.mark.parametrize("transport", ["shm", "p2p"])
+@pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("mode", MODES)
-def test_bitwise_equal(found: list[dict], mode: str, transport: str) -> None:
-    ranks = [rank[f"{mode}, {transport}"] for rank in found]
-    assert all(rank["equal"] for rank in ranks)
-    assert ranks[0]["evicted"] > 0
+def test_bitwise_equal(found: Outcomes, mode: str, transport: str) -> None:
+    assert found[mode, transport].equal
+    assert found[mode, transport].evicted > 0

@@ -16,6 +16,7 @@ def install() -> None:
     """Register the patches for the modules they concern."""
     after_import("megatron.training.arguments", _refuse_gpu_only)
     after_import("megatron.training.initialize", _allow_no_cuda)
+    after_import("megatron.legacy.fused_kernels", _no_kernels)
     after_import("megatron.core.transformer.torch_norm", _norm_with_sequence_parallelism)
     after_import("megatron.core.transformer.moe.moe_utils", _splits_as_numbers)
 
@@ -49,6 +50,11 @@ def _allow_no_cuda(initialize: Any) -> None:
     initialize.initialize_megatron = functools.partial(
         initialize.initialize_megatron, allow_no_cuda=True
     )
+
+
+def _no_kernels(fused_kernels: Any) -> None:
+    """Compile no CUDA kernels: checkouts up to 0.16 do, in ``_compile_dependencies``."""
+    fused_kernels.load = lambda args: None
 
 
 def _norm_with_sequence_parallelism(torch_norm: Any) -> None:

@@ -1,0 +1,67 @@
+"""Run core_loop.py: stock and BPipe in a loop on megatron.core alone."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.harness import Megatron
+
+RANKS = 4
+TRANSPORTS = ("shm", "p2p")
+MODES = (
+    "plain",
+    "variable lengths",
+    "partial checkpointing",
+    "evaluation first",
+    "SDPA",
+    "outputs not deallocated",
+    "gradients finalised",
+    "own process groups",
+)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One mode over one transport.
+
+    Attributes:
+        equal: every rank's losses and gradients are bitwise those of stock.
+        evicted: bytes that left stage 0.
+    """
+
+    equal: bool
+    evicted: int
+
+    @property
+    def good(self) -> bool:
+        """Equal, and something moved."""
+        return self.equal and self.evicted > 0
+
+
+def core_loop(
+    megatron: Megatron, folder: Path, modes: tuple[str, ...] = MODES, timeout: float = 180
+) -> dict[tuple[str, str], Outcome]:
+    """Outcome by mode and transport.
+
+    Args:
+        megatron: where to run.
+        folder: an empty one, for the ranks' answers.
+        modes: some of `MODES`.
+        timeout: for all of them, in seconds.
+
+    Raises:
+        AssertionError: a rank failed; has the end of its output.
+    """
+    arguments = [json.dumps(modes), str(folder)]
+    result = megatron.script("core_loop.py", arguments, world=RANKS, timeout=timeout)
+    assert result.ok, result.logs
+    ranks = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(RANKS)]
+    found = {}
+    for mode in modes:
+        for transport in TRANSPORTS:
+            answers = [rank[f"{mode}, {transport}"] for rank in ranks]
+            equal = all(answer["equal"] for answer in answers)
+            found[mode, transport] = Outcome(equal, answers[0]["evicted"])
+    return found

@@ -1,0 +1,42 @@
+"""The oldest supported Megatron-Core, installed beside the newest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.harness import Megatron
+from tests.harness.core import MODES, TRANSPORTS, Outcome, core_loop
+from tests.harness.overlays import RELEASES, NoOverlay, overlay
+
+Outcomes = dict[tuple[str, str], Outcome]
+
+
+@pytest.fixture(scope="module")
+def oldest(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Megatron]:
+    try:
+        folder = overlay(RELEASES[0])
+    except NoOverlay as why:
+        pytest.skip(f"cannot install Megatron-Core {RELEASES[0]}: {why}")
+    runs = Megatron(tmp_path_factory.mktemp("oldest"), [], megatron=folder, core_only=True)
+    yield runs
+    runs.close()
+
+
+@pytest.fixture(scope="module")
+def found(oldest: Megatron, tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
+    return core_loop(oldest, tmp_path_factory.mktemp("core"))
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("mode", MODES)
+def test_bitwise_equal(found: Outcomes, mode: str, transport: str) -> None:
+    assert found[mode, transport].equal
+    assert found[mode, transport].evicted > 0
+
+
+def test_it_is_known(oldest: Megatron) -> None:
+    result = oldest.script("unknown_release.py", ["options", ""], world=1)
+    assert result.ok, result.logs
+    assert "has not been tried" not in result.log(0)
