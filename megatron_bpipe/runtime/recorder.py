@@ -20,6 +20,9 @@ from .audit import Audit, audit_forward
 from .memory import LiveActivations
 
 TIMELINE_ITERATIONS = 8
+CHANGES_MEMORY = frozenset(
+    (Kind.FORWARD, Kind.BACKWARD, Kind.EVICT, Kind.EVICT_WAIT, Kind.LOAD, Kind.LOAD_WAIT)
+)
 KEPT = 1000  # iterations whose times and losses are kept
 
 
@@ -115,10 +118,14 @@ class Recorder:
 
     def op_done(self, op: Op, start: float, end: float, moved: int) -> None:
         """See `executor.Observer`."""
-        live, present = self._live.sample()
-        self.peaks.activation_bytes = max(self.peaks.activation_bytes, live)
-        self.peaks.microbatches = max(self.peaks.microbatches, present)
-        now = self.allocated()
+        if op.kind in CHANGES_MEMORY or not self.timeline[-1]:
+            live, present = self._live.sample()
+            self.peaks.activation_bytes = max(self.peaks.activation_bytes, live)
+            self.peaks.microbatches = max(self.peaks.microbatches, present)
+            now = self.allocated()
+        else:  # a message moves no activation
+            last = self.timeline[-1][-1]
+            live, present, now = last.live_bytes, last.live_microbatches, None
         if now is not None and self._baseline is not None and op.kind is not Kind.BACKWARD:
             above = now - self._baseline
             self.peaks.allocator_bytes = max(self.peaks.allocator_bytes or 0, above)
