@@ -16,7 +16,7 @@ import sys
 
 import torch
 
-from . import defaults, eager, megatron_patches, memory, placement, rng, streams
+from . import allocator, defaults, eager, megatron_patches, memory, placement, rng, streams
 from .flags import cpu_flags
 
 __all__ = ["announcement", "cpu_flags", "install", "installed"]
@@ -51,6 +51,7 @@ def install() -> None:
     # Megatron asserts this with TP or CP > 1 (training/arguments.py, "using tensor model
     # parallelism or context parallelism require setting CUDA_DEVICE_MAX_CONNECTIONS to 1").
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    allocator.install()
     eager.install()
     placement.install()
     streams.install()
