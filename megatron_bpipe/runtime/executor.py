@@ -69,9 +69,6 @@ class Observer(Protocol):
     def forward_done(self, op: Op, output: object) -> None:
         """``op``'s graph is complete and nothing of it has left yet."""
 
-    def backward_done(self, op: Op) -> None:
-        """``op``'s graph has been used up."""
-
 
 class Run:
     """One stage's run through one iteration's ops."""
@@ -151,8 +148,6 @@ class Run:
         self._stage.backward(op)
         if self._store is not None:
             self._store.consume(op.microbatch)
-        if self._observer is not None:
-            self._observer.backward_done(op)
 
     def _evict(self, op: Op) -> None:
         assert self._store is not None

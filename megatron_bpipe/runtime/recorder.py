@@ -105,9 +105,6 @@ class Recorder:
             self.audit = audit_forward(op.microbatch, output, allocated, self._excluded, known)
         self._live.track_graph(op.microbatch, output, self._excluded)
 
-    def backward_done(self, op: Op) -> None:
-        """See `executor.Observer`."""
-
     def loaded(self, microbatch: int, storages: list[torch.UntypedStorage]) -> None:
         """A load allocated ``storages``."""
         self._live.track(microbatch, storages)

@@ -50,8 +50,8 @@ class Identity:
         return self.host == Identity.mine().host and _born(self.pid) == self.born
 
     def died(self) -> bool:
-        """Whether it was here and is gone; False for processes that cannot be seen."""
-        return self.host == Identity.mine().host and _born(self.pid) != self.born
+        """Whether it is gone; ask only of one that was `here`."""
+        return _born(self.pid) != self.born
 
 
 @dataclass
