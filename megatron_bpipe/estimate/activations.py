@@ -60,6 +60,8 @@ class Kernels:
     RMSNorm keep its input in fp32 beside the normalised one (both for 2-byte elements only);
     ``composed`` is RMSNorm and SwiGLU made of single operations: the one keeps the normalised input
     beside its input, the other a copy of its up half (Megatron-Core 0.19 adds an offset to it).
+    ``layer`` and ``head`` are bytes that a layer and the output layer were measured to keep at the
+    run's micro-batch and attention (a profile); they replace the sum of the table above.
     """
 
     element: int = 2
@@ -69,6 +71,8 @@ class Kernels:
     fp32_softmax: bool = False
     fp32_rmsnorm: bool = False
     composed: bool = False
+    layer: int | None = None
+    head: int | None = None
 
 
 FUSED = Kernels()
@@ -144,8 +148,8 @@ def micro_batch_bytes(run: Run, stage: int, kernels: Kernels = FUSED) -> int:
     This is what BPipe moves.  The output layer of the last stage is not in it: its logits live only
     from the end of a forward to the start of its backward.
     """
-    layer = sum(layer_activations(run, kernels).values())
-    total = run.layers_per_stage * layer
+    layer = kernels.layer or sum(layer_activations(run, kernels).values())
+    total = run.layers_of(stage) * layer
     if stage == 0 and run.model.dropout:
         total += kernels.mask * run.tokens * run.model.hidden // run.layout.sp
     return total

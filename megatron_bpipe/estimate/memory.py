@@ -9,18 +9,27 @@ Units: bytes per GPU; GiB = 2^30 bytes where named so.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+import functools
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
-from megatron_bpipe.estimate.activations import FUSED, Kernels, micro_batch_bytes, softmax_bytes
+from megatron_bpipe.estimate.activations import (
+    FUSED,
+    Kernels,
+    layer_activations,
+    micro_batch_bytes,
+    softmax_bytes,
+)
 from megatron_bpipe.estimate.errors import EstimateError
 from megatron_bpipe.estimate.models import padded_vocab
 from megatron_bpipe.estimate.parameters import stage_parameters
 from megatron_bpipe.estimate.runs import Run
 from megatron_bpipe.schedule.balance import balance
 from megatron_bpipe.schedule.base import one_f_one_b
-from megatron_bpipe.schedule.live import occupancy, peak
-from megatron_bpipe.schedule.ops import Schedule, partner
+from megatron_bpipe.schedule.bases.interleaved import interleaved
+from megatron_bpipe.schedule.live import occupancy
+from megatron_bpipe.schedule.offload import offload
+from megatron_bpipe.schedule.ops import Schedule, default_budget, partner
 
 GIB = 2**30
 
@@ -55,7 +64,7 @@ class StageMemory:
     """One GPU of one stage, in bytes.
 
     ``activations`` are this stage's own micro-batches, ``pool`` the slots it lends, ``logits`` the
-    output layer's working memory (last stage), ``recompute`` one layer's attention made anew in the
+    output layer's working memory (last stage), ``recompute`` what one layer makes anew in its
     backward, ``overhead`` a named constant.
     """
 
@@ -81,10 +90,8 @@ def memory_by_stage(
     overhead: int = FIXED_OVERHEAD,
 ) -> tuple[StageMemory, ...]:
     """The peak of each stage from 0 to p-1 under 1F1B, with BPipe where the run has it."""
-    schedule = schedule_of(run)
     return tuple(
-        _stage_memory(run, schedule, stage, kernels, state, overhead)
-        for stage in range(run.layout.pp)
+        _stage_memory(run, stage, kernels, state, overhead) for stage in range(run.layout.pp)
     )
 
 
@@ -111,34 +118,76 @@ def verdict(needed_gib: float, capacity_gib: float = 80.0) -> Verdict:
 
 
 def schedule_of(run: Run) -> Schedule:
-    """The schedule this run executes: 1F1B, balanced when it uses BPipe."""
-    schedule = one_f_one_b(run.layout.pp, run.micro_batches)
-    return balance(schedule) if run.bpipe else schedule
+    """The schedule this run executes: 1F1B, balanced or offloaded where it asks for that.
+
+    Raises EstimateError where it cannot: a budget that is too small, or interleaving with a number
+    of micro-batches that is no multiple of p.
+    """
+    return _schedule(*_shape(run))
+
+
+_Shape = tuple[int, int, bool, bool, int, int | None]
+
+
+def _shape(run: Run) -> _Shape:
+    """All that the schedule depends on."""
+    return run.layout.pp, run.micro_batches, run.bpipe, run.host, run.chunks, run.budget
+
+
+@functools.lru_cache(maxsize=64)
+def _schedule(p: int, m: int, bpipe: bool, host: bool, chunks: int, budget: int | None) -> Schedule:
+    try:
+        if chunks > 1:
+            return interleaved(p, m, chunks)
+        schedule = one_f_one_b(p, m)
+        if bpipe:
+            return balance(schedule, budget)
+        return offload(schedule, budget or default_budget(p)) if host else schedule
+    except ValueError as error:
+        raise EstimateError(str(error)) from error
+
+
+@functools.lru_cache(maxsize=4096)
+def _held(shape: _Shape) -> tuple[tuple[int, int], ...]:
+    """For each stage: most activations of its own there, and most that it has on its partner."""
+    schedule = _schedule(*shape)
+    counts = [occupancy(line) for line in schedule.stages]
+    remote = [0 if schedule.to_host else max(lent, default=0) for _, lent in counts]
+    return tuple((max(own, default=0), r) for (own, _), r in zip(counts, remote, strict=True))
 
 
 def _stage_memory(
-    run: Run, schedule: Schedule, stage: int, kernels: Kernels, state: StateBytes, overhead: int
+    run: Run, stage: int, kernels: Kernels, state: StateBytes, overhead: int
 ) -> StageMemory:
-    layout = run.layout
+    layout, held = run.layout, _held(_shape(run))
     parameters = stage_parameters(run, stage)
     shards, expert_shards = 1, 1
     if run.distributed_optimizer:
         shards, expert_shards = layout.dp * layout.cp, layout.dp * layout.cp // layout.ep
     optimizer = parameters.dense / shards + parameters.experts / expert_shards
     other = partner(stage, layout.pp)
-    lent = 0 if other is None else max(occupancy(schedule.stages[other])[1], default=0)
+    lent = 0 if other is None else held[other][1]
     evicted = 0 if other is None else micro_batch_bytes(run, other, kernels)
     last = stage == layout.pp - 1
     return StageMemory(
         weights=state.weights * parameters.total,
         gradients=state.gradients * parameters.total,
         optimizer=round(state.optimizer * optimizer),
-        activations=peak(schedule.stages[stage]) * micro_batch_bytes(run, stage, kernels),
+        activations=held[stage][0] * (micro_batch_bytes(run, stage, kernels) // run.chunks),
         pool=lent * evicted,
         logits=_logits(run, kernels) if last else 0,
-        recompute=softmax_bytes(run, kernels) if run.attention == "recompute" else 0,
+        recompute=_recomputed(run, kernels),
         overhead=overhead,
     )
+
+
+def _recomputed(run: Run, kernels: Kernels) -> int:
+    """What one layer's backward makes anew: its attention, or all of it (with flash attention)."""
+    if run.attention == "recompute":
+        return softmax_bytes(run, kernels)
+    if run.attention == "full":
+        return sum(layer_activations(replace(run, attention="flash"), kernels).values())
+    return 0
 
 
 def _logits(run: Run, kernels: Kernels) -> int:
@@ -158,6 +207,8 @@ def head_saved_bytes(run: Run, kernels: Kernels = FUSED) -> int:
     Inputs of the final norm (normalised too, where it is composed) and of the matrix, and the fp32
     softmax; the rest of ``logits`` is gone when the forward is over.
     """
+    if kernels.head is not None:
+        return kernels.head
     tensors = 3 if kernels.composed and run.model.norm == "rmsnorm" else 2
     inputs = tensors * kernels.element * run.tokens * run.model.hidden // run.layout.sp
     vocab = padded_vocab(run.model.vocab, run.layout.tp) // run.layout.tp

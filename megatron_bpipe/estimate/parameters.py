@@ -60,14 +60,14 @@ def stage_parameters(run: Run, stage: int) -> Parameters:
     """
     model, layout = run.model, run.layout
     layer = layer_parameters(model, layout)
-    dense = run.layers_per_stage * layer.dense
+    dense = run.layers_of(stage) * layer.dense
     words = padded_vocab(model.vocab, layout.tp) // layout.tp * model.hidden
     if stage == 0:
         dense += words + (model.seq * model.hidden if model.learned_positions else 0)
     if stage == layout.pp - 1:
         shared = model.tied_embeddings and layout.pp == 1
         dense += _norm(model) + (0 if shared else words)
-    return Parameters(dense, run.layers_per_stage * layer.experts)
+    return Parameters(dense, run.layers_of(stage) * layer.experts)
 
 
 def _ffn(model: Model, t: int) -> int:

@@ -33,24 +33,15 @@ from dataclasses import dataclass
 
 from megatron_bpipe.estimate.activations import FUSED, Kernels, micro_batch_bytes
 from megatron_bpipe.estimate.errors import EstimateError
-from megatron_bpipe.estimate.flops import (
-    equation_1,
-    head_flops,
-    layer_flops_equation_1,
-    mfu_percent,
-)
+from megatron_bpipe.estimate.flops import equation_1, mfu_percent
 from megatron_bpipe.estimate.hardware import Gpu
 from megatron_bpipe.estimate.iteration_time import Costs, IterationTime
 from megatron_bpipe.estimate.memory import schedule_of
+from megatron_bpipe.estimate.pace import pace_of_mfu
 from megatron_bpipe.estimate.parameters import stage_parameters
 from megatron_bpipe.estimate.runs import Run
 from megatron_bpipe.estimate.simulated import simulated_seconds
 from megatron_bpipe.schedule.ops import Kind
-
-CROSS_ENTROPY_BYTES = 52
-"""Memory traffic per logit of Megatron's cross entropy: to fp32 (6), max (4), subtract (8), exp
-(8), sum (4), divide (8), and backwards scale (8) and to bf16 (6).  Read in
-megatron/core/tensor_parallel/cross_entropy.py, core_v0.4.0."""
 
 OPTIMIZER_BYTES = 42
 """Memory traffic per parameter of a step: gradient norm (4), Adam reading gradient, master weight
@@ -79,23 +70,30 @@ class Constants:
 def costs(case: Measured, constants: Constants) -> Costs:
     """What one micro-batch and one iteration of this run cost."""
     run, gpu = case.run, case.gpu
-    layout, b = run.layout, run.micro_batch
-    peak = gpu.flops * layout.tp * layout.cp
-    logits = run.tokens * run.model.vocab / layout.tp
-    parameters = stage_parameters(run, 0).total
-    shards = layout.dp * layout.cp if run.distributed_optimizer else 1
-    step = OPTIMIZER_BYTES * parameters / shards / gpu.memory_bandwidth
-    replicas = layout.dp * layout.cp
-    reduce = 2 * (replicas - 1) / replicas * 4 * parameters / gpu.network
+    pace = pace_of_mfu(run, gpu, case.stage_mfu)
     return Costs(
-        stage=layer_flops_equation_1(run.model, b) / layout.pp / (peak * case.stage_mfu / 100),
-        head=head_flops(run.model, b) / (peak * gpu.matmul_share)
-        + CROSS_ENTROPY_BYTES * logits / gpu.memory_bandwidth,
-        exchange=constants.exchange * 2 * run.tokens * run.model.hidden / layout.sp,
-        once=step + reduce,
+        stage=run.layers_per_stage * pace.layer,
+        head=pace.head,
+        exchange=exchange_seconds(run, constants, case.kernels),
+        once=once_seconds(run, 0, gpu, gpu.network),
         exposed=constants.bpipe * bytes_moved(run, case.kernels),
         transfer=micro_batch_bytes(run, 0, case.kernels) / gpu.nvlink if run.bpipe else None,
     )
+
+
+def exchange_seconds(run: Run, constants: Constants, kernels: Kernels = FUSED) -> float:
+    """One send between two stages, synchronisation included."""
+    size = kernels.element * run.tokens * run.model.hidden / run.layout.sp
+    return constants.exchange * size
+
+
+def once_seconds(run: Run, stage: int, gpu: Gpu, link: float) -> float:
+    """Optimizer step and data-parallel reduce of a stage; ``link`` bytes/s between its replicas."""
+    parameters = stage_parameters(run, stage).total
+    replicas = run.layout.dp * run.layout.cp
+    shards = replicas if run.distributed_optimizer else 1
+    step = OPTIMIZER_BYTES * parameters / shards / gpu.memory_bandwidth
+    return step + 2 * (replicas - 1) / replicas * 4 * parameters / link
 
 
 @functools.lru_cache(maxsize=256)  # a fit asks thousands of times

@@ -56,8 +56,12 @@ class Layout:
 class Run:
     """One training run; batches count sequences.
 
+    At most one of ``bpipe``, ``host`` (the same evictions, to the host's memory) and ``chunks``
+    above 1 (interleaved 1F1B) is on.  ``budget`` is that of the first two, None the paper's.
+    ``partition`` has the layers of each stage; empty: the same on all.
+
     Raises EstimateError when heads, layers, sequence, experts or batch do not divide as the layout
-    asks.
+    asks, or for a combination that no schedule has.
     """
 
     model: Model
@@ -67,6 +71,10 @@ class Run:
     attention: Attention
     bpipe: bool = False
     distributed_optimizer: bool = False
+    budget: int | None = None
+    host: bool = False
+    chunks: int = 1
+    partition: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         model, layout = self.model, self.layout
@@ -79,7 +87,7 @@ class Run:
                 raise EstimateError(f"{field} is {getattr(self, field)}: give at least 1 sequence")
         _divides(layout.tp, model.heads, "attention heads", "tensor-parallel size")
         _divides(layout.tp, model.kv_heads, "key/value heads", "tensor-parallel size")
-        _divides(layout.pp, model.layers, "layers", "number of stages")
+        self._check_schedule()
         _divides(layout.cp * layout.sp, model.seq, "tokens of a sequence", "cp x sequence-parallel")
         _divides(
             self.micro_batch * layout.dp,
@@ -89,6 +97,25 @@ class Run:
         )
         if layout.ep > 1:
             _divides(layout.ep, model.experts or 1, "experts", "expert-parallel size")
+
+    def _check_schedule(self) -> None:
+        layers, p = self.model.layers, self.layout.pp
+        if self.chunks < 1 or self.bpipe + self.host + (self.chunks > 1) > 1:
+            raise EstimateError(
+                f"bpipe {self.bpipe}, host {self.host} and {self.chunks} chunks: use one of BPipe, "
+                "host offload and interleaving (2 chunks or more)"
+            )
+        if self.partition:
+            if len(self.partition) != p or sum(self.partition) != layers or min(self.partition) < 1:
+                raise EstimateError(
+                    f"partition {self.partition}: give {p} positive numbers that add up to "
+                    f"{layers} layers"
+                )
+            if self.chunks > 1:
+                raise EstimateError(f"partition {self.partition}: not with {self.chunks} chunks")
+        else:
+            by = "number of stages" if self.chunks == 1 else "number of stages x chunks"
+            _divides(p * self.chunks, layers, "layers", by)
 
     @property
     def micro_batches(self) -> int:
@@ -102,8 +129,12 @@ class Run:
 
     @property
     def layers_per_stage(self) -> int:
-        """Transformer layers of one stage."""
-        return self.model.layers // self.layout.pp
+        """Transformer layers of the largest stage."""
+        return max(self.partition, default=self.model.layers // self.layout.pp)
+
+    def layers_of(self, stage: int) -> int:
+        """Transformer layers of a stage, 0 to p-1."""
+        return self.partition[stage] if self.partition else self.model.layers // self.layout.pp
 
 
 def _divides(divisor: int, number: int, what: str, by: str) -> None:
