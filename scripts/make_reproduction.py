@@ -22,7 +22,6 @@ from megatron_bpipe.estimate.flops import equation_1, equation_1_corrected
 from megatron_bpipe.estimate.hardware import A100_80G
 from megatron_bpipe.estimate.memory import memory_by_stage
 from megatron_bpipe.estimate.models import TABLE_2
-from megatron_bpipe.estimate.op_costs import PCIE
 from megatron_bpipe.estimate.pareto import frontier, points
 from megatron_bpipe.estimate.published import EXPERIMENTS, GLOBAL_BATCH
 from megatron_bpipe.estimate.refined import bytes_moved
@@ -270,7 +269,7 @@ def sources() -> str:
         ("memory bandwidth", f"{gpu.memory_bandwidth / 1e12:.3f} TB/s", "A100 80GB SXM data sheet"),
         ("NVLink, one direction", f"{gpu.nvlink / 1e9:.0f} GB/s", "A100 data sheet"),
         ("network a GPU", f"{gpu.network / 1e9:.0f} GB/s", "200 Gb/s a GPU, DGX A100"),
-        ("PCIe a GPU", f"{PCIE / 1e9:.0f} GB/s", "PCIe 4 shared both ways, as observed"),
+        ("PCIe a GPU", f"{A100_80G.host / 1e9:.0f} GB/s", "PCIe 4 shared both ways, as observed"),
         ("single-stage MFU", "table above", "the paper, table 5"),
         (
             "one exchange between stages",

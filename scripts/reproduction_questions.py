@@ -11,7 +11,7 @@ from megatron_bpipe.estimate.equations import equation_4
 from megatron_bpipe.estimate.flops import equation_1
 from megatron_bpipe.estimate.hardware import A100_80G
 from megatron_bpipe.estimate.models import TABLE_2
-from megatron_bpipe.estimate.op_costs import PCIE, inputs_for
+from megatron_bpipe.estimate.op_costs import inputs_for
 from megatron_bpipe.estimate.published import EXPERIMENTS, GLOBAL_BATCH, LAYOUT
 from megatron_bpipe.estimate.refined import costs, predict_mfu
 from megatron_bpipe.estimate.softmax_trap import why_not_fused
@@ -147,12 +147,12 @@ def elsewhere() -> str:
     schedule = build("host-offload", 8, case.run.micro_batches)
     given = inputs_for(case, published_constants(), schedule)
     found = simulate(lower_for(schedule)[0], given.costs, given.network)
-    exposed = exposed_seconds(found)
+    exposed, pcie = exposed_seconds(found), A100_80G.host / 1e9
     return f"""Is the idea of use elsewhere?** It is paging with a known future, so wherever a saved
 tensor has a long gap between its uses and a neighbour has room. The same pass balances interleaved
 1F1B (p = 8, m = 16, in chunks: {peaks_of("interleaved")} before, {peaks_of("interleaved-bpipe")}
 after, the partner's pool within the same bound) and sends to the host where there is no neighbour,
-as in plain data parallelism: over {PCIE / 1e9:.0f} GB/s of PCIe whole micro-batches cost row 10
+as in plain data parallelism: over {pcie:.0f} GB/s of PCIe whole micro-batches cost row 10
 {percent(exposed, found.seconds)} of an iteration when they leave and return beside one
 computation each."""
 

@@ -2,12 +2,13 @@
 
 ::
 
-    layer = launch + slowdown x matrix products + traffic + messages
+    layer = launch + slowdown x matrix products + traffic + weights + messages
 
 * matrix products at the share of the peak that a large one reaches (``Gpu.matmul_share``);
 * traffic: what the layer keeps for its backward is written and read once forwards and twice that
   backwards; attention without flash moves its s x s matrices besides (``_score_bytes``), many more
   of them where the fused softmax kernel cannot run (``softmax_trap``);
+* weights: read forwards and backwards, their fp32 gradients read and written once;
 * messages between the tensor-parallel ranks.
 
 ``slowdown`` (products that do not reach that share) and ``launch`` (seconds that do not depend on
@@ -29,6 +30,7 @@ from megatron_bpipe.estimate.activations import FUSED, Kernels, layer_activation
 from megatron_bpipe.estimate.flops import layer_flops, layer_flops_equation_1
 from megatron_bpipe.estimate.hardware import Gpu
 from megatron_bpipe.estimate.pace import Pace, StageTimes, head_seconds, messages_seconds, thirds
+from megatron_bpipe.estimate.parameters import layer_parameters
 from megatron_bpipe.estimate.refined import Measured
 from megatron_bpipe.estimate.runs import Run
 from megatron_bpipe.estimate.softmax_trap import why_not_fused
@@ -93,10 +95,12 @@ def _parts(run: Run, gpu: Gpu, kernels: Kernels) -> tuple[float, float, float]:
     model, layout = run.model, run.layout
     rate = gpu.flops * gpu.matmul_share * layout.tp * layout.cp
     products = layer_flops(model, run.micro_batch) / rate
-    stored = replace(run, attention="flash", partition=(), chunks=1, bpipe=False, host=False)
-    kept = sum(layer_activations(stored, kernels).values()) / gpu.memory_bandwidth
+    flash = layer_activations(replace(run, attention="flash"), kernels)
+    kept = sum(flash.values()) / gpu.memory_bandwidth
     messages = messages_seconds(run, gpu, kernels.element)
-    forward, backward = 2 * kept + messages, 4 * kept + messages
+    weights = layer_parameters(model, layout).total / gpu.memory_bandwidth
+    forward = 2 * kept + messages + kernels.element * weights
+    backward = 4 * kept + messages + (kernels.element + 8) * weights
     if run.attention in ("none", "recompute"):
         scores = run.tokens * model.seq * model.heads / layout.tp / gpu.memory_bandwidth
         there, back = _score_bytes(run, kernels)

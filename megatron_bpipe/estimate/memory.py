@@ -9,7 +9,6 @@ Units: bytes per GPU; GiB = 2^30 bytes where named so.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
@@ -24,12 +23,8 @@ from megatron_bpipe.estimate.errors import EstimateError
 from megatron_bpipe.estimate.models import padded_vocab
 from megatron_bpipe.estimate.parameters import stage_parameters
 from megatron_bpipe.estimate.runs import Run
-from megatron_bpipe.schedule.balance import balance
-from megatron_bpipe.schedule.base import one_f_one_b
-from megatron_bpipe.schedule.bases.interleaved import interleaved
-from megatron_bpipe.schedule.live import occupancy
-from megatron_bpipe.schedule.offload import offload
-from megatron_bpipe.schedule.ops import Schedule, default_budget, partner
+from megatron_bpipe.estimate.scheduled import held_by_stage
+from megatron_bpipe.schedule.ops import partner
 
 GIB = 2**30
 
@@ -117,49 +112,10 @@ def verdict(needed_gib: float, capacity_gib: float = 80.0) -> Verdict:
     return "yes" if needed_gib < capacity_gib else "no"
 
 
-def schedule_of(run: Run) -> Schedule:
-    """The schedule this run executes: 1F1B, balanced or offloaded where it asks for that.
-
-    Raises EstimateError where it cannot: a budget that is too small, or interleaving with a number
-    of micro-batches that is no multiple of p.
-    """
-    return _schedule(*_shape(run))
-
-
-_Shape = tuple[int, int, bool, bool, int, int | None]
-
-
-def _shape(run: Run) -> _Shape:
-    """All that the schedule depends on."""
-    return run.layout.pp, run.micro_batches, run.bpipe, run.host, run.chunks, run.budget
-
-
-@functools.lru_cache(maxsize=64)
-def _schedule(p: int, m: int, bpipe: bool, host: bool, chunks: int, budget: int | None) -> Schedule:
-    try:
-        if chunks > 1:
-            return interleaved(p, m, chunks)
-        schedule = one_f_one_b(p, m)
-        if bpipe:
-            return balance(schedule, budget)
-        return offload(schedule, budget or default_budget(p)) if host else schedule
-    except ValueError as error:
-        raise EstimateError(str(error)) from error
-
-
-@functools.lru_cache(maxsize=4096)
-def _held(shape: _Shape) -> tuple[tuple[int, int], ...]:
-    """For each stage: most activations of its own there, and most that it has on its partner."""
-    schedule = _schedule(*shape)
-    counts = [occupancy(line) for line in schedule.stages]
-    remote = [0 if schedule.to_host else max(lent, default=0) for _, lent in counts]
-    return tuple((max(own, default=0), r) for (own, _), r in zip(counts, remote, strict=True))
-
-
 def _stage_memory(
     run: Run, stage: int, kernels: Kernels, state: StateBytes, overhead: int
 ) -> StageMemory:
-    layout, held = run.layout, _held(_shape(run))
+    layout, held = run.layout, held_by_stage(run)
     parameters = stage_parameters(run, stage)
     shards, expert_shards = 1, 1
     if run.distributed_optimizer:

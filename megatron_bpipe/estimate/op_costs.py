@@ -29,9 +29,6 @@ from megatron_bpipe.simulate.costs import Costs, StageCosts
 from megatron_bpipe.simulate.memory import StageBytes
 from megatron_bpipe.simulate.network import Link, Network
 
-PCIE = 15e9
-"""Host link of one GPU: PCIe 4 shared both ways, about 15 GB/s as observed (datasheet: 32)."""
-
 
 @dataclass(frozen=True)
 class Inputs:
@@ -54,7 +51,7 @@ class Machine:
     paces: tuple[Pace, ...]
     pair: float
     replicas: float
-    host: float = PCIE
+    host: float
 
 
 @dataclass(frozen=True)
@@ -73,7 +70,9 @@ def inputs_for(case: Measured, constants: Constants, schedule: Schedule) -> Inpu
     """
     run, p = case.run, case.run.layout.pp
     pace = pace_of_mfu(run, case.gpu, case.stage_mfu)
-    machine = Machine((case.gpu,) * p, (pace,) * p, case.gpu.nvlink, case.gpu.network)
+    machine = Machine(
+        (case.gpu,) * p, (pace,) * p, case.gpu.nvlink, case.gpu.network, case.gpu.host
+    )
     stored = Stored(case.kernels)
     given = costs_for(run, schedule, machine, constants, stored.kernels)
     return Inputs(given, _sizes(run, schedule, stored), network_for(machine))

@@ -36,10 +36,10 @@ from megatron_bpipe.estimate.errors import EstimateError
 from megatron_bpipe.estimate.flops import equation_1, mfu_percent
 from megatron_bpipe.estimate.hardware import Gpu
 from megatron_bpipe.estimate.iteration_time import Costs, IterationTime
-from megatron_bpipe.estimate.memory import schedule_of
 from megatron_bpipe.estimate.pace import pace_of_mfu
 from megatron_bpipe.estimate.parameters import stage_parameters
 from megatron_bpipe.estimate.runs import Run
+from megatron_bpipe.estimate.scheduled import schedule_of
 from megatron_bpipe.estimate.simulated import simulated_seconds
 from megatron_bpipe.schedule.ops import Kind
 

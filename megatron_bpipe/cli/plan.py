@@ -1,0 +1,269 @@
+"""``plan``: parallel sizes, partition, schedule and memory saving for a model on a cluster."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import get_args
+
+from megatron_bpipe.estimate.calibration import outside_calibration
+from megatron_bpipe.estimate.errors import EstimateError
+from megatron_bpipe.estimate.hardware import GPUS
+from megatron_bpipe.estimate.models import TABLE_2, Model, model_named
+from megatron_bpipe.estimate.parameters import model_parameters
+from megatron_bpipe.estimate.planner.advice import advice, gain_of_bpipe
+from megatron_bpipe.estimate.planner.cluster import Cluster, preset, read_cluster
+from megatron_bpipe.estimate.planner.command import command_line, node_order
+from megatron_bpipe.estimate.planner.evaluate import Predictor
+from megatron_bpipe.estimate.planner.flags import Asked, Fixed, model_flags, read_flags
+from megatron_bpipe.estimate.planner.hugging_face import read_config
+from megatron_bpipe.estimate.planner.search import Found, Plan, search
+from megatron_bpipe.estimate.planner.show import (
+    fallen_out,
+    memory_line,
+    plan_data,
+    plans_table,
+    too_large_data,
+)
+from megatron_bpipe.estimate.planner.sources import from_layer_model, from_profile, from_table_5
+from megatron_bpipe.estimate.planner.space import Question
+from megatron_bpipe.estimate.planner.uncertainty import Uncertainty, uncertainty
+from megatron_bpipe.estimate.profile import read_profile
+from megatron_bpipe.estimate.runs import Attention
+from megatron_bpipe.estimate.softmax_trap import softmax_trap
+from megatron_bpipe.estimate.tables import published_cases
+from megatron_bpipe.placement import PlacementError
+
+TRIAL = ("--bf16", "--mock-data", "--tokenizer-type", "NullTokenizer", "--train-iters", "20")
+"""Beside a model without data: enough for Megatron to start."""
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the ``plan`` subcommand."""
+    parser = subparsers.add_parser(
+        "plan",
+        help="which parallel sizes, schedule and memory saving to train with",
+        description=(
+            "Search tensor, pipeline and data parallelism, micro-batch, layers a stage, attention "
+            "and recomputation, interleaving, BPipe and its budget, host offload; show the best "
+            "with predicted MFU and memory, say whether BPipe pays, and end with the command to "
+            "run. Parallel sizes, micro-batch and recomputation among Megatron's flags are fixed."
+        ),
+        usage="%(prog)s (--hf-config FILE | --model NAME | -- MEGATRON'S FLAGS) "
+        "(--gpu NAME --gpus N | --cluster FILE) [options]",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("flags", nargs="*", metavar="-- MEGATRON'S FLAGS", help="of the model and the training")
+    add("--hf-config", type=Path, metavar="FILE", help="a Hugging Face config.json")
+    add("--model", metavar="NAME", help=f"{' or '.join(map(repr, TABLE_2))} of the paper")
+    add("--seq-length", type=int, metavar="S", help="with --hf-config: tokens of a sequence")
+    add("--global-batch", type=int, metavar="B", help="sequences of an iteration")
+    add("--gpu", metavar="NAME", help=f"one of {', '.join(GPUS)}")
+    add("--gpus", type=int, metavar="N", help="how many")
+    add("--gpus-per-node", type=int, default=8, metavar="N", help="default 8")
+    add("--cluster", type=Path, metavar="FILE", help="a cluster file (docs/planning.md)")
+    add("--profile", metavar="FILE", help="of python -m megatron_bpipe profile, or: table-5")
+    add("--attention", metavar="LIST", help="of none, recompute, flash, full (default: all)")
+    add("--top", type=int, default=5, metavar="K", help="plans to show (default 5)")
+    add("--script", default="pretrain_gpt.py", help="for the command (default pretrain_gpt.py)")
+    add("--json", action="store_true", help="print JSON instead of text")
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What the arguments ask for."""
+
+    question: Question
+    predictor: Predictor
+    kept: tuple[str, ...]
+    source: str
+    unsure: Uncertainty
+
+
+def run(args: argparse.Namespace) -> int:
+    """Plan and print; returns 2 after one line on stderr if that is not possible."""
+    try:
+        task = _task(args)
+        start = time.perf_counter()
+        found = search(task.question, task.predictor)
+        took = time.perf_counter() - start
+        print(_json(args, task, found) if args.json else _text(args, task, found, took))
+    except (EstimateError, PlacementError) as error:
+        print(f"plan: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _task(args: argparse.Namespace) -> _Task:
+    asked = _asked(args)
+    batch = args.global_batch or asked.global_batch
+    if batch is None or batch < 1:
+        raise EstimateError(f"--global-batch is {batch}: give the sequences of an iteration")
+    cluster = _cluster(args)
+    attentions: tuple[Attention, ...] = get_args(Attention)
+    if args.attention:
+        attentions = tuple(args.attention.split(","))
+        for name in attentions:
+            if name not in get_args(Attention):
+                raise EstimateError(
+                    f"--attention {name}: use {', '.join(get_args(Attention))}, with commas"
+                )
+    question = Question(asked.model, cluster, batch, asked.fixed, attentions)
+    if args.profile is None:
+        predictor = from_layer_model(asked.element, cluster.overhead)
+        source = "the model of a layer, fitted on the ten stages of the paper's table 5"
+    elif args.profile == "table-5":
+        predictor, source = from_table_5(cluster.overhead), "the paper's table 5"
+        question = replace(question, fixed=replace(asked.fixed, tp=4))
+    else:
+        question, predictor = _profiled(args, question)
+        source = args.profile
+    return _Task(
+        question, predictor, asked.kept, source, uncertainty(stages_measured=bool(args.profile))
+    )
+
+
+def _profiled(args: argparse.Namespace, question: Question) -> tuple[Question, Predictor]:
+    """The question narrowed to what the profile has measured."""
+    profile = read_profile(Path(args.profile))
+    fixed = question.fixed
+    if fixed.tp not in (None, profile.tp):
+        raise EstimateError(
+            f"{args.profile}: tp is {profile.tp}, but --tensor-model-parallel-size is {fixed.tp}: "
+            "profile that size"
+        )
+    for name, value in vars(question.model).items():
+        if name not in ("name", "layers") and getattr(profile.model, name) != value:
+            raise EstimateError(
+                f"{args.profile}: model.{name} is {getattr(profile.model, name)!r}, the model has "
+                f"{value!r}: profile the model you plan for"
+            )
+    measured = [row for row in profile.stage if row.failure is None]
+    if not measured:
+        raise EstimateError(f"{args.profile}: stage has no row that ran: profile smaller ones")
+    narrowed = replace(
+        question,
+        fixed=replace(fixed, tp=profile.tp),
+        attentions=tuple(a for a in question.attentions if any(r.attention == a for r in measured)),
+        micro_batches=tuple(sorted({row.micro_batch for row in measured})),
+    )
+    return narrowed, from_profile(profile, question.cluster.overhead)
+
+
+def _asked(args: argparse.Namespace) -> Asked:
+    given = [bool(args.hf_config), bool(args.model), bool(args.flags) and not args.hf_config]
+    if args.model and args.flags:
+        raise EstimateError(f"--model {args.model}: not together with Megatron's flags")
+    if not any(given) or (args.model and args.hf_config):
+        raise EstimateError("no model: give --hf-config FILE, --model NAME, or Megatron's flags")
+    if not args.hf_config and not args.model:
+        return read_flags(args.flags)
+    extra: tuple[str, ...] = ()
+    if args.hf_config:
+        config = read_config(args.hf_config, args.seq_length)
+        model, extra = config.model, config.extra_flags
+    else:
+        model = model_named(args.model)
+    if args.flags:  # beside a config: sizes and whatever else is to stand in the command
+        asked = read_flags([*model_flags(model), *args.flags])
+        return replace(asked, model=model, kept=(*asked.kept, *extra), element=asked.element)
+    return Asked(model, Fixed(), None, 2, (*model_flags(model), *extra, *TRIAL))
+
+
+def _cluster(args: argparse.Namespace) -> Cluster:
+    if args.cluster and args.gpu:
+        raise EstimateError(f"--gpu {args.gpu}: not together with --cluster {args.cluster}")
+    if args.cluster:
+        return read_cluster(args.cluster)
+    if args.gpu is None or args.gpus is None:
+        raise EstimateError("no cluster: give --gpu NAME --gpus N, or --cluster FILE")
+    return preset(args.gpu, args.gpus, args.gpus_per_node)
+
+
+def _shown(found: Found, top: int) -> list[Plan]:
+    """The best few, and the best of every way that is not among them."""
+    first = list(found.best[:top])
+    for way in dict.fromkeys(plan.way for plan in found.best):
+        best = found.best_of(way)
+        if best is not None and all(plan.way != way for plan in first):
+            first.append(best)
+    return first
+
+
+def _outside(task: _Task, plan: Plan | None) -> tuple[str, ...]:
+    if plan is None:
+        return ()
+    run, gpu = plan.candidate.run, plan.candidate.gpus[0]
+    return outside_calibration(run, gpu, published_cases())
+
+
+def _text(args: argparse.Namespace, task: _Task, found: Found, took: float) -> str:
+    model, cluster = task.question.model, task.question.cluster
+    best = found.best_of()
+    lines = [
+        f"model     {_describe(model)}",
+        f"cluster   {cluster.name}: {cluster.gpus} GPUs, {cluster.gpus_per_node} a node",
+        f"times     {task.source}",
+        f"searched  {found.looked_at} candidates in {took:.1f} s",
+        "",
+    ]
+    shown = _shown(found, args.top)
+    if shown:
+        lines += [plans_table(shown), "", "peak memory by stage"]
+        lines += [f"{n}  {memory_line(plan.memory)}" for n, plan in enumerate(shown, 1)]
+        lines.append("")
+    lines += ["why the rest fell out", fallen_out(found), ""]
+    outside = _outside(task, best)
+    lines.append(advice(found, task.unsure, bool(outside)))
+    lines.append(
+        f"Predicted MFU was up to {task.unsure.mfu:.1f} points off on the paper's ten runs, each "
+        "predicted from the others."
+    )
+    if outside:
+        lines.append("Outside those runs, so further off: " + "; ".join(outside))
+    if best is not None:
+        trap = softmax_trap(best.candidate.run)
+        lines += [trap] if trap else []
+        lines += ["", f"run plan {shown.index(best) + 1} with", _command(args, task, best)]
+    return "\n".join(lines)
+
+
+def _json(args: argparse.Namespace, task: _Task, found: Found) -> str:
+    best = found.best_of()
+    outside = _outside(task, best)
+    return json.dumps(
+        {
+            "model": vars(task.question.model),
+            "cluster": task.question.cluster.name,
+            "times": task.source,
+            "plans": [plan_data(plan) for plan in _shown(found, args.top)],
+            "too_large": [too_large_data(large) for large in found.too_large],
+            "slower": found.slower,
+            "not_looked_at": found.reasons,
+            "advice": advice(found, task.unsure, bool(outside)),
+            "gain_of_bpipe": gain_of_bpipe(found),
+            "uncertainty": vars(task.unsure),
+            "outside_calibration": outside,
+            "command": _command(args, task, best) if best else None,
+        },
+        indent=2,
+    )
+
+
+def _command(args: argparse.Namespace, task: _Task, plan: Plan) -> str:
+    words = command_line(plan, task.kept, args.script)
+    order = node_order(plan)
+    return (f"# nodes in this order: {order}\n" if order else "") + shlex.join(words)
+
+
+def _describe(model: Model) -> str:
+    return (
+        f"{model.name}: {model_parameters(model) / 1e9:.1f} B parameters, {model.layers} layers, "
+        f"h {model.hidden}, {model.heads} heads, s {model.seq}, vocabulary {model.vocab}"
+    )
