@@ -70,6 +70,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add("--cluster", type=Path, metavar="FILE", help="a cluster file (docs/planning.md)")
     add("--profile", metavar="FILE", help="of python -m megatron_bpipe profile, or: table-5")
     add("--attention", metavar="LIST", help="of none, recompute, flash, full (default: all)")
+    add("--even-layers", action="store_true", help="the same number of layers on every stage")
     add("--top", type=int, default=5, metavar="K", help="plans to show (default 5)")
     add("--script", default="pretrain_gpt.py", help="for the command (default pretrain_gpt.py)")
     add("--json", action="store_true", help="print JSON instead of text")
@@ -114,7 +115,9 @@ def _task(args: argparse.Namespace) -> _Task:
                 raise EstimateError(
                     f"--attention {name}: use {', '.join(get_args(Attention))}, with commas"
                 )
-    question = Question(asked.model, cluster, batch, asked.fixed, attentions)
+    question = Question(
+        asked.model, cluster, batch, asked.fixed, attentions, uneven=not args.even_layers
+    )
     if args.profile is None:
         predictor = from_layer_model(asked.element, cluster.overhead)
         source = "the model of a layer, fitted on the ten stages of the paper's table 5"

@@ -28,7 +28,10 @@ MOST_CHUNKS = 8
 
 @dataclass(frozen=True)
 class Question:
-    """What is planned: a model on a cluster, a batch, and what is already decided."""
+    """What is planned: a model on a cluster, a batch, and what is already decided.
+
+    ``uneven``: whether stages may have unlike numbers of layers.
+    """
 
     model: Model
     cluster: Cluster
@@ -37,6 +40,7 @@ class Question:
     attentions: tuple[Attention, ...] = get_args(Attention)
     micro_batches: tuple[int, ...] = MICRO_BATCHES
     distributed_optimizer: bool = True
+    uneven: bool = True
 
 
 @dataclass
@@ -66,6 +70,8 @@ def shapes(question: Question, refused: Refused) -> Iterator[Run]:
             for b in (fixed.micro_batch,) if fixed.micro_batch else question.micro_batches:
                 for attention in (fixed.attention,) if fixed.attention else question.attentions:
                     try:
+                        if model.layers % p and not question.uneven:
+                            raise EstimateError(f"{model.layers} layers on {p} stages: uneven")
                         layout = Layout(t, fixed.cp, _experts(question, t, d), d, p, t > 1)
                         yield _run(question, layout, b, attention)
                     except EstimateError as error:
@@ -83,14 +89,14 @@ def ways(
         except EstimateError as error:
             refused.add(error)
             continue
-        plain = list(_plain(base, predictor))
+        plain = list(_plain(question, base, predictor))
         if not want:
             yield from plain
         if run.layout.pp == 1:
             continue
         if not want and not cluster.mixed:
             yield from _tried(_interleaved(run), cluster, predictor, refused)
-        partitions = _partitions(base)
+        partitions = _partitions(question, base)
         fast = [m for candidate, m in plain if candidate.run.partition in partitions]
         if want or not any(memory.fits == "yes" for memory in fast):
             for partition in partitions:
@@ -99,26 +105,28 @@ def ways(
                     yield from _tried(runs, cluster, predictor, refused)
 
 
-def _plain(base: Candidate, predictor: Predictor) -> Iterator[tuple[Candidate, Memory]]:
+def _plain(
+    question: Question, base: Candidate, predictor: Predictor
+) -> Iterator[tuple[Candidate, Memory]]:
     """1F1B with the partitions that are fast, and with the fastest that fits."""
     limited = balanced_partition(
         _limits(base, _most_layers(base, predictor)), base.run.model.layers
     )
-    partitions = _partitions(base)
-    if limited is not None and len(set(limited)) > 1:
+    partitions = _partitions(question, base)
+    if question.uneven and limited is not None and len(set(limited)) > 1:
         partitions.append(limited)
     for partition in dict.fromkeys(partitions):
         candidate = replace(base, run=replace(base.run, partition=partition))
         yield candidate, memory_of(candidate, predictor)
 
 
-def _partitions(base: Candidate) -> list[tuple[int, ...]]:
+def _partitions(question: Question, base: Candidate) -> list[tuple[int, ...]]:
     """Even (empty), where layers divide, and balanced in time."""
     run = base.run
     found: list[tuple[int, ...]] = [] if run.model.layers % run.layout.pp else [()]
     layers = run.model.layers
     balanced = balanced_partition(_limits(base, [layers] * run.layout.pp), layers)
-    if balanced is not None and len(set(balanced)) > 1:
+    if question.uneven and balanced is not None and len(set(balanced)) > 1:
         found.append(balanced)
     return found
 
