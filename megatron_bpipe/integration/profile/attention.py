@@ -23,6 +23,10 @@ FLASH = [
 ]
 
 
+class NoFlashKernelError(RuntimeError):
+    """torch has no flash kernel for this attention; says for which, and what to change."""
+
+
 class SDPACoreAttention(MegatronModule):
     """Causal self-attention by torch's SDPA, in the place of Megatron's core attention.
 
@@ -61,21 +65,30 @@ class SDPACoreAttention(MegatronModule):
 
         Raises:
             ValueError: a mask other than the causal one, a bias, or packed sequences are given.
-            RuntimeError: by torch, where no flash kernel takes the call.
+            NoFlashKernelError: no flash kernel of torch takes the call.
         """
         if attention_mask is not None or attention_bias is not None or packed_seq_params:
             raise ValueError("causal attention over whole sequences only: no mask, bias or packing")
         q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
         dropout = self.dropout if self.training else 0.0
-        # as Megatron: dropout of what tensor-parallel ranks share between them is seeded apart
+        # as Megatron: the ranks of a tensor-parallel group draw their dropout apart
         with sdpa_kernel(FLASH), tensor_parallel.get_cuda_rng_tracker().fork():
-            context = torch.nn.functional.scaled_dot_product_attention(
-                q,
-                k,
-                v,
-                dropout_p=dropout,
-                is_causal=True,
-                scale=self.scale,
-                enable_gqa=key.size(2) != query.size(2),
-            )
+            try:
+                context = torch.nn.functional.scaled_dot_product_attention(
+                    q,
+                    k,
+                    v,
+                    dropout_p=dropout,
+                    is_causal=True,
+                    scale=self.scale,
+                    enable_gqa=k.size(1) != q.size(1),
+                )
+            except RuntimeError as error:
+                if "No available kernel" not in str(error):
+                    raise
+                kind = str(query.dtype).removeprefix("torch.")
+                raise NoFlashKernelError(
+                    f"no flash kernel: torch has none on {query.device.type} for {kind}, heads of "
+                    f"{query.size(3)}, attention dropout {dropout}: try --attention-dropout 0"
+                ) from error
         return context.permute(2, 0, 1, 3).reshape(query.size(0), query.size(1), -1)

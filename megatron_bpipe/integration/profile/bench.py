@@ -105,7 +105,7 @@ class _Bench:
         row: Callable[[int, Part], Row],
         failed: Callable[[int, str], Row],
     ) -> None:
-        """Measure each micro-batch of one part; after one that did not fit, no larger one."""
+        """Measure each micro-batch of one part; after one that failed, no larger one."""
         part, why = _built(what, build)
         for micro_batch in self.settings.micro_batches:
             if part is None:
@@ -118,10 +118,10 @@ class _Bench:
                 raise ProfileError(f"micro-batch {micro_batch}, {what}: {said}") from error
             self._found(found)
             if found.failure is not None:
-                part, why = None, f"not tried: micro-batch {micro_batch} is {found.failure}"
-                give_back()
-        part = None
-        give_back()
+                part, why = None, f"not tried: {_short(found.failure)} at {micro_batch}"
+        if part is not None:
+            part.close()
+            give_back()
 
     def _found(self, row: StageRow | HeadRow) -> None:
         profile = self.profile
@@ -146,7 +146,11 @@ def _built(what: str, build: Callable[[], Part]) -> tuple[Part | None, str]:
             raise ProfileError(f"Megatron cannot build {what}: {said}") from error
         error.__traceback__ = None
     give_back()
-    return None, f"{failure} for the parameters"
+    return None, f"{failure}, and these are the parameters alone"
+
+
+def _short(failure: str) -> str:
+    return failure.partition(":")[0]
 
 
 def _made_by(share: Share, command: str) -> dict[str, str]:

@@ -134,6 +134,19 @@ def _check(args: Any) -> None:
         if value != allowed and value is not None:
             shown = "" if value is True else f" {value}"
             raise ProfileError(f"{_flag(name)}{shown} cannot be profiled: {remedy}")
+    if args.fp16 and args.bf16:
+        raise ProfileError("--fp16 and --bf16 exclude each other: give one of them")
+    uneven = (
+        *("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers"),
+        *("pipeline_model_parallel_layout", "account_for_embedding_in_pipeline_split"),
+        "account_for_loss_in_pipeline_split",
+    )
+    stages = args.pipeline_model_parallel_size
+    if args.num_layers % stages and not any(getattr(args, name, None) for name in uneven):
+        raise ProfileError(
+            f"--num-layers {args.num_layers} is not divisible by --pipeline-model-parallel-size "
+            f"{stages}: change one of them"
+        )
     tp, heads, groups = args.tensor_model_parallel_size, args.num_attention_heads, _groups(args)
     if heads % tp:
         raise ProfileError(

@@ -14,6 +14,7 @@ import torch
 
 from ...estimate.profile import Timing
 from ...runtime.memory import LiveActivations, storage_ids
+from .attention import NoFlashKernelError
 from .device import give_back
 from .stage import Part
 
@@ -38,7 +39,8 @@ def measure(part: Part, micro_batch: int, repeats: int, warm_up: int) -> Measure
     """Run it: once to count bytes, ``warm_up`` times, and ``repeats`` times against the clock.
 
     Returns:
-        What was found, or why it did not fit into memory.
+        What was found, or why it cannot be: it did not fit into memory, or no kernel takes it. The
+        part is closed then: a larger micro-batch would not fare better.
     """
     try:
         moved = _count_moved(part, micro_batch)
@@ -46,13 +48,15 @@ def measure(part: Part, micro_batch: int, repeats: int, warm_up: int) -> Measure
         forward, backward = zip(*passes, strict=True)
         return Measured(timing(forward), timing(backward), moved)
     except Exception as error:
-        failure = out_of_memory(error)
+        failure = str(error) if isinstance(error, NoFlashKernelError) else out_of_memory(error)
         if failure is None:
             raise
         error.__traceback__ = None  # its frames hold what was allocated
     finally:
         part.forget()
         give_back()
+    part.close()
+    give_back()
     return failure
 
 
@@ -90,6 +94,8 @@ def _count_moved(part: Part, micro_batch: int) -> int:
     output = part.forward(hidden, labels)
     books.track_graph(0, output, storage_ids(part.module))
     with_shared, _ = books.sample()
+    with part.no_sync():  # MoE layers keep tensors of the graph: only a backward frees it all
+        torch.autograd.backward(output, torch.ones_like(output))
     del output, hidden, labels
     part.forget()
     shared, _ = books.sample()

@@ -25,7 +25,7 @@ def table(profile: Profile) -> str:
     )
     found: list[StageRow | HeadRow] = [*profile.stage, *profile.head]
     rows = [COLUMNS, *map(cells, found)]
-    why = [line(row) for row in found if row.failure is not None]
+    why = [line(row) for row in found if row.failure and not row.failure.startswith("not tried")]
     return "\n".join([title, "", columns(rows), *([""] if why else []), *why])
 
 
@@ -33,7 +33,8 @@ def cells(row: StageRow | HeadRow) -> tuple[str, ...]:
     """One row of the table."""
     name = row.attention if isinstance(row, StageRow) else "output layer"
     if row.forward is None or row.backward is None or row.moved is None:
-        return (str(row.micro_batch), name, "-", "-", "-", "-")
+        why = (row.failure or "").partition(":")[0]
+        return (str(row.micro_batch), name, why, "", "", "")
     mfu = row.mfu if isinstance(row, StageRow) else None
     return (
         str(row.micro_batch),

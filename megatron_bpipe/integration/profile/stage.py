@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
@@ -70,6 +71,16 @@ class Part:
         for parameter in self.module.parameters():
             parameter.grad = None
         self.ddp.zero_grad_buffer()
+
+    def close(self) -> None:
+        """Free all it holds; it cannot be used any more.
+
+        Megatron's hooks tie modules into cycles that run through autograd's nodes, where Python's
+        collector does not see them, and after an error layers still hold what they worked on.
+        """
+        for module in list(self.ddp.modules()):
+            vars(module).clear()
+        parallel_state.get_global_memory_buffer().buffer.clear()
 
     def no_sync(self) -> AbstractContextManager[None]:
         """Gradients are reduced after the last micro-batch only: not what is measured here."""
