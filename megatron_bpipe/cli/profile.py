@@ -105,7 +105,11 @@ def _measure(args: argparse.Namespace, settings: Settings) -> int:
         from megatron_bpipe.integration.profile import report
         from megatron_bpipe.integration.profile.run import run_profile
 
+        rows = 0
+
         def found(progress: Progress) -> None:
+            nonlocal rows
+            rows = progress.done
             report.save(progress.profile, args.output)
             print(f"[{progress.done}/{progress.total}] {report.line(progress.row)}", flush=True)
 
@@ -113,7 +117,8 @@ def _measure(args: argparse.Namespace, settings: Settings) -> int:
         try:
             profile = run_profile(settings, args.flags, command, found)
         except KeyboardInterrupt:
-            print(f"profile: interrupted; {args.output} has what was measured", file=sys.stderr)
+            where = f"{args.output} has the {rows} row(s) so far" if rows else "nothing was written"
+            print(f"profile: interrupted; {where}", file=sys.stderr)
             return 130
     if args.json:
         print(json.dumps(json.loads(args.output.read_text(encoding="utf-8")), indent=2))
