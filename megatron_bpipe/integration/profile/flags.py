@@ -126,7 +126,7 @@ def _parse(arguments: Any, words: list[str]) -> Any:
 def _check(args: Any) -> None:
     for name in NEEDED:
         if getattr(args, name) is None:
-            raise ProfileError(f"{_flag(name)} is missing: give it after --, it is one of Megatron")
+            raise ProfileError(f"{_flag(name)} is missing: give it after --, with Megatron's flags")
         if getattr(args, name) < 1:
             raise ProfileError(f"{_flag(name)} {getattr(args, name)}: give a positive number")
     for name, allowed, remedy in REFUSED:
