@@ -1,0 +1,138 @@
+"""``profile``: measure one stage of a model on the hardware at hand."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from megatron_bpipe.integration.profile.bench import Progress
+    from megatron_bpipe.integration.profile.settings import Settings
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the ``profile`` subcommand."""
+    parser = subparsers.add_parser(
+        "profile",
+        help="measure one stage of your model on the hardware at hand",
+        usage="%(prog)s --output FILE [options] -- <Megatron's flags>",
+        description="Measures forward, backward, bytes per micro-batch and MFU of one stage, with "
+        "Megatron's own layers, for each micro-batch and attention method, and the output layer. "
+        "One CPU or one GPU: of tensor-parallel ranks it is one. The flags after -- are those of "
+        "the whole training run; what has no bearing on the layers is ignored.",
+    )
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSON to write")
+    parser.add_argument(
+        "--micro-batches", default="1,2,4", metavar="B,...", help="sizes (default 1,2,4)"
+    )
+    parser.add_argument(
+        "--attention",
+        default="none,recompute,flash",
+        metavar="WAY,...",
+        help="none: stock; recompute: of the core attention, in the backward; flash; full: "
+        "recompute whole layers (default none,recompute,flash)",
+    )
+    parser.add_argument(
+        "--layers",
+        type=int,
+        metavar="N",
+        help="layers of the stage (default: those of one stage of the model)",
+    )
+    parser.add_argument("--repeats", type=int, default=10, metavar="N", help="default 10")
+    parser.add_argument(
+        "--warm-up", type=int, default=3, metavar="N", help="passes before them (default 3)"
+    )
+    parser.add_argument(
+        "--peak-tflops",
+        type=float,
+        metavar="X",
+        help="peak for the MFU (default: a known GPU's datasheet, else the best multiplication)",
+    )
+    parser.add_argument(
+        "--memory-limit",
+        metavar="SIZE",
+        help="treat the device as this large, such as 2GiB: what does not fit is a result",
+    )
+    parser.add_argument("--json", action="store_true", help="print the file's contents")
+    parser.add_argument("flags", nargs="*", metavar="...", help="Megatron's flags, after --")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, write the file after every row, and print the table."""
+    from megatron_bpipe.integration.profile.settings import ProfileError
+
+    try:
+        settings = _settings(args)
+        folder = args.output.parent
+        if not folder.is_dir() or args.output.is_dir():
+            raise ProfileError(f"--output {args.output}: give a file in a folder that exists")
+        return _measure(args, settings)
+    except ProfileError as error:
+        print(f"profile: {error}", file=sys.stderr)
+    except OSError as error:
+        print(f"profile: --output {args.output}: {error.strerror}", file=sys.stderr)
+    return 2
+
+
+def _settings(args: argparse.Namespace) -> Settings:
+    from megatron_bpipe.integration.profile import settings as words
+
+    limit, peak = args.memory_limit, args.peak_tflops
+    return words.Settings(
+        micro_batches=words.micro_batches_from(args.micro_batches),
+        attention=words.attention_from(args.attention),
+        layers=args.layers,
+        repeats=args.repeats,
+        warm_up=args.warm_up,
+        peak_flops=None if peak is None else peak * 1e12,
+        memory_limit=None if limit is None else words.size_from(limit),
+    )
+
+
+def _measure(args: argparse.Namespace, settings: Settings) -> int:
+    import logging
+    import warnings
+
+    warnings.simplefilter("ignore")  # Megatron warns of every optional package at import
+    logging.disable(logging.WARNING)
+    with contextlib.redirect_stdout(sys.stderr):  # what Megatron prints
+        print("profile: importing Megatron (up to a minute)", file=sys.stderr)
+        from megatron_bpipe.integration.profile import report
+        from megatron_bpipe.integration.profile.run import run_profile
+
+        rows = 0
+
+        def found(progress: Progress) -> None:
+            nonlocal rows
+            rows = progress.done
+            report.save(progress.profile, args.output)
+            print(f"[{progress.done}/{progress.total}] {report.line(progress.row)}", flush=True)
+
+        command = f"python -m megatron_bpipe profile {shlex.join(_words(args))}"
+        try:
+            profile = run_profile(settings, args.flags, command, found)
+        except KeyboardInterrupt:
+            where = f"{args.output} has the {rows} row(s) so far" if rows else "nothing was written"
+            print(f"profile: interrupted; {where}", file=sys.stderr)
+            return 130
+    if args.json:
+        print(json.dumps(json.loads(args.output.read_text(encoding="utf-8")), indent=2))
+    else:
+        print(report.table(profile))
+        print(f"\nwritten to {args.output}")
+    return 0
+
+
+def _words(args: argparse.Namespace) -> list[str]:
+    """The command line again, from what was parsed."""
+    words = []
+    for name, value in vars(args).items():
+        if name in ("command", "flags", "json", "output") or value is None:
+            continue
+        words += ["--" + name.replace("_", "-"), str(value)]
+    return [*words, "--", *args.flags]

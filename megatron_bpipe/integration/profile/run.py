@@ -1,0 +1,38 @@
+"""From Megatron's flags to a profile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from ...estimate.profile import Profile
+from .flags import read_flags
+from .model import share_of
+from .settings import Settings
+
+if TYPE_CHECKING:
+    from .bench import Progress
+
+
+def run_profile(
+    settings: Settings,
+    flags: Sequence[str],
+    command: str,
+    progress: Callable[[Progress], None] = lambda _: None,
+) -> Profile:
+    """Measure one stage of the model that Megatron's ``flags`` describe.
+
+    Args:
+        settings: what to measure.
+        flags: Megatron's, as for a training run of the whole model.
+        command: what the user typed, for the record.
+        progress: called after each measurement.
+
+    Raises:
+        ProfileError: the flags are wrong, or the layers cannot be built or run (running out of
+            memory is a result, not an error).
+    """
+    share = share_of(read_flags(flags), settings.layers)
+    from .bench import measure_share  # Megatron: the CPU must stand in before it is imported
+
+    return measure_share(settings, share, command, progress)
