@@ -31,6 +31,8 @@ from megatron_bpipe.integration.profile.settings import (
 PROFILE = Profile(
     model=llama("small", hidden=256, heads=4, layers=8, seq=128),
     tp=2,
+    sequence_parallel=True,
+    ep=1,
     element=2,
     layers=4,
     device=Device("a device", 3.12e14, "datasheet", 80 * 2**30),

@@ -11,6 +11,7 @@ Units: seconds, bytes, MFU in per cent of ``Device.peak_flops``.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -74,10 +75,16 @@ class Device:
 
 @dataclass(frozen=True)
 class Profile:
-    """One profile; ``element`` bytes of an activation, ``made_by`` command, date and versions."""
+    """One profile.
+
+    ``sequence_parallel`` whether the layers ran with it; ``ep`` expert-parallel size divided out;
+    ``element`` bytes of an activation; ``made_by`` command, date and versions.
+    """
 
     model: Model
     tp: int
+    sequence_parallel: bool
+    ep: int
     element: int
     layers: int
     device: Device
@@ -118,6 +125,8 @@ def read_profile(path: Path) -> Profile:
     return Profile(
         model=read.build(Model, data.get("model"), "model"),
         tp=read.number(data, "tp"),
+        sequence_parallel=read.truth(data, "sequence_parallel"),
+        ep=read.number(data, "ep"),
         element=read.number(data, "element"),
         layers=read.number(data, "layers"),
         device=read.build(Device, data.get("device"), "device"),
@@ -125,6 +134,16 @@ def read_profile(path: Path) -> Profile:
         head=tuple(read.row(HeadRow, row, f"head[{i}]") for i, row in read.rows(data, "head")),
         made_by=data.get("made_by") or {},
     )
+
+
+_POSITIVE = (
+    *("median", "low", "high", "repeats", "peak_flops", "memory_bytes", "micro_batch"),
+    *("moved", "mfu", "hidden", "heads", "kv_heads", "layers", "seq", "vocab", "ffn"),
+)
+
+
+def _positive(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 class _Reader:
@@ -142,6 +161,12 @@ class _Reader:
             raise self.fail(name, f"is {value!r}, not a positive number")
         return value
 
+    def truth(self, data: Mapping[str, Any], name: str) -> bool:
+        value = data.get(name)
+        if not isinstance(value, bool):
+            raise self.fail(name, f"is {value!r}, neither true nor false")
+        return value
+
     def rows(self, data: Mapping[str, Any], name: str) -> enumerate[Any]:
         value = data.get(name)
         if not isinstance(value, list):
@@ -152,13 +177,17 @@ class _Reader:
         if not isinstance(data, dict):
             raise self.fail(where, "is missing")
         known = {f.name for f in fields(kind)}  # type: ignore[arg-type]
-        for name in data:
+        for name, value in data.items():
             if name not in known:
                 raise self.fail(f"{where}.{name}", "is not known")
+            if name in _POSITIVE and value is not None and not _positive(value):
+                raise self.fail(f"{where}.{name}", f"is {value!r}, not a positive number")
         try:
             return kind(**data)
         except TypeError as error:
             raise self.fail(where, f"lacks a field ({error})") from error
+        except EstimateError as error:
+            raise EstimateError(f"{self.path}: {where}: {error}") from error
 
     def row[T](self, kind: type[T], data: Any, where: str) -> T:
         row = dict(data) if isinstance(data, dict) else data

@@ -50,7 +50,8 @@ class Predictor:
     def stored_for(self, run: Run) -> Stored:
         """Formats, with the profile's bytes of a layer and of the output layer where it has them.
 
-        The profile has no sequence parallelism: what that divides is taken off by the formula.
+        Where only one of profile and run has sequence parallelism, the formulas' difference is
+        added.
         """
         profile, kernels = self.profile, self.stored.kernels
         row = profile.stage_row(run.micro_batch, run.attention) if profile else None
@@ -59,7 +60,9 @@ class Predictor:
             return self.stored
         if row.moved is None or head.moved is None:
             return self.stored
-        alone = replace(run, layout=replace(run.layout, sequence_parallel=False))
+        alone = replace(
+            run, layout=replace(run.layout, sequence_parallel=profile.sequence_parallel)
+        )
         less = _layer_bytes(run, kernels) - _layer_bytes(alone, kernels)
         head_less = head_saved_bytes(run, kernels) - head_saved_bytes(alone, kernels)
         measured = replace(

@@ -40,6 +40,8 @@ def measure_share(
         profile = Profile(
             model=share.model,
             tp=share.tp,
+            sequence_parallel=bool(share.args.sequence_parallel),
+            ep=int(share.args.expert_model_parallel_size),
             element=share.element,
             layers=share.layers,
             device=device,
@@ -162,8 +164,6 @@ def _made_by(share: Share, command: str) -> dict[str, str]:
         "dtype": str(share.dtype).removeprefix("torch."),
         "layers": f"--transformer-impl {args.transformer_impl}",
         "flash": how_flash(args),
-        "sequence parallel": "yes" if args.sequence_parallel else "no",
-        "expert parallel": str(args.expert_model_parallel_size),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "megatron-core": importlib.metadata.version("megatron-core"),
