@@ -16,12 +16,14 @@ from megatron_bpipe.estimate.errors import EstimateError
 from megatron_bpipe.estimate.hardware import GPUS
 from megatron_bpipe.estimate.models import TABLE_2, Model, model_named
 from megatron_bpipe.estimate.parameters import model_parameters
+from megatron_bpipe.estimate.planner import show_measured
 from megatron_bpipe.estimate.planner.advice import advice, gain_of_bpipe
 from megatron_bpipe.estimate.planner.cluster import Cluster, preset, read_cluster
 from megatron_bpipe.estimate.planner.command import command_line, node_order
 from megatron_bpipe.estimate.planner.evaluate import Predictor
 from megatron_bpipe.estimate.planner.flags import Asked, Fixed, model_flags, read_flags
 from megatron_bpipe.estimate.planner.hugging_face import read_config
+from megatron_bpipe.estimate.planner.measured import read_report
 from megatron_bpipe.estimate.planner.search import Found, Plan, search
 from megatron_bpipe.estimate.planner.show import (
     fallen_out,
@@ -38,6 +40,7 @@ from megatron_bpipe.estimate.runs import Attention
 from megatron_bpipe.estimate.softmax_trap import softmax_trap
 from megatron_bpipe.estimate.tables import published_cases
 from megatron_bpipe.placement import PlacementError
+from megatron_bpipe.simulate.units import UnitError, size
 
 TRIAL = ("--bf16", "--mock-data", "--tokenizer-type", "NullTokenizer", "--train-iters", "20")
 """Beside a model without data: enough for Megatron to start."""
@@ -55,7 +58,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
             "run. Parallel sizes, micro-batch and recomputation among Megatron's flags are fixed."
         ),
         usage="%(prog)s (--hf-config FILE | --model NAME | -- MEGATRON'S FLAGS) "
-        "(--gpu NAME --gpus N | --cluster FILE) [options]",
+        "(--gpu NAME --gpus N | --cluster FILE) [options], or --from-report DIR",
         allow_abbrev=False,
     )
     add = parser.add_argument
@@ -73,6 +76,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add("--even-layers", action="store_true", help="the same number of layers on every stage")
     add("--top", type=int, default=5, metavar="K", help="plans to show (default 5)")
     add("--script", default="pretrain_gpt.py", help="for the command (default pretrain_gpt.py)")
+    report = parser.add_argument_group("or from a run that was measured with --bpipe-report DIR")
+    report.add_argument("--from-report", type=Path, metavar="DIR", help="with its memory.json")
+    report.add_argument("--memory", metavar="SIZE", help="of a stage (default: its GPU's)")
+    report.add_argument("--microbatches", type=int, metavar="M", help="of an iteration")
     add("--json", action="store_true", help="print JSON instead of text")
 
 
@@ -90,15 +97,29 @@ class _Task:
 def run(args: argparse.Namespace) -> int:
     """Plan and print; returns 2 after one line on stderr if that is not possible."""
     try:
+        if args.from_report is not None:
+            print(_measured(args))
+            return 0
         task = _task(args)
         start = time.perf_counter()
         found = search(task.question, task.predictor)
         took = time.perf_counter() - start
         print(_json(args, task, found) if args.json else _text(args, task, found, took))
-    except (EstimateError, PlacementError) as error:
+    except (EstimateError, PlacementError, UnitError) as error:
         print(f"plan: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _measured(args: argparse.Namespace) -> str:
+    """What a run's report says."""
+    if args.microbatches is not None and args.microbatches < 1:
+        raise EstimateError(f"--microbatches {args.microbatches}: give at least 1")
+    found = read_report(args.from_report)
+    capacity = show_measured.capacity_of(found, size(args.memory) if args.memory else None)
+    if args.json:
+        return json.dumps(show_measured.data(found, capacity, args.microbatches), indent=2)
+    return show_measured.text(found, capacity, args.microbatches)
 
 
 def _task(args: argparse.Namespace) -> _Task:

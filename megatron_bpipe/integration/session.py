@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..runtime.memory import allocated_bytes, storage_ids
+from ..runtime.memory import allocated_bytes, device_bytes, static_bytes, storage_ids
 from ..runtime.recorder import Recorder
 from ..runtime.report import merge, table, write_json
 from ..runtime.store import ActivationStore
@@ -90,6 +90,8 @@ class Session:
             "pool_slots": self._peak_slots_lent,
             "evicted_bytes": totals.evicted if totals is not None else 0,
             "loaded_bytes": totals.loaded if totals is not None else 0,
+            "static_bytes": static_bytes(torch.device(torch.cuda.current_device()).type),
+            "device_bytes": device_bytes(),
         }
 
     def write_report(self) -> None:

@@ -119,12 +119,22 @@ def saved_storages(roots: Sequence[Node], parameters: Collection[int] = ()) -> l
     return list(found.values())
 
 
-def saved_tensors(roots: Sequence[Node]) -> Iterator[Saved]:
-    """Every tensor saved below ``roots``, each slot once, in a fixed order."""
+def nodes_below(roots: Sequence[Node]) -> Iterator[Node]:
+    """Every node of the graph below ``roots``, these included, once, in a fixed order."""
     seen = set(roots)
     stack = list(reversed(roots))
     while stack:
         node = stack.pop()
+        yield node
+        for below, _ in reversed(node.next_functions):
+            if below is not None and below not in seen:
+                seen.add(below)
+                stack.append(below)
+
+
+def saved_tensors(roots: Sequence[Node]) -> Iterator[Saved]:
+    """Every tensor saved below ``roots``, each slot once, in a fixed order."""
+    for node in nodes_below(roots):
         for slot_name, value_name in _slot_names(type(node)):  # type: ignore[arg-type]
             values, again = getattr(node, value_name), getattr(node, value_name)
             if values is None:
@@ -136,10 +146,6 @@ def saved_tensors(roots: Sequence[Node]) -> Iterator[Saved]:
                 if isinstance(tensor, torch.Tensor):
                     # unpacked twice: an alias of autograd's own comes out new each time
                     yield Saved(slot, tensor, node.name(), tensor._cdata == second._cdata)
-        for below, _ in reversed(node.next_functions):
-            if below is not None and below not in seen:
-                seen.add(below)
-                stack.append(below)
 
 
 @cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import gc
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -44,6 +45,28 @@ def allocated_bytes(device: torch.device) -> int | None:
         return None
     info = function()
     return int(info.uordblks + info.hblkhd)
+
+
+def static_bytes(device_type: str) -> int:
+    """Bytes of all tensors that Python can reach now: between iterations parameters, gradients and
+    optimizer state.
+
+    Storages that wrap somebody else's memory (a mapped pool, a dataset) are not counted.
+    """
+    storages = {}
+    for thing in gc.get_objects():
+        if type(thing) in (torch.Tensor, torch.nn.Parameter) and thing.device.type == device_type:
+            storage = thing.untyped_storage()
+            if storage.resizable():
+                storages[storage._cdata] = storage.nbytes()
+    return sum(storages.values())
+
+
+def device_bytes() -> int | None:
+    """Memory of this rank's GPU; None on a CPU, whose memory the ranks share."""
+    if not torch.cuda.is_available():
+        return None
+    return int(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
 
 
 @dataclass(slots=True)

@@ -17,6 +17,7 @@ import torch
 
 from ..schedule.ops import Kind, Op
 from .audit import Audit, audit_forward
+from .graph import nodes_below, roots_of
 from .memory import LiveActivations
 
 TIMELINE_ITERATIONS = 8
@@ -104,6 +105,9 @@ class Recorder:
             known = self._live.known()
             self.audit = audit_forward(op.microbatch, output, allocated, self._excluded, known)
         self._live.track_graph(op.microbatch, output, self._excluded)
+        for node in nodes_below(roots_of(output)):
+            if not node.name().endswith("AccumulateGrad"):  # shared by all micro-batches
+                node.register_hook(self._in_backward)
 
     def loaded(self, microbatch: int, storages: list[torch.UntypedStorage]) -> None:
         """A load allocated ``storages``."""
@@ -123,13 +127,20 @@ class Recorder:
         else:  # a message moves no activation
             last = self.timeline[-1][-1]
             live, present, now = last.live_bytes, last.live_microbatches, None
-        if now is not None and self._baseline is not None and op.kind is not Kind.BACKWARD:
-            above = now - self._baseline
-            self.peaks.allocator_bytes = max(self.peaks.allocator_bytes or 0, above)
+        self._allocator_is_at(now)
         copy = self._span or (None, None)
         self._span = None
         wall = start + self._offset, end + self._offset
         self.timeline[-1].append(Event(str(op), *wall, moved, live, present, *copy))
+
+    def _in_backward(self, *_: object) -> None:
+        """After a node's backward: what it works with is there besides what was saved."""
+        self._allocator_is_at(self.allocated())
+
+    def _allocator_is_at(self, now: int | None) -> None:
+        if now is not None and self._baseline is not None:
+            above = now - self._baseline
+            self.peaks.allocator_bytes = max(self.peaks.allocator_bytes or 0, above)
 
     def summary(self) -> dict[str, Any]:
         """What this rank contributes to ``memory.json``."""

@@ -33,6 +33,8 @@ def merge(summaries: list[dict[str, Any]], *, bpipe: bool, budget: int | None) -
                 "evicted_bytes": worst["evicted_bytes"],
                 "loaded_bytes": worst["loaded_bytes"],
                 "allocator_peak_bytes": worst["allocator_peak_bytes"],
+                "static_bytes": worst["static_bytes"],
+                "device_bytes": worst["device_bytes"],
                 "forward": worst["forward"],
             }
         )

@@ -99,19 +99,21 @@ class Megatron:
         fresh: bool = False,
         dump_at: int | None = None,
         nodes: int = 1,
+        report: bool = True,
     ) -> Result:
         """Train up to step ``steps`` on ``world`` forked ranks; ``flags`` come with the data's.
 
         Every rank dumps its state after the ``dump_at``-th step of this run, by default the last.
-        With ``nodes`` the ranks' environment says that they run on so many.
+        With ``nodes`` the ranks' environment says that they run on so many. Without ``report``
+        there is no memory.json, and nothing that slows a step down.
         """
         request = {"world": world, "argv": flags, "hooks": hooks or [], "env": env or {}}
         request["nodes"] = nodes
-        key = json.dumps(request | {"steps": steps})
+        key = json.dumps(request | {"steps": steps, "report": report})
         if key not in self._results or fresh:
             out = self._new_folder()
             argv = [*flags, *self.data, "--train-iters", str(steps)]
-            argv += ["--bpipe-report", str(out / "report")]
+            argv += ["--bpipe-report", str(out / "report")] if report else []
             job = request | {"script": str(self.training_script), "argv": argv}
             job["dump_at"] = steps if dump_at is None else dump_at
             self._results[key] = self._run(job, out, timeout)
