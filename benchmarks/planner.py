@@ -29,6 +29,7 @@ from tests.harness.planner_cases import (  # noqa: E402
     CASES,
     Outcome,
     Seconds,
+    message_rate,
     outcome,
     profiled,
     rank_correlation,
@@ -41,7 +42,6 @@ def main() -> int:
     """Run all and say what came out."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=12, help="iterations of each timed run")
-    parser.add_argument("--messages-mb-s", type=float, default=100, help=_MESSAGES)
     parser.add_argument("--output", type=Path, help="write the result as JSON")
     arguments = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -56,7 +56,8 @@ def main() -> int:
             predictor = profiled(megatron, folder / "profile", repeats=20)
             for case in CASES:
                 memory.append(outcome(megatron, predictor, case))
-                here = this_machine(predictor, case.pp, 1e6 * arguments.messages_mb_s)
+                rate = message_rate(megatron, case, folder / "rate.json")
+                here = this_machine(predictor, case.pp, rate)
                 times.append(seconds(megatron, predictor, here, case, arguments.steps, cores))
                 print(_line(memory[-1], times[-1]), flush=True)
         finally:
@@ -66,9 +67,6 @@ def main() -> int:
     if arguments.output:
         arguments.output.write_text(json.dumps(result, indent=2) + "\n")
     return 0
-
-
-_MESSAGES = "effective rate of messages between stages (default 100)"
 
 
 def _line(memory: Outcome, time: Seconds) -> str:

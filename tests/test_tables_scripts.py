@@ -161,13 +161,16 @@ def test_megatron_takes_every_line(megatron: Megatron, scripts: Any) -> None:
                 "recompute_granularity": "selective" if row.attention == "recompute" else None,
                 "sequence_parallel": not one_gpu,
                 "bpipe": row.bpipe,
+                "data_parallel_size": 1,
+                "global_batch_size": 128,
+                "micro_batch_size": row.micro_batch,
             }
             if row.attention == "recompute":
                 expected["recompute_modules"] = ["core_attn"]
             argv = scripts.rows.flags(row, one_gpu=one_gpu)
             cases.append({"argv": argv, "gpus": row.gpus(one_gpu), "expected": expected})
     assert len(cases) == 30
-    result = megatron.script("parse_table_rows.py", [json.dumps(cases)], world=1)
+    result = megatron.script("parse_command_lines.py", [json.dumps(cases)], world=1)
     assert result.ok, result.logs
 
 

@@ -143,6 +143,15 @@ def seconds(
     return Seconds(case, predicted, max(predicted, work / min(cores, case.pp)), measured)
 
 
+def message_rate(megatron: Megatron, case: Case, target: Path, repeats: int = 200) -> float:
+    """Bytes a second of a case's messages between two processes, each waited for."""
+    size = 4 * case.micro_batch * MODEL.seq * MODEL.hidden
+    words = [str(size), str(repeats), str(target)]
+    result = megatron.script("message_rate.py", words, world=2)
+    assert result.ok, result.logs
+    return float(json.loads(target.read_text()))
+
+
 def this_machine(predictor: Predictor, stages: int, messages: float) -> Cluster:
     """So many processes as a cluster; ``messages`` bytes/s between them, synchronisation included.
 

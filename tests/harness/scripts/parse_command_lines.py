@@ -1,4 +1,4 @@
-"""Every command line of scripts/run_table.py, through Megatron's own parser and its checks."""
+"""Command lines through Megatron's own parser, its checks, and this package's."""
 
 import contextlib
 import io
@@ -36,9 +36,6 @@ def parsed(argv: list[str], world: int) -> Any:
 for line in json.loads(sys.argv[1]):
     args = parsed(line["argv"], line["gpus"])
     expected = line["expected"]
-    assert args.data_parallel_size == 1, line
-    microbatches = args.global_batch_size // args.micro_batch_size
-    assert microbatches * args.micro_batch_size == 128, line
     for name, value in expected.items():
         found = getattr(args, name)
         found = found.name if isinstance(found, AttnBackend) else found

@@ -1,0 +1,131 @@
+"""The command lines that ``plan`` ends with: Megatron's parser takes them, ranks can be placed."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_bpipe.cli.main import main
+from megatron_bpipe.estimate.models import llama
+from megatron_bpipe.estimate.planner.flags import model_flags, plan_flags
+from megatron_bpipe.estimate.runs import Layout, Run
+from megatron_bpipe.placement import ParallelShape, make_report
+from tests.estimate.planner.test_hugging_face import MIXTRAL_8X7B, QWEN2_72B
+from tests.harness import Megatron
+
+CLUSTER = ["--gpu", "H100-80GB", "--gpus", "32", "--global-batch", "128"]
+MIXED = """
+[[nodes]]
+count = 2
+gpus = 8
+gpu = "A100-80GB"
+[[nodes]]
+count = 2
+gpus = 8
+gpu = "H100-80GB"
+"""
+USERS = shlex.split(
+    "--num-layers 48 --hidden-size 6144 --num-attention-heads 48 --seq-length 4096 "
+    "--max-position-embeddings 4096 --vocab-size 50304 --bf16 --mock-data --lr 1e-4 "
+    "--tokenizer-type NullTokenizer --train-iters 10 --min-lr 1e-5"
+)
+MODEL = llama("m", hidden=4096, heads=32, layers=32, seq=2048)
+RUN = Run(MODEL, Layout(tp=4, pp=8, sequence_parallel=True), 1, 64, "flash")
+REST = ["--bf16", "--mock-data", "--tokenizer-type", "NullTokenizer", "--train-iters", "1"]
+RUNS = {
+    "1F1B": RUN,
+    "no attention kernels": replace(RUN, attention="none"),
+    "selective": replace(RUN, attention="recompute"),
+    "full": replace(RUN, attention="full"),
+    "interleaved": replace(RUN, chunks=2),
+    "uneven": replace(RUN, partition=(3, 4, 4, 4, 4, 4, 5, 4)),
+    "BPipe": replace(RUN, bpipe=True),
+    "BPipe, budget": replace(RUN, bpipe=True, budget=6, partition=(3, 4, 4, 4, 4, 4, 5, 4)),
+    "host offload": replace(RUN, host=True, budget=6),
+    "replicas": replace(
+        RUN, layout=Layout(tp=2, pp=4, dp=4, sequence_parallel=True), distributed_optimizer=True
+    ),
+    "experts": replace(
+        RUN,
+        model=replace(MODEL, experts=8, experts_per_token=2),
+        layout=Layout(tp=1, pp=4, dp=8, ep=8),
+    ),
+}
+
+
+def parsed_as_planned(megatron: Megatron, cases: list[dict[str, Any]]) -> None:
+    for case in cases:
+        layout = case.pop("layout")
+        case["gpus"] = layout.gpus
+        case["expected"] |= {
+            "tensor_model_parallel_size": layout.tp,
+            "pipeline_model_parallel_size": layout.pp,
+            "data_parallel_size": layout.dp,
+            "expert_model_parallel_size": layout.ep,
+            "sequence_parallel": layout.sequence_parallel,
+        }
+        shape = ParallelShape(tp=layout.tp, dp=layout.dp, pp=layout.pp, ep=layout.ep)
+        make_report(shape, 8, "pair-adjacent")  # raises where ranks cannot be placed
+    result = megatron.script("parse_command_lines.py", [json.dumps(cases)], world=1)
+    assert result.ok, result.logs
+
+
+def test_megatron_takes_every_way_to_run(megatron: Megatron) -> None:
+    cases: list[dict[str, Any]] = []
+    for run in RUNS.values():
+        expected = {
+            "num_layers": run.model.layers,
+            "micro_batch_size": run.micro_batch,
+            "global_batch_size": run.global_batch,
+            "bpipe": run.bpipe or run.host,
+            "bpipe_budget": run.budget,
+            "bpipe_transport": "host" if run.host else "auto",
+            "use_distributed_optimizer": run.distributed_optimizer,
+            "recompute_granularity": {"recompute": "selective", "full": "full"}.get(run.attention),
+            "virtual_pipeline_model_parallel_size": run.chunks if run.chunks > 1 else None,
+        }
+        argv = [*model_flags(run.model), *REST, *plan_flags(run)]
+        cases.append({"argv": argv, "layout": run.layout, "expected": expected})
+    parsed_as_planned(megatron, cases)
+
+
+def test_megatron_takes_what_the_command_ends_with(
+    megatron: Megatron, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def config(name: str, content: dict[str, Any]) -> list[str]:
+        path = tmp_path / f"{name}.json"
+        path.write_text(json.dumps(content))
+        return ["--hf-config", str(path), "--seq-length", "4096"]
+
+    (tmp_path / "mixed.toml").write_text(MIXED)
+    mixed = ["--cluster", str(tmp_path / "mixed.toml"), "--global-batch", "128"]
+    fixed = ["--tensor-model-parallel-size", "4", "--pipeline-model-parallel-size", "8"]
+    questions = {
+        "qwen": [*config("q", QWEN2_72B), *CLUSTER],
+        "mixtral": [*config("m", MIXTRAL_8X7B), *CLUSTER],
+        "user's flags": [*CLUSTER, "--", *USERS, *fixed],
+        "user's BPipe": [*CLUSTER, "--even-layers", "--", *USERS, "--bpipe"],
+        "two kinds": ["--model", "LLaMA 65B", "--attention", "flash", *mixed],
+    }
+    cases: list[dict[str, Any]] = []
+    for name, words in questions.items():
+        assert main(["plan", "--json", *words]) == 0, name
+        result = json.loads(capsys.readouterr()[0])
+        argv = shlex.split(result["command"].splitlines()[-1])
+        argv = argv[argv.index("pretrain_gpt.py") + 1 :]
+        best = next(plan for plan in result["plans"] if plan["fits"] == "yes")
+        expected = {
+            "num_layers": sum(best["partition"]),
+            "hidden_size": result["model"]["hidden"],
+            "ffn_hidden_size": result["model"]["ffn"],
+            "micro_batch_size": best["micro_batch"],
+            "global_batch_size": 128,
+            "bpipe": name == "user's BPipe",
+        }
+        cases.append({"argv": argv, "layout": Layout(**best["layout"]), "expected": expected})
+    parsed_as_planned(megatron, cases)
