@@ -124,7 +124,7 @@ def _measured(args: argparse.Namespace) -> str:
 
 def _task(args: argparse.Namespace) -> _Task:
     asked = _asked(args)
-    batch = args.global_batch or asked.global_batch
+    batch = asked.global_batch if args.global_batch is None else args.global_batch
     if batch is None or batch < 1:
         raise EstimateError(f"--global-batch is {batch}: give the sequences of an iteration")
     cluster = _cluster(args)
@@ -224,7 +224,8 @@ def _outside(task: _Task, plan: Plan | None) -> tuple[str, ...]:
     if plan is None:
         return ()
     run, gpu = plan.candidate.run, plan.candidate.gpus[0]
-    return outside_calibration(run, gpu, published_cases())
+    way = () if plan.way in ("1F1B", "BPipe") else (f"{plan.way}: fitted on 1F1B and BPipe",)
+    return (*way, *outside_calibration(run, gpu, published_cases()))
 
 
 def _text(args: argparse.Namespace, task: _Task, found: Found, took: float) -> str:

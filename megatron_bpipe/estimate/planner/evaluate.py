@@ -213,7 +213,9 @@ def _simulated(candidate: Candidate, constants: Constants, kernels: Kernels) -> 
 def _windows(run: Run) -> tuple[int, int]:
     """Micro-batches to simulate, and how many more to see the steady pace."""
     p = run.layout.pp
-    if run.chunks > 1 or run.bpipe or run.host:
+    if run.host:
+        return 8 * p, 4 * p  # a slow link takes longer to fall as far behind as it will
+    if run.chunks > 1 or run.bpipe:
         return 4 * p, 2 * p
     return 2 * p, 1
 

@@ -100,7 +100,7 @@ def search(question: Question, predictor: Predictor) -> Found:
             else:
                 too_large[key] = replace(known, count=count)
     if not looked_at:
-        why = "; ".join(f"{reason} ({n})" for reason, n in refused.reasons.most_common(5))
+        why = "; ".join(f"{reason} ({n})" for reason, n in refused.reasons().items())
         raise EstimateError(f"nothing to plan: {why or 'no shape divides as it must'}")
     best = [plan for group in fitting.values() for plan in _best(group, predictor)]
     best.sort(key=lambda plan: -plan.mfu)
@@ -110,7 +110,7 @@ def search(question: Question, predictor: Predictor) -> Found:
         tuple(sorted(too_large.values(), key=lambda t: -t.most_mfu)),
         total - len(best),
         looked_at,
-        dict(refused.reasons.most_common()),
+        refused.reasons(),
     )
 
 

@@ -71,7 +71,7 @@ def fallen_out(found: Found) -> str:
         )
     lines = [columns(rows)] if found.too_large else []
     lines.append(f"fits but slower than those shown: {found.slower}")
-    lines += [f"not looked at ({count}): {reason}" for reason, count in found.reasons.items()]
+    lines += [f"not looked at, {count} like: {reason}" for reason, count in found.reasons.items()]
     return "\n".join(lines)
 
 

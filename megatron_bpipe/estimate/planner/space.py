@@ -7,6 +7,7 @@ host.  The last two only cost time, so they are looked at where plain 1F1B does 
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -45,13 +46,21 @@ class Question:
 
 @dataclass
 class Refused:
-    """Why shapes were not looked at: how many for each reason."""
+    """Why shapes were not looked at: how many for each reason, like ones counted together."""
 
-    reasons: Counter[str] = field(default_factory=Counter)
+    counts: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, str] = field(default_factory=dict)
 
     def add(self, reason: object) -> None:
-        """One more."""
-        self.reasons[str(reason)] += 1
+        """One more; reasons that differ in numbers and names only are alike."""
+        text = str(reason).split(":")[0]
+        key = re.sub(r"\d+|'[^']*'", "#", text)
+        self.counts[key] += 1
+        self.examples.setdefault(key, text)
+
+    def reasons(self) -> dict[str, int]:
+        """An example of each kind with the number of its kind, most first."""
+        return {self.examples[key]: count for key, count in self.counts.most_common()}
 
 
 def shapes(question: Question, refused: Refused) -> Iterator[Run]:
@@ -75,7 +84,7 @@ def shapes(question: Question, refused: Refused) -> Iterator[Run]:
                         layout = Layout(t, fixed.cp, _experts(question, t, d), d, p, t > 1)
                         yield _run(question, layout, b, attention)
                     except EstimateError as error:
-                        refused.add(_kind_of(error))
+                        refused.add(error)
 
 
 def ways(
@@ -188,7 +197,7 @@ def _tried(
             candidate = place(run, cluster, predictor.times)
             memory = memory_of(candidate, predictor)
         except EstimateError as error:
-            refused.add(_kind_of(error))
+            refused.add(error)
             continue
         yield candidate, memory
         if memory.fits == "yes" and (run.bpipe or run.host):
@@ -225,8 +234,3 @@ def _experts(question: Question, t: int, d: int) -> int:
     most = max(1, question.cluster.gpus_per_node // t)
     lanes = d * fixed.cp
     return max(e for e in range(1, most + 1) if lanes % e == 0 and model.experts % e == 0)
-
-
-def _kind_of(error: EstimateError) -> str:
-    """The reason without its numbers' remedy, so that like ones are counted together."""
-    return str(error).split(":")[0]
