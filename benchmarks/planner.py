@@ -27,6 +27,7 @@ from megatron_bpipe.integration.text_data import write_dataset  # noqa: E402
 from tests.harness import Megatron  # noqa: E402
 from tests.harness.planner_cases import (  # noqa: E402
     CASES,
+    LARGE,
     Outcome,
     Seconds,
     message_rate,
@@ -53,12 +54,14 @@ def main() -> int:
         megatron = Megatron(folder, [*data.flags(), "--data-cache-path", str(folder / "cache")])
         try:
             (folder / "profile").mkdir()
-            predictor = profiled(megatron, folder / "profile", repeats=20)
+            predictor = profiled(megatron, folder / "profile", LARGE, repeats=10)
             for case in CASES:
-                memory.append(outcome(megatron, predictor, case))
-                rate = message_rate(megatron, case, folder / "rate.json")
+                memory.append(outcome(megatron, predictor, case, LARGE))
+                rate = message_rate(megatron, case, LARGE, folder / "rate.json")
                 here = this_machine(predictor, case.pp, rate)
-                times.append(seconds(megatron, predictor, here, case, arguments.steps, cores))
+                times.append(
+                    seconds(megatron, predictor, here, case, LARGE, arguments.steps, cores)
+                )
                 print(_line(memory[-1], times[-1]), flush=True)
         finally:
             megatron.close()

@@ -23,12 +23,30 @@ from megatron_bpipe.estimate.runs import Attention, Layout, Run
 from tests.harness import Megatron
 from tests.harness.models import gpt
 
-HIDDEN, LAYERS, BATCH = 192, 8, 16
-MODEL = Model(
-    name="gpt", hidden=HIDDEN, heads=4, kv_heads=4, layers=LAYERS, seq=64, vocab=257,
-    ffn=4 * HIDDEN, gated=False, norm="layernorm", bias=True, tied_embeddings=True,
-    learned_positions=True, dropout=False,
-)  # fmt: skip
+LAYERS, BATCH = 8, 16
+
+
+@dataclass(frozen=True)
+class Size:
+    """Of the model: small for tests, large where computing should outweigh what surrounds it."""
+
+    hidden: int
+    seq: int
+
+    @property
+    def model(self) -> Model:
+        return Model(
+            name="gpt", hidden=self.hidden, heads=4, kv_heads=4, layers=LAYERS, seq=self.seq,
+            vocab=257, ffn=4 * self.hidden, gated=False, norm="layernorm", bias=True,
+            tied_embeddings=True, learned_positions=True, dropout=False,
+        )  # fmt: skip
+
+    def flags(self, stages: int, *extra: str) -> list[str]:
+        seq = ("--seq-length", str(self.seq), "--max-position-embeddings", str(self.seq))
+        return gpt(stages, 1, LAYERS, *seq, *extra, hidden=self.hidden)
+
+
+SMALL, LARGE = Size(192, 64), Size(384, 256)
 RECOMPUTE: dict[Attention, list[str]] = {
     "none": [],
     "recompute": ["--recompute-granularity", "selective"],
@@ -51,16 +69,14 @@ class Case:
     budget: int | None = None
     partition: tuple[int, ...] = ()
 
-    @property
-    def run(self) -> Run:
+    def run(self, size: Size) -> Run:
         return Run(
-            MODEL, Layout(pp=self.pp), self.micro_batch, BATCH, self.attention, bpipe=self.bpipe,
+            size.model, Layout(pp=self.pp), self.micro_batch, BATCH, self.attention, bpipe=self.bpipe,
             budget=self.budget, partition=self.partition,
         )  # fmt: skip
 
-    @property
-    def flags(self) -> list[str]:
-        words = gpt(self.pp, 1, LAYERS, *RECOMPUTE[self.attention], hidden=HIDDEN)
+    def flags(self, size: Size) -> list[str]:
+        words = size.flags(self.pp, *RECOMPUTE[self.attention])
         words += ["--micro-batch-size", str(self.micro_batch), "--global-batch-size", str(BATCH)]
         if self.partition:
             words += ["--pipeline-model-parallel-layout", layout_text(self.partition)]
@@ -110,43 +126,52 @@ class Seconds:
     measured: float
 
 
-def profiled(megatron: Megatron, folder: Path, repeats: int = 5) -> Predictor:
+def profiled(megatron: Megatron, folder: Path, size: Size, repeats: int = 5) -> Predictor:
     """A predictor from a profile of the model, made here and now."""
     settings = {"micro_batches": [1, 2, 4], "attention": list(RECOMPUTE), "repeats": repeats}
-    flags = gpt(2, 1, LAYERS, "--vocab-size", str(MODEL.vocab), hidden=HIDDEN)
+    flags = size.flags(2, "--vocab-size", str(size.model.vocab))
     cases = json.dumps({"gpt": {"flags": flags, "settings": settings}})
-    result = megatron.script("profile_stage.py", [cases, "{}", "[]", str(folder)], world=1)
+    result = megatron.script(
+        "profile_stage.py", [cases, "{}", "[]", str(folder)], world=1, timeout=300
+    )
     assert result.ok, result.logs
     return from_profile(read_profile(folder / "gpt.json"), overhead=0)
 
 
-def outcome(megatron: Megatron, predictor: Predictor, case: Case) -> Outcome:
+def outcome(megatron: Megatron, predictor: Predictor, case: Case, size: Size) -> Outcome:
     """Train a case with a report, and predict its memory."""
-    result = megatron.train(case.flags, world=case.pp, steps=3)
+    result = megatron.train(case.flags(size), world=case.pp, steps=3)
     assert result.ok, result.logs
     measured = [stage["peak_activation_bytes"] for stage in result.memory["stages"]]
-    return Outcome(case, _bytes(case.run, predictor), measured)
+    return Outcome(case, _bytes(case.run(size), predictor), measured)
 
 
 def seconds(
-    megatron: Megatron, predictor: Predictor, here: Cluster, case: Case, steps: int, cores: int
+    megatron: Megatron,
+    predictor: Predictor,
+    here: Cluster,
+    case: Case,
+    size: Size,
+    steps: int,
+    cores: int,
 ) -> Seconds:
     """Train a case without a report, and predict its time; the first two steps warm up."""
-    result = megatron.train(case.flags, world=case.pp, steps=steps, report=False)
+    run = case.run(size)
+    result = megatron.train(case.flags(size), world=case.pp, steps=steps, report=False)
     assert result.ok, result.logs
     times = re.findall(r"elapsed time per iteration \(ms\): ([0-9.]+)", result.log(case.pp - 1))
-    candidate = place(case.run, here, predictor.times)
+    candidate = place(run, here, predictor.times)
     predicted = seconds_of(candidate, predictor)
     pace = candidate.machine.paces[0]
-    work = case.run.micro_batches * (LAYERS * pace.layer + pace.head)
+    work = run.micro_batches * (LAYERS * pace.layer + pace.head)
     measured = statistics.median(float(ms) / 1e3 for ms in times[2:])
     return Seconds(case, predicted, max(predicted, work / min(cores, case.pp)), measured)
 
 
-def message_rate(megatron: Megatron, case: Case, target: Path, repeats: int = 200) -> float:
+def message_rate(megatron: Megatron, case: Case, size: Size, target: Path) -> float:
     """Bytes a second of a case's messages between two processes, each waited for."""
-    size = 4 * case.micro_batch * MODEL.seq * MODEL.hidden
-    words = [str(size), str(repeats), str(target)]
+    message = 4 * case.micro_batch * size.seq * size.hidden
+    words = [str(message), "200", str(target)]
     result = megatron.script("message_rate.py", words, world=2)
     assert result.ok, result.logs
     return float(json.loads(target.read_text()))

@@ -43,6 +43,11 @@ COMBINATIONS = {
     "pp4 fp16 with loss scaling": Combination(4, four("--fp16", "--initial-loss-scale", "1024")),
     "pp8": Combination(8, gpt(8, 9), quick=True),
     "pp8 bf16": Combination(8, gpt(8, 9, None, "--bf16")),
+    "uneven layers": Combination(
+        4,
+        gpt(4, 8, 8, "--pipeline-model-parallel-layout", "Et|tt|tt|tttL"),
+        quick=True,
+    ),
     "evaluation between steps": Combination(
         4, four("--eval-iters", "2", "--eval-interval", "3"), quick=True
     ),
