@@ -71,8 +71,8 @@ class Case:
 
     def run(self, size: Size) -> Run:
         return Run(
-            size.model, Layout(pp=self.pp), self.micro_batch, BATCH, self.attention, bpipe=self.bpipe,
-            budget=self.budget, partition=self.partition,
+            size.model, Layout(pp=self.pp), self.micro_batch, BATCH, self.attention,
+            bpipe=self.bpipe, budget=self.budget, partition=self.partition,
         )  # fmt: skip
 
     def flags(self, size: Size) -> list[str]:
