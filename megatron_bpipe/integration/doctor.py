@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 
 from ..estimate.softmax_trap import why_not_fused
+from ..runtime.transport.host_memory import available_bytes
 from ..runtime.transport.meeting import Identity
-from ..runtime.transport.shared_memory import available_bytes
 from . import cpu
 from .probe import HOOK_POINTS, missing
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-TRANSPORTS = ("auto", "shm", "p2p")
+TRANSPORTS = ("auto", "ipc", "shm", "p2p", "host")
 PLACEMENTS = ("pair-adjacent", "megatron")
 
 
@@ -67,8 +67,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--bpipe-transport",
         default="auto",
         metavar="|".join(TRANSPORTS),
-        help="How activations travel: shm is host memory that the paired rank lends, p2p messages "
-        "over a process group of the pair; auto takes shm where both ranks share a host.",
+        help="How activations travel: ipc is memory of the paired rank's GPU, shm (CPU ranks) host "
+        "memory that the paired rank lends, p2p messages over a process group of the pair (NCCL or "
+        "gloo), host the evicting rank's own host memory; auto takes the best that the link allows "
+        "and says which (docs/transports.md).",
     )
     group.add_argument(
         "--bpipe-placement",

@@ -1,4 +1,9 @@
-"""Choose a pair's transport and open both of its ends."""
+"""Choose a pair's transport and open both of its ends.
+
+both        say where they are (process, GPU)
+evictor     lists what is open to the pair, best first; tries CUDA IPC if that is the best
+evictor     says what was chosen; the acceptor follows
+"""
 
 from __future__ import annotations
 
@@ -10,9 +15,13 @@ import torch
 import torch.distributed as dist
 
 from ..runtime.transport import Lender, Transport, TransportError
+from ..runtime.transport.host import NothingLent, host_transport
+from ..runtime.transport.link import Link, Place, Sight, candidates
 from ..runtime.transport.meeting import Meeting
-from ..runtime.transport.shared_memory import SharedMemoryLender, SharedMemoryTransport
+from ..runtime.transport.shared_memory import SharedMemoryLender, shared_memory_transport
 from ..runtime.transport.two_sided import TwoSidedLender, TwoSidedTransport
+
+NONE = "none"  # no transport is open to the pair
 
 
 @dataclass
@@ -21,40 +30,66 @@ class Pair:
 
     Attributes:
         meeting: the line to the other end.
-        transport: ``shm`` or ``p2p``.
+        transport: ``ipc``, ``shm``, ``p2p`` or ``host``.
+        why: for people: the link, and what was passed over.
+        device: where this rank computes.
         group: the pair's process group, for ``p2p``.
     """
 
     meeting: Meeting
     transport: str
+    why: str
+    device: torch.device
     group: Any
 
     def borrow(self, microbatch_bytes: int, slots: int) -> Transport:
         """The evictor's end."""
+        meeting, wanted = self.meeting, microbatch_bytes * slots
         if self.transport == "shm":
-            return SharedMemoryTransport(self.meeting, microbatch_bytes * slots)
-        return TwoSidedTransport(self.group, self.meeting.pair, self.meeting.deadline)
+            return shared_memory_transport(meeting, wanted)
+        if self.transport == "host":
+            return host_transport(meeting.pair, wanted, self.device, meeting.deadline)
+        if self.transport == "ipc":
+            from ..runtime.transport.cuda.ipc import ipc_transport
 
-    def lend(self, device: torch.device) -> Lender:
+            return ipc_transport(meeting, wanted, self.device)
+        if self.device.type == "cuda":
+            from ..runtime.transport.cuda.messages import NcclTransport
+
+            return NcclTransport(self.group, meeting, microbatch_bytes, slots, self.device)
+        return TwoSidedTransport(self.group, meeting.pair, meeting.deadline)
+
+    def lend(self) -> Lender:
         """The acceptor's end."""
         meeting = self.meeting
         if self.transport == "shm":
             return SharedMemoryLender(meeting)
-        return TwoSidedLender(self.group, meeting.pair, device, meeting.deadline)
+        if self.transport == "host":
+            return NothingLent()
+        if self.transport == "ipc":
+            from ..runtime.transport.cuda.ipc import IpcLender
+
+            return IpcLender(meeting, self.device)
+        if self.device.type == "cuda":
+            from ..runtime.transport.cuda.messages import NcclLender
+
+            return NcclLender(self.group, meeting, self.device)
+        return TwoSidedLender(self.group, meeting.pair, self.device, meeting.deadline)
 
 
-def open_pair(group: Any, evictor: int, asked: str, deadline: float) -> Pair:
+def open_pair(group: Any, evictor: int, asked: str, device: torch.device, deadline: float) -> Pair:
     """Meet the partner and agree; both ends call it at their first iteration.
 
     Args:
         group: the pipeline's process group.
         evictor: stage of the pair's evictor.
-        asked: ``auto``, ``shm`` or ``p2p``.
+        asked: one of `options.TRANSPORTS`.
+        device: where this rank computes.
         deadline: seconds that any wait may take.
 
     Raises:
-        TransportError: the partner does not come, or ``shm`` was asked for and the two ranks do
-            not share a host.
+        TransportError: the partner does not come, or what was asked for is not open to the pair;
+            then both ends raise it, with the reason.
     """
     stages = (evictor, group.size() - 1 - evictor)
     ranks = [dist.get_global_rank(group, stage) for stage in stages]
@@ -63,24 +98,33 @@ def open_pair(group: Any, evictor: int, asked: str, deadline: float) -> Pair:
     store = _store(pair, end, deadline)
     meeting = Meeting(store, pair, end, deadline)
     meeting.introduce()
-    if end == "evictor":
-        meeting.tell("transport", _choose(asked, meeting))
-        transport = meeting.hear("transport")
-    else:
-        transport = meeting.hear("transport")
-        meeting.tell("transport", transport)
-    if transport == "refused":
-        raise TransportError(
-            f"pair {meeting.pair}: --bpipe-transport shm, but its ranks share no host (or no PID "
-            "namespace); place pairs on one node, or use p2p"
-        )
+    sight = _look(meeting, device)
+    transport, why = agree(asked, sight, meeting, device)
     messages = None
     if transport == "p2p":
-        messages = two_sided_group(store, meeting.pair, int(end == "acceptor"), deadline)
-    return Pair(meeting, transport, messages)
+        messages = two_sided_group(store, pair, int(end == "acceptor"), device, deadline)
+    return Pair(meeting, transport, why, device, messages)
 
 
-def two_sided_group(store: Any, pair: str, rank: int, deadline: float) -> Any:
+def agree(asked: str, sight: Sight, meeting: Meeting, device: torch.device) -> tuple[str, str]:
+    """The transport of a pair and why; both ends call it.
+
+    Raises:
+        TransportError: nothing that was asked for is open to the pair; on both ends.
+    """
+    if meeting.end == "acceptor":
+        if meeting.hear("trial") == "ipc":
+            _offer_trial(meeting, device)
+        transport, _, why = meeting.hear("transport").partition(" ")
+    else:
+        transport, why = _choose(asked, sight, meeting, device)
+        meeting.tell("transport", f"{transport} {why}")
+    if transport == NONE:
+        raise TransportError(f"pair {meeting.pair}: --bpipe-transport {asked}, but {why}")
+    return transport, why
+
+
+def two_sided_group(store: Any, pair: str, rank: int, device: torch.device, deadline: float) -> Any:
     """A process group of two, evictor 0 and acceptor 1, unknown to torch's registry of groups.
 
     ``new_group`` would have to be called by every rank of the job, and its variant that need not
@@ -89,17 +133,66 @@ def two_sided_group(store: Any, pair: str, rank: int, deadline: float) -> Any:
     """
     own = dist.PrefixStore(f"{pair}/group", store)
     timeout = timedelta(seconds=deadline)
-    if torch.cuda.is_available():
+    if device.type == "cuda":
         options = dist.ProcessGroupNCCL.Options()
         options._timeout = timeout
         return dist.ProcessGroupNCCL(own, rank, 2, options)
     return dist.ProcessGroupGloo(own, rank, 2, timeout)
 
 
-def _choose(asked: str, meeting: Meeting) -> str:
-    if asked == "auto":
-        return "shm" if meeting.peer is not None else "p2p"
-    return "refused" if asked == "shm" and meeting.peer is None else asked
+def _choose(asked: str, sight: Sight, meeting: Meeting, device: torch.device) -> tuple[str, str]:
+    """The evictor's choice: what is open, tried where it may be forbidden all the same."""
+    order, out = candidates(asked, sight)
+    trial = order[:1] == ["ipc"]
+    meeting.tell("trial", "ipc" if trial else "")
+    if trial:
+        failed = _try(meeting, device)
+        if failed:
+            out["ipc"] = f"CUDA IPC was tried and failed: {failed}"
+            order.remove("ipc")
+    if not order:
+        return NONE, "; ".join(out.values())
+    link = sight.link.value if sight.link is not None else _of_cpus(sight)
+    passed = [f"not {name}: {why}" for name, why in out.items()]
+    return order[0], "; ".join([link, *passed])
+
+
+def _try(meeting: Meeting, device: torch.device) -> str:
+    from ..runtime.transport.cuda.ipc import try_to_open
+
+    handle, _, failed = meeting.hear("offer").partition(" ")
+    return failed or try_to_open(handle, device)
+
+
+def _offer_trial(meeting: Meeting, device: torch.device) -> None:
+    from ..runtime.transport.cuda.driver import DriverError
+    from ..runtime.transport.cuda.ipc import Trial
+
+    try:
+        trial = Trial(device, meeting.pair)
+    except (DriverError, TransportError) as error:
+        meeting.tell("offer", f" {error}")
+        return
+    meeting.tell("offer", f"{trial.handle} ")
+    meeting.hear("transport")  # said when the trial is over: nothing is mapped any more
+    trial.close()
+
+
+def _look(meeting: Meeting, device: torch.device) -> Sight:
+    """Say where this rank computes, hear where the other one does, see how they are linked."""
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        from ..runtime.transport.cuda.place import link_between, place_of
+    mine = place_of(device) if on_gpu else Place()
+    meeting.tell("place", mine.dumps())
+    theirs = Place.loads(meeting.hear("place"))
+    one_host = meeting.peer is not None
+    link: Link | None = link_between(mine, theirs, one_host) if on_gpu else None
+    return Sight(mine, theirs, one_host, link)
+
+
+def _of_cpus(sight: Sight) -> str:
+    return "one host" if sight.one_host else Link.NODE.value
 
 
 def _store(pair: str, end: str, deadline: float) -> Any:

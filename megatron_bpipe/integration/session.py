@@ -57,11 +57,12 @@ class Session:
         if plan.slots_lent and self.lender is None:
             assert plan.partner is not None
             pair = self._meet(group, evictor=plan.partner)
-            self.lender = pair.lend(torch.device(torch.cuda.current_device()))
+            self.lender = pair.lend()
         if plan.slots_borrowed and self._store is None:
             self._store = self._make_store(plan, self._meet(group, evictor=group.rank()))
         if not self._announced:
             self._announced = True
+            # rank 0 evicts in every schedule that evicts at all, so it always has a pair to show
             used = f", transport {self._transport}" if self._transport else ""
             say(f"1F1B with activations balanced: budget {plan.budget} micro-batches a stage{used}")
 
@@ -85,9 +86,12 @@ class Session:
         """This rank's numbers for ``memory.json``."""
         assert self.recorder is not None
         totals = self._store.totals if self._store is not None else None
+        transport = self._store.transport if self._store is not None else None
+        pool = self.lender.pool_bytes if self.lender is not None else 0
         return self.recorder.summary() | {
-            "pool_bytes": self.lender.pool_bytes if self.lender is not None else 0,
-            "pool_slots": self._peak_slots_lent,
+            "pool_bytes": pool,
+            "pool_slots": self._peak_slots_lent if pool else 0,
+            "hosted_bytes": transport.hosted_bytes if transport is not None else 0,
             "evicted_bytes": totals.evicted if totals is not None else 0,
             "loaded_bytes": totals.loaded if totals is not None else 0,
             "static_bytes": static_bytes(torch.device(torch.cuda.current_device()).type),
@@ -133,7 +137,8 @@ class Session:
         )
 
     def _meet(self, group: Any, evictor: int) -> Pair:
-        pair = open_pair(group, evictor, self.options.transport, self.options.deadline)
-        chosen = " (chosen by auto)" if self.options.transport == "auto" else ""
-        self._transport = f"{pair.transport}{chosen}"
+        device = torch.device(torch.cuda.current_device())
+        pair = open_pair(group, evictor, self.options.transport, device, self.options.deadline)
+        chosen = "chosen by auto: " if self.options.transport == "auto" else ""
+        self._transport = f"{pair.transport} ({chosen}{pair.why})"
         return pair

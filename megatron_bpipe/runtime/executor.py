@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 from ..schedule.lower import batches
@@ -60,8 +61,11 @@ class Observer(Protocol):
     def op_done(self, op: Op, start: float, end: float, moved: int) -> None:
         """``op`` ran from ``start`` to ``end``; ``moved`` bytes for E and L, else 0."""
 
-    def transfer_done(self, op: Op, start: float, end: float) -> None:
-        """The copy that EW or LW waited for really ran from ``start`` to ``end``."""
+    def transfer_done(self, op: Op, ticket: Ticket) -> None:
+        """The computation has been made to wait for the copy that EW or LW is about.
+
+        When the copy really ran says ``ticket.span``, to be read when the iteration is over.
+        """
 
     def forward_begins(self, op: Op) -> None:
         """``op`` is about to compute; its input is there."""
@@ -81,8 +85,11 @@ class Run:
         lender: Lender | None = None,
         observer: Observer | None = None,
         name: str = "this stage",
+        range_of: Callable[[str], AbstractContextManager[object]] = nullcontext,
     ) -> None:
+        """``range_of`` gets the text of each op and is around it: for a profiler's ranges."""
         self._ops = ops
+        self._range_of = range_of
         self._stage = stage
         self._store = store
         self._lender = lender
@@ -116,12 +123,8 @@ class Run:
             start = time.perf_counter()
             self._moved = 0
             try:
-                if len(group) == 1:
-                    self._single[group[0].kind](group[0])
-                elif group[0].kind is Kind.SEND_FORWARD:
-                    self._stage.send_forward_recv_backward(*group)
-                else:
-                    self._stage.send_backward_recv_forward(*group)
+                with self._range_of(" ".join(str(op) for op in group)):
+                    self._do(group)
             except Exception as error:
                 error.add_note(self._failure_note(group[0]))
                 raise
@@ -133,6 +136,14 @@ class Run:
             self._store.check_empty()
         if self._lender is not None:
             self._lender.finish()
+
+    def _do(self, group: Sequence[Op]) -> None:
+        if len(group) == 1:
+            self._single[group[0].kind](group[0])
+        elif group[0].kind is Kind.SEND_FORWARD:
+            self._stage.send_forward_recv_backward(*group)
+        else:
+            self._stage.send_backward_recv_forward(*group)
 
     def _forward(self, op: Op) -> None:
         if self._observer is not None:
@@ -175,7 +186,7 @@ class Run:
 
     def _transfer_over(self, op: Op, ticket: Ticket) -> None:
         if self._observer is not None:
-            self._observer.transfer_done(op, *ticket.span)
+            self._observer.transfer_done(op, ticket)
 
     def _failure_note(self, failed: Op) -> str:
         at = next(i for i, op in enumerate(self._ops) if op is failed)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Collection
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from ..schedule.ops import Kind, Op
 from .audit import Audit, audit_forward
 from .graph import nodes_below, roots_of
 from .memory import LiveActivations
+from .transport import Ticket
 
 TIMELINE_ITERATIONS = 8
 CHANGES_MEMORY = frozenset(
@@ -75,12 +76,13 @@ class Recorder:
     _begun: float = 0.0
     # perf_counter to wall clock, so that the ranks of a node share one axis
     _offset: float = field(default_factory=lambda: time.time() - time.perf_counter())
-    _span: tuple[float, float] | None = None
+    _transfers: list[tuple[int, Ticket]] = field(default_factory=list)  # index of its event
 
     def begin(self, excluded: Collection[int]) -> None:
         """A training iteration begins; ``excluded`` storages are not activations."""
         self._live.clear()
         self._excluded = excluded
+        self._transfers.clear()
         self._baseline = self.allocated()
         self._begun = time.perf_counter()
         self.timeline.append([])
@@ -89,6 +91,13 @@ class Recorder:
         """The iteration is over; ``losses`` is what Megatron's schedule returned."""
         span = self._begun + self._offset, time.perf_counter() + self._offset
         self.iterations.append(span)
+        events = self.timeline[-1]
+        for i, ticket in self._transfers:
+            start, end = ticket.span
+            events[i] = replace(
+                events[i], copy_start=start + self._offset, copy_end=end + self._offset
+            )
+        self._transfers.clear()
         if losses:
             self.losses.append([bits for one in losses for bits in _float_bits(one)])
 
@@ -113,9 +122,9 @@ class Recorder:
         """A load allocated ``storages``."""
         self._live.track(microbatch, storages)
 
-    def transfer_done(self, op: Op, start: float, end: float) -> None:
+    def transfer_done(self, op: Op, ticket: Ticket) -> None:
         """See `executor.Observer`."""
-        self._span = start + self._offset, end + self._offset
+        self._transfers.append((len(self.timeline[-1]), ticket))
 
     def op_done(self, op: Op, start: float, end: float, moved: int) -> None:
         """See `executor.Observer`."""
@@ -128,10 +137,8 @@ class Recorder:
             last = self.timeline[-1][-1]
             live, present, now = last.live_bytes, last.live_microbatches, None
         self._allocator_is_at(now)
-        copy = self._span or (None, None)
-        self._span = None
         wall = start + self._offset, end + self._offset
-        self.timeline[-1].append(Event(str(op), *wall, moved, live, present, *copy))
+        self.timeline[-1].append(Event(str(op), *wall, moved, live, present))
 
     def _in_backward(self, *_: object) -> None:
         """After a node's backward: what it works with is there besides what was saved."""

@@ -14,7 +14,8 @@ def merge(summaries: list[dict[str, Any]], *, bpipe: bool, budget: int | None) -
 
     An acceptor's ``peak_activation_bytes`` and ``peak_microbatches`` include the pool and its
     slots: that memory is gone for it whether or not something lies in it just then. What is its
-    own stands beside it as ``own_*``.
+    own stands beside it as ``own_*``. ``hosted_bytes`` is host memory that an evictor keeps for its
+    own activations; it counts nowhere else.
     """
     stages = []
     for stage in sorted({s["stage"] for s in summaries}):
@@ -30,6 +31,7 @@ def merge(summaries: list[dict[str, Any]], *, bpipe: bool, budget: int | None) -
                 "own_microbatches": worst["peak_microbatches"],
                 "pool_bytes": worst["pool_bytes"],
                 "pool_slots": worst["pool_slots"],
+                "hosted_bytes": worst["hosted_bytes"],
                 "evicted_bytes": worst["evicted_bytes"],
                 "loaded_bytes": worst["loaded_bytes"],
                 "allocator_peak_bytes": worst["allocator_peak_bytes"],
@@ -51,7 +53,7 @@ def merge(summaries: list[dict[str, Any]], *, bpipe: bool, budget: int | None) -
 def table(report: dict[str, Any]) -> str:
     """The report for people: one line a stage, in MiB."""
     lines = [
-        "stage  peak MiB  micro-batches  pool MiB  evicted MiB"
+        "stage  peak MiB  micro-batches  pool MiB  host MiB  evicted MiB"
         " | one forward: can leave  stays  not captured",
     ]
     for stage in report["stages"]:
@@ -61,7 +63,7 @@ def table(report: dict[str, Any]) -> str:
         lines.append(
             f"{stage['stage']:5d} {stage['peak_activation_bytes'] / MIB:9.2f}"
             f" {stage['peak_microbatches']:14d} {stage['pool_bytes'] / MIB:9.2f}"
-            f" {stage['evicted_bytes'] / MIB:12.2f}"
+            f" {stage['hosted_bytes'] / MIB:9.2f} {stage['evicted_bytes'] / MIB:12.2f}"
             f" | {forward.get('evictable_bytes', 0) / MIB:22.2f} {kept / MIB:6.2f}"
             f" {'unknown' if missed is None else format(missed / MIB, '.2f'):>13}"
         )

@@ -52,6 +52,22 @@ def test_bitwise_equal_over_messages(megatron: Megatron, name: str) -> None:
     assert "transport p2p" in bpipe.log(0)
 
 
+def test_bitwise_equal_in_the_evictor_s_own_host_memory(megatron: Megatron) -> None:
+    """The host transport: nothing is lent, and the evictor's activations fall all the same."""
+    stock = megatron.train(gpt(4))
+    hosted = megatron.train([*gpt(4), "--bpipe", "--bpipe-transport", "host"])
+    assert difference(stock, hosted) is None
+    assert "transport host (one host)" in hosted.log(0)
+    before, after = stock.memory["stages"], hosted.memory["stages"]
+    assert evicted(hosted) > 0
+    assert after[0]["hosted_bytes"] > 0
+    assert after[0]["peak_microbatches"] == 3
+    assert after[0]["peak_activation_bytes"] < 0.8 * before[0]["peak_activation_bytes"]
+    last = after[3]  # keeps what stock 1F1B needs
+    assert last["pool_bytes"] == last["pool_slots"] == last["hosted_bytes"] == 0
+    assert last["peak_microbatches"] == before[3]["peak_microbatches"] == 1
+
+
 def test_keep_local_is_equal_too(megatron: Megatron) -> None:
     stock = megatron.train(gpt(4))
     kept = megatron.train([*gpt(4), "--bpipe", "--bpipe-keep-local"])

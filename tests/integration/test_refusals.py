@@ -40,7 +40,7 @@ REFUSED = {
     "budget below one": ([*PP8, "--bpipe-budget", "0"], ["--bpipe-budget 0", "the least is 5"]),
     "unknown transport": (
         [*PP8, "--bpipe-transport", "pigeon"],
-        ["--bpipe-transport pigeon", "auto, shm, p2p"],
+        ["--bpipe-transport pigeon", "auto, ipc, shm, p2p, host"],
     ),
     "no such data": (
         [*PP8, "--data-path", "0.3", "nowhere/text"],

@@ -18,9 +18,10 @@ from megatron_bpipe.runtime.activation import IllegalMoveError, ModifiedInPlaceE
 from megatron_bpipe.runtime.graph import Kept, roots_of, saved_storages
 from megatron_bpipe.runtime.store import ActivationStore
 from megatron_bpipe.runtime.transport.meeting import Meeting
+from megatron_bpipe.runtime.transport.one_sided import OneSidedTransport
 from megatron_bpipe.runtime.transport.shared_memory import (
     SharedMemoryLender,
-    SharedMemoryTransport,
+    shared_memory_transport,
 )
 
 
@@ -61,8 +62,8 @@ def ends() -> Iterator[tuple[ActivationStore, list[SharedMemoryLender]]]:
     handshake = dist.HashStore()
     lenders = []
 
-    def connect(size: int) -> SharedMemoryTransport:
-        transport = SharedMemoryTransport(Meeting(handshake, "0-1", "evictor", 10), size)
+    def connect(size: int) -> OneSidedTransport:
+        transport = shared_memory_transport(Meeting(handshake, "0-1", "evictor", 10), size)
         lenders.append(SharedMemoryLender(Meeting(handshake, "0-1", "acceptor", 10)))
         return transport
 

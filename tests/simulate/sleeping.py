@@ -24,9 +24,10 @@ from megatron_bpipe.runtime.executor import Run
 from megatron_bpipe.runtime.recorder import Recorder
 from megatron_bpipe.runtime.store import ActivationStore
 from megatron_bpipe.runtime.transport.meeting import Meeting
+from megatron_bpipe.runtime.transport.one_sided import OneSidedTransport
 from megatron_bpipe.runtime.transport.shared_memory import (
     SharedMemoryLender,
-    SharedMemoryTransport,
+    shared_memory_transport,
 )
 from megatron_bpipe.schedule import Op, Schedule, balance, is_evictor, lower, one_f_one_b, slots
 from megatron_bpipe.schedule.bases.gpipe import gpipe
@@ -150,8 +151,8 @@ class Rank:
     def _meeting(self, evictor: int, role: Any) -> Meeting:
         return Meeting(self.meetings, f"{evictor}-{self.p - 1 - evictor}", role, DEADLINE)
 
-    def _connect(self, size: int) -> SharedMemoryTransport:
-        return SharedMemoryTransport(self._meeting(self.stage, "evictor"), size * self.borrowed)
+    def _connect(self, size: int) -> OneSidedTransport:
+        return shared_memory_transport(self._meeting(self.stage, "evictor"), size * self.borrowed)
 
     def run(self, ops: tuple[Op, ...]) -> list[Any]:
         """One run; its events."""

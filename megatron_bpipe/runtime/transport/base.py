@@ -20,18 +20,24 @@ class Ticket(Protocol):
     """One transfer under way."""
 
     def wait(self) -> None:
-        """Return once the transfer is over; raise what went wrong in it."""
+        """Let what is computed from here on come after the transfer; raise what went wrong in it.
+
+        On a CPU the calling thread waits. On CUDA the current stream does, and the thread goes on.
+        """
 
     @property
     def span(self) -> tuple[float, float]:
-        """Start and end, seconds on `time.perf_counter`'s clock; valid after `wait`."""
+        """Start and end, seconds on `time.perf_counter`'s clock; read it after `wait`.
+
+        On CUDA reading it waits for the device: leave it until an iteration is over.
+        """
 
 
 class Transport(Protocol):
     """The evictor's end."""
 
     def evict(self, microbatch: int, pieces: Sequence[torch.Tensor]) -> Ticket:
-        """Start to copy ``pieces`` (flat uint8 tensors) into the acceptor's pool."""
+        """Start to copy ``pieces`` (flat uint8 tensors) out."""
 
     def load(self, microbatch: int, pieces: Sequence[torch.Tensor]) -> Ticket:
         """Start to copy a micro-batch back into ``pieces``, same order and sizes as evicted."""
@@ -42,6 +48,10 @@ class Transport(Protocol):
     @property
     def occupied_bytes(self) -> int:
         """Bytes of the pool that hold something now."""
+
+    @property
+    def hosted_bytes(self) -> int:
+        """Bytes of this process's own host memory that the transport keeps for activations."""
 
     def close(self) -> None:
         """Stop threads and unmap memory."""

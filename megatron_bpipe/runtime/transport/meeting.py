@@ -97,8 +97,7 @@ class Meeting:
         key = f"{self.pair}/{other}/{what}"
         until = time.monotonic() + self.deadline
         while not self._check(key):
-            if self.peer is not None and self.peer.died():
-                raise TransportError(f"pair {self.pair}: the {other} (pid {self.peer.pid}) died")
+            self.check_peer()
             if time.monotonic() > until:
                 raise TransportError(
                     f"pair {self.pair}: the {other} did not give its {what} within "
@@ -106,6 +105,16 @@ class Meeting:
                 )
             time.sleep(0.002)
         return self.store.get(key).decode()
+
+    def check_peer(self) -> None:
+        """Look whether the other end still lives, where it can be seen from here.
+
+        Raises:
+            TransportError: it died; names the pair.
+        """
+        if self.peer is not None and self.peer.died():
+            other = "acceptor" if self.end == "evictor" else "evictor"
+            raise TransportError(f"pair {self.pair}: the {other} (pid {self.peer.pid}) died")
 
     def _check(self, key: str) -> bool:
         try:

@@ -14,16 +14,14 @@ from __future__ import annotations
 import json
 import mmap
 import os
-from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
-from ..activation import padded
 from .base import TransportError
+from .copies import ThreadCopies
+from .host_memory import check_available, no_memory
 from .meeting import Meeting
-from .room import Extent, Room
-from .worker import Job, Worker
+from .one_sided import OneSidedTransport
 
 
 class SharedMemoryLender:
@@ -35,12 +33,12 @@ class SharedMemoryLender:
 
     def __init__(self, meeting: Meeting) -> None:
         wanted = int(meeting.hear("want"))
-        _check_available(wanted, meeting.pair)
+        check_available(wanted, meeting.pair)
         try:
             self._descriptor = os.memfd_create(f"bpipe-{meeting.pair}")
             os.posix_fallocate(self._descriptor, 0, wanted)  # raises now, not SIGBUS later
         except OSError as error:
-            raise _no_memory(meeting.pair, wanted, str(error)) from error
+            raise no_memory(meeting.pair, wanted, str(error)) from error
         meeting.tell("lend", json.dumps([os.getpid(), self._descriptor, wanted]))
 
     @property
@@ -64,8 +62,8 @@ class SharedMemoryLender:
             self._descriptor = -1
 
 
-class SharedMemoryTransport:
-    """The evictor's end.
+class SharedMemory:
+    """The evictor's view of the lent pool; see `Memory`.
 
     Args:
         meeting: with the acceptor, which must be on this host.
@@ -73,122 +71,71 @@ class SharedMemoryTransport:
     """
 
     def __init__(self, meeting: Meeting, wanted: int) -> None:
-        self.pair = meeting.pair
         self._meeting = meeting
-        self._segments: list[torch.Tensor] = []
-        self._room = Room()
-        self._worker = Worker(meeting.deadline)
         self._descriptor = -1
         meeting.tell("want", str(max(wanted, mmap.PAGESIZE)))
 
-    def evict(self, microbatch: int, pieces: Sequence[torch.Tensor]) -> Job:
-        """See `Transport`."""
-        size = sum(padded(p.numel()) for p in pieces)
-        extent = self._take(microbatch, size)
-        return self._copy(f"E{microbatch} to {self.pair}", self._slot(extent, pieces), pieces)
+    def first(self) -> torch.Tensor:
+        """Map what is lent.
 
-    def load(self, microbatch: int, pieces: Sequence[torch.Tensor]) -> Job:
-        """See `Transport`."""
-        extent = self._room.taken[microbatch]
-        slot = self._slot(extent, pieces)
-        return self._copy(f"L{microbatch} from {self.pair}", pieces, slot)
-
-    def release(self, microbatch: int) -> None:
-        """See `Transport`."""
-        self._room.give_back(microbatch)
-
-    @property
-    def occupied_bytes(self) -> int:
-        """See `Transport`."""
-        return self._room.occupied
-
-    def close(self) -> None:
-        """See `Transport`."""
-        self._worker.close()
-        self._segments.clear()
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
-
-    def _copy(
-        self, label: str, targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]
-    ) -> Job:
-        targets, sources = list(targets), list(sources)
-
-        def copy() -> None:
-            # one call for a whole micro-batch lets the interpreter lock go once, so the main
-            # thread keeps computing; a copy a storage would ask for the lock dozens of times
-            torch._foreach_copy_(targets, sources)
-
-        return self._worker.start(label, copy)
-
-    def _take(self, microbatch: int, size: int) -> Extent:
-        if self._descriptor < 0:
-            self._map_lent_pool()
-        extent = self._room.take(microbatch, size)
-        if extent is None:
-            self._lengthen(size)
-            extent = self._room.take(microbatch, size)
-        assert extent is not None
-        return extent
-
-    def _map_lent_pool(self) -> None:
+        Raises:
+            TransportError: nothing is lent in time, or it cannot be opened from here.
+        """
         pid, descriptor, size = json.loads(self._meeting.hear("lend"))
         path = f"/proc/{pid}/fd/{descriptor}"
         try:
             self._descriptor = os.open(path, os.O_RDWR)
         except OSError as error:
             raise TransportError(
-                f"pair {self.pair}: cannot open the pool lent at {path} ({error}); both ranks must "
-                "run on one host, as one user, in one PID namespace (one container per node); "
-                "or use --bpipe-transport p2p"
+                f"pair {self._meeting.pair}: cannot open the pool lent at {path} ({error}); both "
+                "ranks must run on one host, as one user, in one PID namespace (one container per "
+                "node); or use --bpipe-transport p2p"
             ) from error
-        self._map(0, size)
+        return self._map(0, size)
 
-    def _lengthen(self, size: int) -> None:
+    def more(self, size: int) -> torch.Tensor:
+        """Lengthen the file.
+
+        Raises:
+            TransportError: the host has no memory left.
+        """
+        pair = self._meeting.pair
         old = os.fstat(self._descriptor).st_size
         start = -(-old // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
-        _check_available(size, self.pair)
+        check_available(size, pair)
         try:
             os.posix_fallocate(self._descriptor, start, size)
         except OSError as error:
-            raise _no_memory(self.pair, size, str(error)) from error
-        self._map(start, size)
+            raise no_memory(pair, size, str(error)) from error
+        return self._map(start, size)
 
-    def _map(self, start: int, size: int) -> None:
+    def check(self) -> None:
+        """See `Memory`."""
+        self._meeting.check_peer()
+
+    @property
+    def hosted_bytes(self) -> int:
+        """See `Memory`: the pool is the acceptor's."""
+        return 0
+
+    def close(self) -> None:
+        """See `Memory`."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def _map(self, start: int, size: int) -> torch.Tensor:
         flags = mmap.MAP_SHARED | mmap.MAP_POPULATE
         memory = mmap.mmap(self._descriptor, size, flags=flags, offset=start)
-        self._segments.append(torch.frombuffer(memory, dtype=torch.uint8))
-        self._room.add_segment(size)
-
-    def _slot(self, extent: Extent, pieces: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        segment, at, slot = self._segments[extent.segment], extent.start, []
-        for piece in pieces:
-            slot.append(segment[at : at + piece.numel()])
-            at += padded(piece.numel())
-        return slot
+        return torch.frombuffer(memory, dtype=torch.uint8)
 
 
-def available_bytes() -> int | None:
-    """Memory this host can still give, None where the kernel does not say."""
-    meminfo = Path("/proc/meminfo")
-    if not meminfo.exists():
-        return None
-    for line in meminfo.read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return None
+def shared_memory_transport(meeting: Meeting, wanted: int) -> OneSidedTransport:
+    """The evictor's end.
 
-
-def _check_available(wanted: int, pair: str) -> None:
-    """The kernel would rather kill a process than refuse pages, so look first."""
-    available = available_bytes()
-    if available is not None and wanted > available:
-        raise _no_memory(pair, wanted, f"the host has {available} bytes available")
-
-
-def _no_memory(pair: str, wanted: int, why: str) -> TransportError:
-    return TransportError(
-        f"pair {pair}: no memory for a pool of {wanted} bytes on the acceptor's host ({why}); "
-        "use a larger --bpipe-budget, a smaller micro-batch or fewer ranks a host"
-    )
+    Args:
+        meeting: with the acceptor, which must be on this host.
+        wanted: bytes of the pool to ask for.
+    """
+    memory = SharedMemory(meeting, wanted)
+    return OneSidedTransport(meeting.pair, memory, ThreadCopies(meeting.deadline))

@@ -77,6 +77,11 @@ class TwoSidedTransport:
         """See `Transport`."""
         return sum(self._sizes.values())
 
+    @property
+    def hosted_bytes(self) -> int:
+        """See `Transport`: the memory is the acceptor's."""
+        return 0
+
     def close(self) -> None:
         """See `Transport`."""
         self._worker.close()

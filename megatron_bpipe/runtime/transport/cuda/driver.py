@@ -1,0 +1,112 @@
+"""The CUDA driver's calls that torch has no function for.
+
+Why not torch's own ways:
+
+- ``torch.multiprocessing`` shares blocks of the caching allocator. Its handle covers the whole
+  segment the block lies in, it fails with expandable segments unless a switch was set before the
+  first allocation, and it keeps a reference count in a named file of ``/dev/shm`` that stays behind
+  when a process is killed. Memory from ``cuMemAlloc`` is a segment of its own and has none of that.
+- ``Tensor.copy_`` between GPUs runs on the *source's* current stream, synchronises both, and makes
+  a context on the other GPU. ``cuMemcpyAsync`` takes any two addresses and one stream.
+- Symmetric memory is allocated by all ranks of a group alike: the evictor would pay for a pool too.
+
+The calling thread must have a CUDA context, as any thread that has used torch on a GPU has.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from typing import Any
+
+OUT_OF_MEMORY = 2
+_LAZY_PEER_ACCESS = 1
+_PORTABLE = 1
+
+
+class DriverError(RuntimeError):
+    """A call of the CUDA driver failed."""
+
+    def __init__(self, call: str, code: int, text: str) -> None:
+        super().__init__(f"{call}: {text} ({code})")
+        self.code = code
+
+
+class _IpcHandle(ctypes.Structure):
+    _fields_ = [("bytes", ctypes.c_ubyte * 64)]  # CU_IPC_HANDLE_SIZE, cuda.h
+
+
+@functools.cache
+def _library() -> Any:
+    library = ctypes.CDLL("libcuda.so.1")
+    pointer, size, address = ctypes.POINTER, ctypes.c_size_t, ctypes.c_uint64
+    signatures: dict[str, tuple[Any, ...]] = {
+        "cuGetErrorString": (ctypes.c_int, pointer(ctypes.c_char_p)),
+        "cuMemAlloc_v2": (pointer(address), size),
+        "cuMemFree_v2": (address,),
+        "cuMemHostRegister_v2": (ctypes.c_void_p, size, ctypes.c_uint),
+        "cuMemHostUnregister": (ctypes.c_void_p,),
+        "cuMemcpyAsync": (address, address, size, ctypes.c_void_p),
+        "cuIpcGetMemHandle": (pointer(_IpcHandle), address),
+        "cuIpcOpenMemHandle_v2": (pointer(address), _IpcHandle, ctypes.c_uint),
+        "cuIpcCloseMemHandle": (address,),
+    }
+    for name, arguments in signatures.items():
+        function = getattr(library, name)
+        function.argtypes, function.restype = arguments, ctypes.c_int
+    return library
+
+
+def _call(name: str, *arguments: object) -> None:
+    code = getattr(_library(), name)(*arguments)
+    if code != 0:
+        text = ctypes.c_char_p()
+        _library().cuGetErrorString(code, ctypes.byref(text))
+        raise DriverError(name, code, (text.value or b"unknown error").decode())
+
+
+def allocate(size: int) -> int:
+    """``size`` bytes on the current device, a segment of their own; returns the address."""
+    address = ctypes.c_uint64()
+    _call("cuMemAlloc_v2", ctypes.byref(address), size)
+    return address.value
+
+
+def free(address: int) -> None:
+    """Give back what `allocate` gave; waits for the device."""
+    _call("cuMemFree_v2", address)
+
+
+def share(address: int) -> bytes:
+    """A handle by which another process of this node can map what `allocate` gave."""
+    handle = _IpcHandle()
+    _call("cuIpcGetMemHandle", ctypes.byref(handle), address)
+    return bytes(handle)
+
+
+def open_shared(handle: bytes) -> int:
+    """Map another process's memory for the current device; returns the address here."""
+    address = ctypes.c_uint64()
+    shared = _IpcHandle.from_buffer_copy(handle)
+    _call("cuIpcOpenMemHandle_v2", ctypes.byref(address), shared, _LAZY_PEER_ACCESS)
+    return address.value
+
+
+def close_shared(address: int) -> None:
+    """Unmap what `open_shared` mapped."""
+    _call("cuIpcCloseMemHandle", address)
+
+
+def pin(address: int, size: int) -> None:
+    """Let copy engines reach host memory, from every context of this process."""
+    _call("cuMemHostRegister_v2", address, size, _PORTABLE)
+
+
+def unpin(address: int) -> None:
+    """Undo `pin`."""
+    _call("cuMemHostUnregister", address)
+
+
+def copy(target: int, source: int, size: int, stream: int) -> None:
+    """Queue a copy on ``stream``, between any two of: this GPU, a peer's memory, pinned memory."""
+    _call("cuMemcpyAsync", target, source, size, stream)

@@ -1,0 +1,193 @@
+"""The one-sided transport between GPUs of one node: a pool that the acceptor lends by CUDA IPC.
+
+    evictor                               acceptor
+    F0 ends: says what it wants       ->  allocates it on its GPU
+    maps the pool                     <-  says the handle and the bytes
+    writes and reads it, alone            never looks at it again
+    closes: unmaps, says so           ->  frees it
+
+The acceptor gets no call and no kernel. A micro-batch that does not fit into the pool goes to the
+evictor's own pinned host memory instead: the pool cannot grow without the acceptor, and a transfer
+must not fail half-way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+
+import torch
+
+from ..base import TransportError
+from ..host import HostMemory
+from ..meeting import Meeting
+from ..one_sided import OneSidedTransport
+from . import driver
+from .streams import StreamCopies
+
+TRIAL_BYTES = 2 * 2**20
+SECONDS_TO_UNMAP = 10.0
+
+
+class IpcLender:
+    """The acceptor's end: allocates the pool and keeps it until the evictor has unmapped it.
+
+    Raises:
+        TransportError: the evictor does not ask in time, or the GPU has no memory for the pool.
+    """
+
+    def __init__(self, meeting: Meeting, device: torch.device) -> None:
+        self._meeting = meeting
+        self.pool_bytes = int(meeting.hear("want"))
+        self._address = allocate(self.pool_bytes, device, meeting.pair)
+        handle = driver.share(self._address)
+        meeting.tell("lend", json.dumps([handle.hex(), self.pool_bytes]))
+
+    def accept(self, microbatch: int) -> None:
+        """Nothing to do: the evictor writes by itself."""
+
+    def give_back(self, microbatch: int) -> None:
+        """Nothing to do: the evictor reads by itself."""
+
+    def finish(self) -> None:
+        """Nothing can be under way on this side."""
+
+    def close(self) -> None:
+        """Free the pool once it is unmapped over there.
+
+        An evictor that neither says so nor is dead may still have it mapped: then it stays
+        allocated until this process ends, since memory freed under a mapping is undefined.
+        """
+        if not self._address:
+            return
+        self._meeting.deadline = SECONDS_TO_UNMAP
+        try:
+            self._meeting.hear("unmapped")
+        except TransportError:
+            if self._meeting.peer is None or not self._meeting.peer.died():
+                return
+        driver.free(self._address)
+        self._address = self.pool_bytes = 0
+
+
+class IpcMemory:
+    """The evictor's view of the lent pool; see `Memory`.
+
+    Args:
+        meeting: with the acceptor, which must be on this node.
+        wanted: bytes of the pool to ask for.
+        device: where this rank computes.
+    """
+
+    def __init__(self, meeting: Meeting, wanted: int, device: torch.device) -> None:
+        self._meeting = meeting
+        self._device = device
+        self._address = 0
+        self._spill = HostMemory(meeting.pair, 0, device)
+        meeting.tell("want", str(max(wanted, 1)))
+
+    def first(self) -> torch.Tensor:
+        """Map what is lent.
+
+        Raises:
+            TransportError: nothing is lent in time, or it cannot be mapped.
+        """
+        handle, size = json.loads(self._meeting.hear("lend"))
+        try:
+            with torch.cuda.device(self._device):
+                self._address = driver.open_shared(bytes.fromhex(handle))
+        except driver.DriverError as error:
+            raise TransportError(
+                f"pair {self._meeting.pair}: the pool lent by the acceptor cannot be mapped "
+                f"({error}); use --bpipe-transport host"
+            ) from error
+        return tensor_at(self._address, size, self._device)
+
+    def more(self, size: int) -> torch.Tensor:
+        """See `Memory`: pinned host memory."""
+        return self._spill.more(size)
+
+    def check(self) -> None:
+        """See `Memory`."""
+        self._meeting.check_peer()
+
+    @property
+    def hosted_bytes(self) -> int:
+        """See `Memory`."""
+        return self._spill.hosted_bytes
+
+    def close(self) -> None:
+        """See `Memory`."""
+        if self._address:
+            driver.close_shared(self._address)
+            self._address = 0
+        self._meeting.tell("unmapped", "")
+        self._spill.close()
+
+
+def ipc_transport(meeting: Meeting, wanted: int, device: torch.device) -> OneSidedTransport:
+    """The evictor's end; arguments as for `IpcMemory`."""
+    return OneSidedTransport(meeting.pair, IpcMemory(meeting, wanted, device), StreamCopies(device))
+
+
+def allocate(size: int, device: torch.device, pair: str) -> int:
+    """A pool on ``device``, beside the caching allocator; returns its address.
+
+    Raises:
+        TransportError: there is no room; with what is wanted and what there is.
+    """
+    with torch.cuda.device(device):
+        torch.cuda.current_stream().synchronize()  # binds this thread to the device's context
+        with contextlib.suppress(driver.DriverError):
+            return driver.allocate(size)
+        torch.cuda.empty_cache()  # what the caching allocator has but does not use
+        try:
+            return driver.allocate(size)
+        except driver.DriverError as error:
+            free, total = torch.cuda.mem_get_info(device)
+            raise TransportError(
+                f"pair {pair}: no room for a pool of {size} bytes on the acceptor's GPU: {free} of "
+                f"{total} bytes are free ({error}); use a larger --bpipe-budget, a smaller "
+                "micro-batch, or --bpipe-transport host"
+            ) from error
+
+
+def tensor_at(address: int, size: int, device: torch.device) -> torch.Tensor:
+    """A flat uint8 tensor on memory that is not torch's; it does not own it."""
+    construct = torch._C._construct_storage_from_data_pointer
+    storage = construct(address, device, size)
+    return torch.empty(0, dtype=torch.uint8, device=device).set_(storage, 0, (size,), (1,))
+
+
+class Trial:
+    """The acceptor's part of finding out whether IPC works at all: a little memory, lent."""
+
+    def __init__(self, device: torch.device, pair: str) -> None:
+        self._address = allocate(TRIAL_BYTES, device, pair)
+        self.handle = driver.share(self._address).hex()
+
+    def close(self) -> None:
+        """The evictor is done with it."""
+        driver.free(self._address)
+
+
+def try_to_open(handle: str, device: torch.device) -> str:
+    """The evictor's part: map, write, read back.
+
+    Returns:
+        What stands in the way; "" if nothing does.
+    """
+    sent = torch.arange(256, dtype=torch.uint8, device=device)
+    back = torch.zeros_like(sent)
+    try:
+        with torch.cuda.device(device):
+            address = driver.open_shared(bytes.fromhex(handle))
+            there = tensor_at(address, TRIAL_BYTES, device)
+            copies = StreamCopies(device)
+            copies.start("trial", [there[:256]], [sent]).wait()
+            copies.start("trial", [back], [there[:256]]).wait()
+            copies.close()
+            driver.close_shared(address)
+    except driver.DriverError as error:
+        return str(error)
+    return "" if torch.equal(sent, back) else "what was written was not what was read"

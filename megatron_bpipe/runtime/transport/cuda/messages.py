@@ -1,0 +1,202 @@
+"""The two-sided transport over NCCL, for pairs on two nodes. No thread: all is queued on streams.
+
+    evictor                                   acceptor
+    E3   pack a chunk, send, ... (copies)  -> AC3  receive each chunk into a slot
+    L3   receive a chunk, unpack, ...      <- RT3  send the slot, chunk by chunk
+
+Every message is one slot long, cut into chunks, so the acceptor needs to know no sizes and waits
+for nothing. What a larger micro-batch has beyond its slot goes to the evictor's pinned host memory.
+
+The communicator is the pair's own. Deadlock-free: both ends queue the pair's messages in the
+order that the validator has run under rendezvous semantics, and on either device whatever a stream
+waits for was queued earlier, so even one hardware queue (CUDA_DEVICE_MAX_CONNECTIONS=1) gets to it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ...activation import padded
+from ..base import TransportError
+from ..host import HostMemory
+from ..meeting import Meeting
+from ..one_sided import OneSidedTransport
+from .streams import StreamCopies, StreamTicket
+
+CHUNK = 32 * 2**20
+STAGES = 2  # chunks packed ahead of the one that is sent
+EVICTOR, ACCEPTOR, TAG = 0, 1, 0
+
+
+class NcclTransport:
+    """The evictor's end; see `Transport`.
+
+    Args:
+        group: a process group of this pair, evictor 0 and acceptor 1.
+        meeting: with the acceptor.
+        slot: bytes of one message: what a micro-batch of usual size needs.
+        slots: messages the acceptor holds at once.
+        device: where this rank computes.
+    """
+
+    def __init__(
+        self, group: Any, meeting: Meeting, slot: int, slots: int, device: torch.device
+    ) -> None:
+        slot = max(padded(slot), padded(1))
+        meeting.tell("slot", json.dumps([slot, slots]))
+        self._group, self._slot = group, slot
+        self._copies = StreamCopies(device)
+        size = min(CHUNK, slot)
+        shape = (STAGES, size)
+        self._staging = torch.empty(shape, dtype=torch.uint8, device=device)
+        self._sending: list[Any] = [None] * STAGES
+        self._spill = OneSidedTransport(
+            meeting.pair, HostMemory(meeting.pair, 0, device), self._copies
+        )
+        self._spilled: dict[int, bool] = {}
+        _wait(group.send([self._staging[0, :1]], ACCEPTOR, TAG))  # connects, before any op needs it
+
+    def evict(self, microbatch: int, pieces: Sequence[torch.Tensor]) -> StreamTicket:
+        """See `Transport`."""
+        fitting, rest = self._divide(pieces)
+        start = self._copies.begin()
+        stream = self._copies.stream
+        for i, (low, high) in enumerate(_chunks(self._slot)):
+            chunk = self._staging[i % STAGES]
+            with torch.cuda.stream(stream):
+                if self._sending[i % STAGES] is not None:
+                    self._sending[i % STAGES].wait()  # the stream waits, not the host
+                for piece, at in _overlaps(fitting, low, high):
+                    self._copies.copy(chunk[at : at + piece.numel()], piece)
+                request = self._group.send([chunk[: high - low]], ACCEPTOR, TAG)
+            self._sending[i % STAGES] = request
+        with torch.cuda.stream(stream):
+            for request in self._sending:
+                _wait(request)
+        self._sending = [None] * STAGES
+        self._spilled[microbatch] = bool(rest)
+        if rest:
+            self._spill.evict(microbatch, rest)
+        return self._copies.end(start, pieces)
+
+    def load(self, microbatch: int, pieces: Sequence[torch.Tensor]) -> StreamTicket:
+        """See `Transport`."""
+        fitting, rest = self._divide(pieces)
+        start = self._copies.begin()
+        for i, (low, high) in enumerate(_chunks(self._slot)):
+            chunk = self._staging[i % STAGES]
+            with torch.cuda.stream(self._copies.stream):
+                _wait(self._group.recv([chunk[: high - low]], ACCEPTOR, TAG))
+            for piece, at in _overlaps(fitting, low, high):
+                self._copies.copy(piece, chunk[at : at + piece.numel()])
+        if rest:
+            self._spill.load(microbatch, rest)
+        return self._copies.end(start, pieces)
+
+    def release(self, microbatch: int) -> None:
+        """See `Transport`; the acceptor's slot was free when it had sent it back."""
+        if self._spilled.pop(microbatch):
+            self._spill.release(microbatch)
+
+    @property
+    def occupied_bytes(self) -> int:
+        """See `Transport`."""
+        return self._slot * len(self._spilled) + self._spill.occupied_bytes
+
+    @property
+    def hosted_bytes(self) -> int:
+        """See `Transport`."""
+        return self._spill.hosted_bytes
+
+    def close(self) -> None:
+        """See `Transport`."""
+        self._spill.close()
+
+    def _divide(
+        self, pieces: Sequence[torch.Tensor]
+    ) -> tuple[list[tuple[torch.Tensor, int]], list[torch.Tensor]]:
+        """Pieces that go into the slot, each with its place; and those that do not fit."""
+        fitting, rest, at = [], [], 0
+        for piece in pieces:
+            if at + piece.numel() <= self._slot:
+                fitting.append((piece, at))
+                at += padded(piece.numel())
+            else:
+                rest.append(piece)
+        return fitting, rest
+
+
+class NcclLender:
+    """The acceptor's end; see `Lender`. The slots are allocated once."""
+
+    def __init__(self, group: Any, meeting: Meeting, device: torch.device) -> None:
+        slot, slots = json.loads(meeting.hear("slot"))
+        self._group, self._pair = group, meeting.pair
+        self._stream = torch.cuda.Stream(device)
+        self._memory = torch.empty((slots, slot), dtype=torch.uint8, device=device)
+        # From here on the slots are used on that stream alone.
+        self._stream.wait_stream(torch.cuda.current_stream(device))
+        self._free = list(range(slots))
+        self._held: dict[int, int] = {}
+        with torch.cuda.stream(self._stream):
+            _wait(group.recv([self._memory[0, :1]], EVICTOR, TAG))
+
+    @property
+    def pool_bytes(self) -> int:
+        """Bytes lent."""
+        return self._memory.numel()
+
+    def accept(self, microbatch: int) -> None:
+        """AC: queue the receives; on one communicator they come after earlier sends."""
+        if not self._free:
+            raise TransportError(f"pair {self._pair}: no slot is free for micro-batch {microbatch}")
+        self._held[microbatch] = self._free.pop()
+        slot = self._memory[self._held[microbatch]]
+        with torch.cuda.stream(self._stream):
+            for low, high in _chunks(slot.numel()):
+                _wait(self._group.recv([slot[low:high]], EVICTOR, TAG))
+
+    def give_back(self, microbatch: int) -> None:
+        """RT: queue the sends."""
+        index = self._held.pop(microbatch)
+        slot = self._memory[index]
+        with torch.cuda.stream(self._stream):
+            for low, high in _chunks(slot.numel()):
+                _wait(self._group.send([slot[low:high]], EVICTOR, TAG))
+        self._free.append(index)
+
+    def finish(self) -> None:
+        """See `Lender`; NCCL's watchdog ends a job whose messages do not get through."""
+        if self._held:
+            raise TransportError(f"pair {self._pair}: micro-batches {sorted(self._held)} are left")
+
+    def close(self) -> None:
+        """Free the slots."""
+        self._stream.synchronize()
+        self._memory = self._memory.new_empty(0)
+
+
+def _chunks(slot: int) -> list[tuple[int, int]]:
+    return [(low, min(low + CHUNK, slot)) for low in range(0, slot, CHUNK)]
+
+
+def _overlaps(
+    placed: Sequence[tuple[torch.Tensor, int]], low: int, high: int
+) -> list[tuple[torch.Tensor, int]]:
+    """The parts of ``placed`` pieces that lie in ``[low, high)``, each with its place therein."""
+    found = []
+    for piece, at in placed:
+        first, last = max(at, low), min(at + piece.numel(), high)
+        if first < last:
+            found.append((piece[first - at : last - at], first - low))
+    return found
+
+
+def _wait(request: Any) -> None:
+    """Make the current stream wait for a message."""
+    if request is not None:
+        request.wait()

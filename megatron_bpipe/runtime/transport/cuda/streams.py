@@ -1,0 +1,125 @@
+"""Copies on a stream of their own, ordered by events; the host waits for nothing.
+
+    compute   F3 | record | B0 ................. | wait done | (blocks of F3 freed, used again)
+    copies          wait | E3 .......... | done
+
+Why freed memory may be used again at once. A block that an eviction frees was allocated on the
+compute stream, so the caching allocator gives it only to work of that stream (or, through
+``record_stream``, later still). `StreamTicket.wait` has made the compute stream wait for the copy
+*before* the store drops the block: whatever uses the memory next comes after the copy.
+``record_stream`` would instead hold the block back until the allocator next looks at its events,
+which is a peak that the schedule does not know of.
+
+Why loads are safe. Their targets are allocated on the compute stream and may be memory that work
+queued there still uses. The copy stream waits for an event recorded on the compute stream *after*
+the allocation; everything queued before it is over by then.
+
+Why the backward is safe. Autograd runs each node on the stream its forward ran on, whatever thread
+it uses, and unpacking only makes views. So an event that the compute stream waits for at LW comes
+before every kernel of the backward.
+
+One stream for both directions: it orders a load and the next eviction into the same room. The
+schedule starts an eviction beside a backward and a load beside a forward, never both at once.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import torch
+
+from . import driver
+
+
+class _Clock:
+    """Times of events on `time.perf_counter`'s axis."""
+
+    def __init__(self, stream: torch.cuda.Stream) -> None:
+        self._stream = stream
+        self._event: torch.cuda.Event | None = None
+        self._at = 0.0
+
+    def times(self, queued: float, *events: torch.cuda.Event) -> tuple[float, ...]:
+        """When ``events`` happened, queued on the stream at or before ``queued``; waits."""
+        if self._event is None or self._at <= queued:
+            self._event = torch.cuda.Event(enable_timing=True)
+            self._event.record(self._stream)
+            self._event.synchronize()
+            self._at = time.perf_counter()
+        reference = self._event
+        return tuple(self._at - event.elapsed_time(reference) / 1e3 for event in events)
+
+
+class StreamTicket:
+    """One micro-batch's copies; see `Ticket`."""
+
+    def __init__(
+        self,
+        start: torch.cuda.Event,
+        end: torch.cuda.Event,
+        clock: _Clock,
+        held: Sequence[torch.Tensor],
+    ) -> None:
+        self._start, self._end, self._clock = start, end, clock
+        self._queued = time.perf_counter()
+        # Nobody else may hold these: without this their memory could go to other work while it
+        # is being copied.
+        self._held = list(held)
+
+    def wait(self) -> None:
+        """Make the current stream wait; the host goes on."""
+        torch.cuda.current_stream().wait_event(self._end)
+        self._held.clear()
+
+    @property
+    def span(self) -> tuple[float, float]:
+        """See `Ticket`; waits for the device."""
+        start, end = self._clock.times(self._queued, self._start, self._end)
+        return start, end
+
+
+class StreamCopies:
+    """See `Copies`.
+
+    Args:
+        device: the GPU that computes; copies from and to anything it can reach.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream = torch.cuda.Stream(device)
+        self._device = device
+        self._clock = _Clock(self.stream)
+
+    def start(
+        self, label: str, targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]
+    ) -> StreamTicket:
+        """See `Copies`; ``label`` is a range in a profile."""
+        with torch.cuda.nvtx.range(label):
+            start = self.begin()
+            for target, source in zip(targets, sources, strict=True):
+                self.copy(target, source)
+            return self.end(start, [*targets, *sources])
+
+    def begin(self) -> torch.cuda.Event:
+        """Make the copy stream wait for all that the current stream has been given so far."""
+        self.stream.wait_event(torch.cuda.current_stream(self._device).record_event())
+        start = torch.cuda.Event(enable_timing=True)
+        start.record(self.stream)
+        return start
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """Queue one copy of flat uint8 tensors."""
+        size = source.numel()
+        if size:
+            driver.copy(target.data_ptr(), source.data_ptr(), size, self.stream.cuda_stream)
+
+    def end(self, start: torch.cuda.Event, held: Sequence[torch.Tensor]) -> StreamTicket:
+        """The ticket of all that has been queued since ``start``."""
+        end = torch.cuda.Event(enable_timing=True)
+        end.record(self.stream)
+        return StreamTicket(start, end, self._clock, held)
+
+    def close(self) -> None:
+        """See `Copies`."""
+        self.stream.synchronize()

@@ -1,0 +1,99 @@
+"""The transport without a partner: evicted micro-batches lie in the evictor's own host memory.
+
+For pairs without a fast link, and as the rival of all others. The acceptor lends nothing, so its
+memory stays what stock 1F1B needs; the schedule is the same. On CUDA the memory is pinned, so that
+copies run beside the computation.
+"""
+
+from __future__ import annotations
+
+import mmap
+
+import torch
+
+from .copies import copies_on
+from .host_memory import anonymous
+from .one_sided import OneSidedTransport
+
+
+class HostMemory:
+    """This process's own host memory, pinned if activations are on a GPU; see `Memory`.
+
+    Args:
+        pair: the pair's name, for messages.
+        wanted: bytes of the first segment.
+        device: where activations are computed.
+    """
+
+    def __init__(self, pair: str, wanted: int, device: torch.device) -> None:
+        self._pair = pair
+        self._wanted = wanted
+        self._pinned = device.type == "cuda"
+        self._segments: list[torch.Tensor] = []
+
+    def first(self) -> torch.Tensor:
+        """See `Memory`."""
+        return self.more(self._wanted)
+
+    def more(self, size: int) -> torch.Tensor:
+        """See `Memory`.
+
+        Raises:
+            TransportError: the host has no memory left, or does not pin it.
+        """
+        segment = anonymous(max(size, mmap.PAGESIZE), self._pair)
+        if self._pinned:
+            from .cuda.pinned import pin
+
+            pin(segment, self._pair)
+        self._segments.append(segment)
+        return segment
+
+    def check(self) -> None:
+        """See `Memory`; it is nobody else's."""
+
+    @property
+    def hosted_bytes(self) -> int:
+        """See `Memory`."""
+        return sum(segment.numel() for segment in self._segments)
+
+    def close(self) -> None:
+        """See `Memory`."""
+        if self._pinned:
+            from .cuda.pinned import unpin
+
+            for segment in self._segments:
+                unpin(segment)
+        self._segments.clear()
+
+
+class NothingLent:
+    """The acceptor's end; see `Lender`."""
+
+    pool_bytes = 0
+
+    def accept(self, microbatch: int) -> None:
+        """Nothing comes."""
+
+    def give_back(self, microbatch: int) -> None:
+        """Nothing is here."""
+
+    def finish(self) -> None:
+        """Nothing can be under way."""
+
+    def close(self) -> None:
+        """Nothing to free."""
+
+
+def host_transport(
+    pair: str, wanted: int, device: torch.device, deadline: float
+) -> OneSidedTransport:
+    """The evictor's end.
+
+    Args:
+        pair: the pair's name, for messages.
+        wanted: bytes of the pool.
+        device: where activations are computed.
+        deadline: seconds that one copy may take.
+    """
+    return OneSidedTransport(pair, HostMemory(pair, wanted, device), copies_on(device, deadline))

@@ -1,0 +1,159 @@
+"""How two ranks of a pair are linked, and from that which transports are open to them. Pure."""
+
+from __future__ import annotations
+
+import enum
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+
+class Link(enum.Enum):
+    """The best path between two ranks' memories."""
+
+    SAME_GPU = "one GPU"
+    NVLINK = "NVLink"
+    PCIE = "PCIe, peer access"
+    PEER = "peer access, NVLink or PCIe unknown"
+    HOST = "one host, no peer access"
+    NODE = "two hosts"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a rank computes.
+
+    Attributes:
+        uuid: of its GPU; "" on a CPU.
+        visible: uuids of all GPUs that its process sees, by its own numbering.
+    """
+
+    uuid: str = ""
+    visible: tuple[str, ...] = ()
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether it computes on a GPU."""
+        return bool(self.uuid)
+
+    def dumps(self) -> str:
+        """As text, for the store."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def loads(cls, text: str) -> Place:
+        """What `dumps` wrote."""
+        found = json.loads(text)
+        return cls(found["uuid"], tuple(found["visible"]))
+
+
+def plain_uuid(text: str) -> str:
+    """A GPU's uuid without the prefix that some tools put before it."""
+    return text.strip().removeprefix("GPU-")
+
+
+def parse_index(listing: str) -> dict[str, str]:
+    """Names in the topology matrix by uuid.
+
+    Args:
+        listing: of ``nvidia-smi --query-gpu=index,uuid --format=csv,noheader``.
+    """
+    names = {}
+    for line in listing.splitlines():
+        index, comma, uuid = line.partition(",")
+        if comma:
+            names[plain_uuid(uuid)] = f"GPU{index.strip()}"
+    return names
+
+
+def parse_topology(matrix: str) -> dict[tuple[str, str], str]:
+    """Kind of connection by (row, column).
+
+    Args:
+        matrix: of ``nvidia-smi topo -m``.
+    """
+    # the header is underlined and the cells separated by tabs, both on some releases only
+    lines = [re.sub(r"\x1b\[[0-9;]*m", "", line) for line in matrix.splitlines()]
+    header = next((line for line in lines if re.match(r"\s+GPU0\b", line)), "")
+    columns = [word for word in header.split() if re.fullmatch(r"GPU\d+|NIC\d+|mlx\d+_\d+", word)]
+    found = {}
+    for line in lines:
+        row, *cells = line.split()[: len(columns) + 1] or [""]
+        if re.fullmatch(r"GPU\d+", row):
+            found.update(
+                {(row, column): cell for column, cell in zip(columns, cells, strict=False)}
+            )
+    return found
+
+
+def classify(connection: str | None) -> Link:
+    """The link of two GPUs of one host that have peer access, from a cell of the matrix."""
+    if connection is None:
+        return Link.PEER
+    return Link.NVLINK if re.fullmatch(r"NV\d+", connection) else Link.PCIE
+
+
+@dataclass(frozen=True)
+class Sight:
+    """What one end of a pair knows about both.
+
+    Attributes:
+        mine: where this rank computes.
+        theirs: where the other one does.
+        one_host: both run on one host and see each other's processes.
+        link: how the GPUs are linked; None on CPUs.
+    """
+
+    mine: Place
+    theirs: Place
+    one_host: bool
+    link: Link | None = None
+
+
+ORDER = {True: ("ipc", "host", "p2p"), False: ("shm", "p2p")}  # by Place.on_gpu
+
+
+def obstacle(transport: str, sight: Sight) -> str:
+    """What keeps a pair from using ``transport``, with the remedy; "" if nothing does."""
+    on_gpu = sight.mine.on_gpu
+    if transport == "host":
+        return ""
+    if transport == "shm":
+        if on_gpu:
+            return "it is for ranks that compute on CPUs; host is the same for GPUs"
+        if not sight.one_host:
+            return (
+                "its ranks share no host (or no PID namespace); place pairs on one node, or use p2p"
+            )
+        return ""
+    if transport == "p2p":
+        same = on_gpu and sight.link is Link.SAME_GPU
+        return "NCCL refuses two ranks on one GPU; use ipc or host" if same else ""
+    if not on_gpu:
+        return "it is for GPUs; use shm"
+    if not sight.one_host:
+        return "its ranks are on two hosts; place pairs on one node, or use p2p"
+    if sight.theirs.uuid not in sight.mine.visible:
+        return (
+            "the acceptor's GPU is hidden from the evictor; let every rank see all GPUs of its "
+            "node (srun --gpus-per-task hides them: use --gpus-per-node)"
+        )
+    if sight.link is Link.HOST:
+        return "the GPUs have no peer access to each other; use host"
+    return ""
+
+
+def candidates(asked: str, sight: Sight) -> tuple[list[str], dict[str, str]]:
+    """Transports to try, best first; and why the others are out.
+
+    Args:
+        asked: a transport, or ``auto``.
+        sight: of the evictor.
+    """
+    order = list(ORDER[sight.mine.on_gpu]) if asked == "auto" else [asked]
+    if asked == "auto" and sight.mine.on_gpu and not sight.one_host:
+        order = ["p2p", "host"]  # the network before the host's memory: that is for both ends
+    reasons: Mapping[str, str] = {name: obstacle(name, sight) for name in order}
+    out = {name: why for name, why in reasons.items() if why}
+    return [name for name in order if name not in out], out
