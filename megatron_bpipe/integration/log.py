@@ -20,6 +20,12 @@ def say(message: str) -> None:
         logger.warning(message)
 
 
+def warn(message: str) -> None:
+    """Tell the user what only this rank knows."""
+    sys.stderr.write(f"bpipe: {message}\n")
+    sys.stderr.flush()
+
+
 def _rank_zero() -> bool:
     # Megatron's helpers speak on every rank before torch.distributed is up.
     return int(os.environ.get("RANK", "0")) == 0

@@ -21,6 +21,7 @@ class Options:
         transport: one of `TRANSPORTS`.
         placement: one of `PLACEMENTS`.
         report: folder for ``memory.json`` and timelines, or None.
+        measure_links: time copies over each pair's link before the first eviction.
         keep_local: copy, but never drop the local copy.
         deadline: seconds after which a transfer or a silent partner is an error.
     """
@@ -30,6 +31,7 @@ class Options:
     transport: str = "auto"
     placement: str = "pair-adjacent"
     report: Path | None = None
+    measure_links: bool = False
     keep_local: bool = False
     deadline: float = 600.0
 
@@ -42,6 +44,7 @@ class Options:
             transport=args.bpipe_transport,
             placement=args.bpipe_placement,
             report=args.bpipe_report,
+            measure_links=args.bpipe_measure_links,
             keep_local=args.bpipe_keep_local,
             deadline=60.0 * getattr(args, "distributed_timeout_minutes", 10),
         )
@@ -84,6 +87,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="DIR",
         help="Write memory.json and timelines to DIR; without --bpipe it only observes.",
+    )
+    group.add_argument(
+        "--bpipe-measure-links",
+        action="store_true",
+        help="Time copies over each pair's link when it opens, and say how fast they are.",
     )
     group.add_argument(
         "--bpipe-keep-local",

@@ -8,9 +8,11 @@ Evaluation (``forward_only``) holds no activations, so it goes to Megatron's own
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from .groups import GROUPS_NAMES, default_groups
 from .megatron_stage import MegatronStage, StageCall, call_known
 from .plan import stage_plan
 from .session import Session
+from .stream_wait import StreamWaits
 
 
 def make_schedule(
@@ -48,10 +51,13 @@ def make_schedule(
             model=call.model,
             is_last_stage=call.is_last,
         )
+        if plan.slots_borrowed or plan.slots_lent:
+            call = replace(call, communicator=StreamWaits(call.communicator))
         stage = MegatronStage(call)
         store, lender = session.store_for(plan), session.lender
         name = f"rank {torch.distributed.get_rank()} (stage {group.rank()} of {group.size()})"
-        Run(plan.ops, stage, store, lender, session.recorder, name).run()
+        ranges = torch.cuda.nvtx.range if torch.cuda.is_available() else contextlib.nullcontext
+        Run(plan.ops, stage, store, lender, session.observers(), name, ranges).run()
         _finish_gradients(call, stage, embedding, arguments)
         _timer(call.config, start=False)
         session.end(stage.losses)

@@ -9,12 +9,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ..runtime.executor import Observer
+from ..runtime.link_watch import LinkWatch, watch
 from ..runtime.memory import allocated_bytes, device_bytes, static_bytes, storage_ids
 from ..runtime.recorder import Recorder
 from ..runtime.report import merge, table, write_json
 from ..runtime.store import ActivationStore
 from ..runtime.transport import Lender, Transport
-from .log import say
+from ..runtime.transport.speed import measure
+from .log import say, warn
 from .options import Options
 from .pairing import Pair, open_pair
 from .plan import StagePlan
@@ -33,6 +36,9 @@ class Session:
     lender: Lender | None = None
     _peak_slots_lent: int = 0
     _transport: str = ""
+    _pair: str = ""
+    _watch: LinkWatch | None = None
+    _link_judged: bool = False
     _announced: bool = False
     # tests look at, and tamper with, what comes back; see ActivationStore.inspect
     inspect_loaded: Any = field(default=None, repr=False)
@@ -77,10 +83,27 @@ class Session:
         """The activation store if ``plan`` evicts anything."""
         return self._store if plan.slots_borrowed else None
 
+    def observers(self) -> list[Observer]:
+        """Who is told of the ops of this iteration."""
+        return [one for one in (self.recorder, self._watch) if one is not None]
+
     def end(self, losses: list[Any]) -> None:
         """The iteration is over."""
         if self.recorder is not None:
             self.recorder.end(losses)
+        self._judge_link()
+
+    def _judge_link(self) -> None:
+        """After the second iteration that evicts (the first warms up), once."""
+        if self._store is None or self._link_judged:
+            return
+        if self._watch is None or not self._watch.saw_transfers:
+            self._watch = watch()
+            return
+        verdict = self._watch.verdict()
+        if verdict is not None:
+            warn(f"pair {self._pair}: {verdict}")
+        self._watch, self._link_judged = None, True
 
     def summary(self) -> dict[str, Any]:
         """This rank's numbers for ``memory.json``."""
@@ -127,7 +150,10 @@ class Session:
 
     def _make_store(self, plan: StagePlan, pair: Pair) -> ActivationStore:
         def connect(microbatch_bytes: int) -> Transport:
-            return pair.borrow(microbatch_bytes, plan.slots_borrowed)
+            transport = pair.borrow(microbatch_bytes, plan.slots_borrowed)
+            if self.options.measure_links:
+                warn(f"pair {pair.meeting.pair}: {_measured(pair, transport, microbatch_bytes)}")
+            return transport
 
         return ActivationStore(
             connect,
@@ -141,4 +167,15 @@ class Session:
         pair = open_pair(group, evictor, self.options.transport, device, self.options.deadline)
         chosen = "chosen by auto: " if self.options.transport == "auto" else ""
         self._transport = f"{pair.transport} ({chosen}{pair.why})"
+        self._pair = pair.meeting.pair
         return pair
+
+
+def _measured(pair: Pair, transport: Transport, microbatch_bytes: int) -> str:
+    if pair.transport == "p2p":
+        return "p2p needs both ends for every copy: its speed shows in the report's timeline"
+    speed = measure(transport, microbatch_bytes, pair.device)
+    return (
+        f"{pair.transport} copies {speed.size / 2**20:.1f} MiB at {speed.out / 2**30:.1f} GiB/s "
+        f"out and {speed.back / 2**30:.1f} GiB/s back"
+    )

@@ -83,7 +83,7 @@ class Run:
         stage: Stage,
         store: ActivationStore | None = None,
         lender: Lender | None = None,
-        observer: Observer | None = None,
+        observers: Sequence[Observer] = (),
         name: str = "this stage",
         range_of: Callable[[str], AbstractContextManager[object]] = nullcontext,
     ) -> None:
@@ -93,7 +93,7 @@ class Run:
         self._stage = stage
         self._store = store
         self._lender = lender
-        self._observer = observer
+        self._observers = observers
         self._name = name
         self._leaving = {op.microbatch for op in ops if op.kind is Kind.EVICT}
         self._moved = 0
@@ -128,10 +128,10 @@ class Run:
             except Exception as error:
                 error.add_note(self._failure_note(group[0]))
                 raise
-            if self._observer is not None:
-                end = time.perf_counter()
+            end = time.perf_counter()
+            for observer in self._observers:
                 for op in group:
-                    self._observer.op_done(op, start, end, self._moved)
+                    observer.op_done(op, start, end, self._moved)
         if self._store is not None:
             self._store.check_empty()
         if self._lender is not None:
@@ -146,11 +146,11 @@ class Run:
             self._stage.send_backward_recv_forward(*group)
 
     def _forward(self, op: Op) -> None:
-        if self._observer is not None:
-            self._observer.forward_begins(op)
+        for observer in self._observers:
+            observer.forward_begins(op)
         output = self._stage.forward(op)
-        if self._observer is not None:
-            self._observer.forward_done(op, output)
+        for observer in self._observers:
+            observer.forward_done(op, output)
         if self._store is not None:
             leaves = op.microbatch in self._leaving
             self._store.forward_done(op.microbatch, output, leaves=leaves)
@@ -185,8 +185,8 @@ class Run:
         self._lender.give_back(op.microbatch)
 
     def _transfer_over(self, op: Op, ticket: Ticket) -> None:
-        if self._observer is not None:
-            self._observer.transfer_done(op, ticket)
+        for observer in self._observers:
+            observer.transfer_done(op, ticket)
 
     def _failure_note(self, failed: Op) -> str:
         at = next(i for i, op in enumerate(self._ops) if op is failed)

@@ -111,3 +111,13 @@ def test_resume_across_bpipe_on_and_off(megatron: Megatron, tmp_path: Path, firs
     parts = [step["lm loss"] for run in (begun, resumed) for step in run.states[-1]["losses"]]
     assert all(map(torch.equal, losses, parts))
     assert len(parts) == 10
+
+
+def test_links_are_measured_on_request(megatron: Megatron) -> None:
+    result = megatron.train([*gpt(4), "--bpipe", "--bpipe-measure-links"], steps=3)
+    assert result.ok, result.logs
+    for rank, pair in ((0, "0-3"), (1, "1-2")):
+        said = [line for line in result.log(rank).splitlines() if f"bpipe: pair {pair}:" in line]
+        evicts = result.memory["stages"][rank]["evicted_bytes"] > 0
+        assert any("shm copies" in line and "GiB/s back" in line for line in said) == evicts
+    assert "bpipe: pair" not in result.log(3)

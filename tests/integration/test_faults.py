@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import time
@@ -36,8 +37,14 @@ def run(megatron: Megatron, rank: int, where: str, how: str, *flags: str) -> Res
     return result
 
 
-@pytest.mark.parametrize("transport", ["shm", "p2p"])
-@pytest.mark.parametrize("where", ["forward", "backward", "evict", "load"])
+@pytest.mark.parametrize(
+    ("where", "transport"),
+    [
+        *itertools.product(["forward", "backward", "evict", "load"], ["shm", "p2p"]),
+        ("evict", "host"),
+        ("load", "host"),
+    ],
+)
 def test_a_rank_that_raises(megatron: Megatron, where: str, transport: str) -> None:
     result = run(megatron, 0, where, "raise", "--bpipe-transport", transport)
     assert all(code not in (0, None) for code in result.status.values()), result.status
@@ -81,7 +88,7 @@ def test_random_delays_do_not_deadlock(megatron: Megatron, transport: str) -> No
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("transport", ["shm", "p2p"])
+@pytest.mark.parametrize("transport", ["shm", "p2p", "host"])
 def test_a_thousand_iterations_leave_memory_flat(megatron: Megatron, transport: str) -> None:
     flags = [*gpt(4, hidden=32), "--bpipe", "--bpipe-transport", transport]
     watch = {"call": "tests.harness.rank:watch_memory", "with": {}}

@@ -158,7 +158,7 @@ class Rank:
         """One run; its events."""
         stage = SleepingStage(self.stage, self.p)
         self.recorder.begin(())
-        Run(ops, stage, self.activations, self.lender, self.recorder).run()
+        Run(ops, stage, self.activations, self.lender, [self.recorder]).run()
         self.recorder.end([])
         return list(self.recorder.timeline[-1])
 
