@@ -17,6 +17,9 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
+import torch
+
+from . import rehearsal
 from .after_import import after_import
 from .checks import check, check_megatron
 from .log import say
@@ -133,17 +136,24 @@ def _add_flags_to_parser(arguments: ModuleType) -> None:
 def _parsed(args: Any) -> None:
     assert _installed is not None
     options = Options.from_arguments(args)
+    if options.rehearsal:
+        rehearsal.check(args)
     if _installed.session is not None:  # parsed a second time: the first decided
+        if options.rehearsal:
+            rehearsal.prepare(args)
         return
     if options.bpipe:
         notice = check(args, options)
         if notice is not None:
             say(notice)
-            options = Options(report=options.report)
+            options = Options(report=options.report, rehearsal=options.rehearsal)
     _activate(options)
     if options.bpipe:
         assert _installed.session is not None
         _installed.session.ranks = place(args, options.placement)
+    if options.rehearsal:  # after the placement, which gives ranks their devices
+        rehearsal.prepare(args)
+        _installed.replace(torch.distributed, "batch_isend_irecv", rehearsal.staged)
 
 
 def _activate(options: Options) -> None:

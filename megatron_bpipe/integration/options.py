@@ -23,6 +23,7 @@ class Options:
         report: folder for ``memory.json`` and timelines, or None.
         measure_links: time copies over each pair's link before the first eviction.
         keep_local: copy, but never drop the local copy.
+        rehearsal: all ranks share one GPU.
         deadline: seconds after which a transfer or a silent partner is an error.
     """
 
@@ -33,6 +34,7 @@ class Options:
     report: Path | None = None
     measure_links: bool = False
     keep_local: bool = False
+    rehearsal: bool = False
     deadline: float = 600.0
 
     @classmethod
@@ -46,6 +48,7 @@ class Options:
             report=args.bpipe_report,
             measure_links=args.bpipe_measure_links,
             keep_local=args.bpipe_keep_local,
+            rehearsal=args.bpipe_rehearsal,
             deadline=60.0 * getattr(args, "distributed_timeout_minutes", 10),
         )
 
@@ -97,4 +100,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--bpipe-keep-local",
         action="store_true",
         help="Copy out and back but never drop the local copy: isolates numerics.",
+    )
+    group.add_argument(
+        "--bpipe-rehearsal",
+        action="store_true",
+        help="Run all stages as processes on one GPU, with or without --bpipe; messages of the "
+        "pipeline go through host memory.",
     )

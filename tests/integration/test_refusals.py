@@ -42,6 +42,10 @@ REFUSED = {
         [*PP8, "--bpipe-transport", "pigeon"],
         ["--bpipe-transport pigeon", "auto, ipc, shm, p2p, host"],
     ),
+    "rehearsal without a GPU": (
+        [*PP8, "--bpipe-rehearsal"],
+        ["--bpipe-rehearsal", "there is none", "leave it out"],
+    ),
     "no such data": (
         [*PP8, "--data-path", "0.3", "nowhere/text"],
         ["--data-path nowhere/text", "no nowhere/text.bin"],

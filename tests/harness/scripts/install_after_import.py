@@ -66,5 +66,7 @@ assert flags == {
     "--bpipe-transport",
     "--bpipe-placement",
     "--bpipe-report",
+    "--bpipe-measure-links",
     "--bpipe-keep-local",
+    "--bpipe-rehearsal",
 }
