@@ -40,6 +40,7 @@ class Event:
     live_microbatches: int
     copy_start: float | None = None  # EW, LW: when the copy itself ran
     copy_end: float | None = None
+    exposed: float | None = None  # EW, LW: seconds that the computation waited for the copy
 
 
 @dataclass
@@ -95,7 +96,10 @@ class Recorder:
         for i, ticket in self._transfers:
             start, end = ticket.span
             events[i] = replace(
-                events[i], copy_start=start + self._offset, copy_end=end + self._offset
+                events[i],
+                copy_start=start + self._offset,
+                copy_end=end + self._offset,
+                exposed=ticket.exposed,
             )
         self._transfers.clear()
         if losses:

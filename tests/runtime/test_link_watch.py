@@ -19,6 +19,7 @@ GIB = 2**30
 @dataclass
 class Ticket:
     span: tuple[float, float]
+    exposed: float = 0.0
 
     def wait(self) -> None:
         pass

@@ -145,6 +145,7 @@ def test_a_ticket_tells_when_the_copy_ran(open_pair: Callable[[int], Ends]) -> N
     ticket.wait()
     start, end = ticket.span
     assert 0 < start <= end
+    assert 0 <= ticket.exposed < DEADLINE
 
 
 def test_who_pays_for_the_memory(open_pair: Callable[[int], Ends]) -> None:

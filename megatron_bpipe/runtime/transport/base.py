@@ -32,6 +32,10 @@ class Ticket(Protocol):
         On CUDA reading it waits for the device: leave it until an iteration is over.
         """
 
+    @property
+    def exposed(self) -> float:
+        """Seconds that the computation stood still in `wait`; to be read like `span`."""
+
 
 class Transport(Protocol):
     """The evictor's end."""

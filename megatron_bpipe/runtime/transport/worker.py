@@ -22,6 +22,7 @@ class Job:
     error: BaseException | None = None
     started: float = 0.0
     ended: float = 0.0
+    exposed: float = 0.0
 
     def wait(self) -> None:
         """Block until over.
@@ -29,8 +30,10 @@ class Job:
         Raises:
             TransportError: it failed, or is not over within the deadline.
         """
+        begun = time.perf_counter()
         if not self.done.wait(self.deadline):
             raise TransportError(f"{self.label} is not over after {self.deadline:.0f} s")
+        self.exposed = time.perf_counter() - begun
         if self.error is not None:
             raise TransportError(f"{self.label} failed: {self.error}") from self.error
 

@@ -66,10 +66,16 @@ class StreamTicket:
         # Nobody else may hold these: without this their memory could go to other work while it
         # is being copied.
         self._held = list(held)
+        self._waited: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
 
     def wait(self) -> None:
         """Make the current stream wait; the host goes on."""
-        torch.cuda.current_stream().wait_event(self._end)
+        stream = torch.cuda.current_stream()
+        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        before.record(stream)
+        stream.wait_event(self._end)
+        after.record(stream)
+        self._waited = before, after
         self._held.clear()
 
     @property
@@ -77,6 +83,14 @@ class StreamTicket:
         """See `Ticket`; waits for the device."""
         start, end = self._clock.times(self._queued, self._start, self._end)
         return start, end
+
+    @property
+    def exposed(self) -> float:
+        """See `Ticket`; waits for the device."""
+        assert self._waited is not None
+        before, after = self._waited
+        after.synchronize()
+        return float(before.elapsed_time(after)) / 1e3
 
 
 class StreamCopies:
