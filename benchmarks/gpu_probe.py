@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The first questions on a GPU: does CUDA IPC open, and does a copy run beside a matrix product?
+"""The first questions on a GPU: whether CUDA IPC opens, whether copies run beside products.
 
     python benchmarks/gpu_probe.py [--output probe.json]
 

@@ -14,7 +14,9 @@ from pathlib import Path
 import torch
 
 from ..estimate.softmax_trap import why_not_fused
+from ..runtime.transport.base import TransportError
 from ..runtime.transport.host_memory import available_bytes
+from ..runtime.transport.link import Link, classify, parse_topology
 from ..runtime.transport.meeting import Identity
 from . import cpu
 from .probe import HOOK_POINTS, missing
@@ -45,7 +47,8 @@ def examine() -> list[Finding]:
     """Look at everything; slow only where Megatron is slow to import."""
     findings = [_python(), _torch(), _device()]
     findings += _megatron()
-    findings += [*_links(), _shm_transport(), _p2p_transport(), _memory(), *_limits(), _dev_shm()]
+    findings += [*_links(), *_ipc_transport(), _shm_transport(), _p2p_transport()]
+    findings += [_memory(), *_limits(), _dev_shm()]
     findings += [_optional(name) for name in ("transformer_engine", "flash_attn", "apex")]
     return findings
 
@@ -118,7 +121,9 @@ def _links() -> list[Finding]:
     tool = shutil.which("nvidia-smi")
     if tool is not None:
         shown = subprocess.run([tool, "topo", "-m"], capture_output=True, text=True, check=False)
-        fast = " NV" in shown.stdout
+        cells = parse_topology(shown.stdout)
+        pairs = [cell for (a, b), cell in cells.items() if a != b and b.startswith("GPU")]
+        fast = any(classify(cell) is Link.NVLINK for cell in pairs)
         remedy = "without NVLink between partners BPipe was seen to cost 11-17 %"
         found = "NVLink present" if fast else "no NVLink"
         findings.append(Finding("links", found, fast, needed=False, remedy=remedy))
@@ -132,6 +137,21 @@ def _links() -> list[Finding]:
     found = f"no peer access between GPUs {', '.join(closed)}" if closed else "between all GPUs"
     findings.append(Finding("peer access", found, not closed, needed=False))
     return findings
+
+
+def _ipc_transport() -> list[Finding]:
+    """Memory of this GPU, offered the way an acceptor would; who maps it is found out in a run."""
+    if not torch.cuda.is_available():
+        return []
+    from ..runtime.transport.cuda.driver import DriverError
+    from ..runtime.transport.cuda.ipc import Trial
+
+    try:
+        Trial(torch.device("cuda", torch.cuda.current_device()), "doctor").close()
+    except (DriverError, TransportError, OSError) as error:
+        remedy = "containers need --ipc=host; --bpipe-transport host does without"
+        return [Finding("transport ipc", str(error), False, needed=False, remedy=remedy)]
+    return [Finding("transport ipc", "this GPU's memory can be lent", needed=False)]
 
 
 def _shm_transport() -> Finding:

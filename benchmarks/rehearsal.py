@@ -1,0 +1,223 @@
+#!/usr/bin/env python3
+"""Stock 1F1B, BPipe over ipc and BPipe over host memory, all stages on one GPU.
+
+    python benchmarks/rehearsal.py [--micro-batches 1 2] [--modes stock ipc host] [--output r.json]
+
+What one GPU that all stages share can say, and what it cannot:
+
+- *memory*: each stage's own peak (the caching allocator's, plus the pool it lends) is the real one.
+  ``fits`` lists, for each stage budget in GiB, the largest micro-batch of those tried.
+- *time*: the stages' kernels queue for one GPU, so an iteration lasts as long as all their work
+  together. The ratio to stock is what BPipe adds to that work, not what a pipeline would lose.
+- *exposed*: how long computing streams stood still for BPipe's copies, by their own events; and
+  from a profile of the last iteration on stage 0, how much of the copies ran beside kernels.
+
+Exit status 77: no CUDA device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+
+from benchmarks.environment import NO_GPU, environment  # noqa: E402
+from benchmarks.overlap import overlap_of  # noqa: E402
+from megatron_bpipe.integration.cpu.flags import cpu_flags  # noqa: E402
+
+GIB = 2**30
+STAGES, MICROBATCHES, STEPS, WARM = 4, 8, 8, 3
+MODES: dict[str, list[str]] = {
+    "stock": [],
+    "ipc": ["--bpipe", "--bpipe-transport", "ipc"],
+    "host": ["--bpipe", "--bpipe-transport", "host"],
+}
+MODEL = [
+    *("--num-layers", "8", "--hidden-size", "2048", "--num-attention-heads", "16"),
+    *("--seq-length", "1024", "--max-position-embeddings", "1024", "--bf16", "--lr", "1e-4"),
+    *("--attention-dropout", "0", "--hidden-dropout", "0"),
+    *("--eval-iters", "0", "--eval-interval", "100000", "--log-interval", "1"),
+    *("--split", "100,0,0", "--mock-data", "--tokenizer-type", "NullTokenizer"),
+    *("--vocab-size", "8191", "--distributed-timeout-minutes", "3"),
+    *("--pipeline-model-parallel-size", str(STAGES), "--train-iters", str(STEPS)),
+    *cpu_flags(),
+]
+BUDGETS_GIB = (2, 4, 6, 8, 12, 16, 24, 32)
+
+
+def main() -> int:
+    """Run every mode at every micro-batch, or be one rank of one run."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--micro-batches", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument("--seconds", type=float, default=180, help="most that one run may take")
+    parser.add_argument("--output", type=Path, help="write the result as JSON")
+    parser.add_argument("--rank-writes-to", type=Path, help=argparse.SUPPRESS)
+    arguments, flags = parser.parse_known_args()
+    if not torch.cuda.is_available():
+        print("skipped: no CUDA device")
+        return NO_GPU
+    if arguments.rank_writes_to:
+        _be_a_rank(arguments.rank_writes_to, flags)
+        return 0
+    if flags:
+        parser.error(f"unknown: {' '.join(flags)}")
+    rows = []
+    for size in arguments.micro_batches:
+        for mode in arguments.modes:
+            row = _run(mode, size, arguments.seconds)
+            print(json.dumps(row), flush=True)
+            rows.append(row)
+    result = {
+        "environment": environment(),
+        "model": " ".join(MODEL),
+        "rows": rows,
+        "time_ratio_to_stock": _ratios(rows),
+        "fits": {f"{budget} GiB a stage": _fits(rows, budget * GIB) for budget in BUDGETS_GIB},
+    }
+    print(json.dumps({key: result[key] for key in ("time_ratio_to_stock", "fits")}, indent=1))
+    if arguments.output:
+        arguments.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return 0 if all("error" not in row for row in rows) else 1
+
+
+def _run(mode: str, size: int, seconds: float) -> dict[str, Any]:
+    row: dict[str, Any] = {"mode": mode, "micro_batch": size}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        flags = [*MODEL, *MODES[mode], "--bpipe-rehearsal", "--bpipe-report", str(folder)]
+        flags += ["--micro-batch-size", str(size), "--global-batch-size", str(MICROBATCHES * size)]
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += ["--nproc-per-node", str(STAGES), __file__, "--rank-writes-to", name, *flags]
+        variables = {"OMP_NUM_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+        variables["PYTHONPATH"] = f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"
+        log = folder / "log"
+        with log.open("w", encoding="utf-8") as sink:
+            process = subprocess.Popen(
+                command,
+                env=os.environ | variables,
+                stdout=sink,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            try:
+                code: int | None = process.wait(seconds)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                code = None
+        if code != 0:
+            said = log.read_text(encoding="utf-8", errors="replace").splitlines()
+            out = [line for line in said if "OutOfMemory" in line or "out of memory" in line]
+            status = f"not over after {seconds:.0f} s" if code is None else f"status {code}"
+            return row | {"error": f"{status}: {' | '.join(out[:1] or said[-5:])}"}
+        return row | _read(folder)
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    ranks = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(STAGES)]
+    report = json.loads((folder / "memory.json").read_text())
+    pools = [stage["pool_bytes"] for stage in report["stages"]]
+    seconds = statistics.median(ranks[0]["seconds"][WARM:-1])  # the last one is profiled
+    exposed = []
+    for path in sorted(folder.glob("timeline-stage*.json")):
+        iteration = json.loads(path.read_text())["iterations"][-2]
+        exposed.append(sum(event["exposed"] or 0.0 for event in iteration))
+    peaks = [rank["reserved_bytes"] + pool for rank, pool in zip(ranks, pools, strict=True)]
+    overlap = overlap_of(json.loads((folder / "trace.json").read_text())["traceEvents"])
+    return {
+        "seconds_per_iteration": seconds,
+        "stage_peak_bytes": peaks,
+        "allocated_peak_bytes": [rank["allocated_bytes"] for rank in ranks],
+        "fragmentation": [r["reserved_bytes"] / max(1, r["allocated_bytes"]) for r in ranks],
+        "pool_bytes": pools,
+        "hosted_bytes": [stage["hosted_bytes"] for stage in report["stages"]],
+        "exposed_share": [wait / seconds for wait in exposed],
+        "stage_0_profile_us": vars(overlap),
+        "losses": report["losses"],
+    }
+
+
+def _ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
+    stock = {r["micro_batch"]: r for r in rows if r["mode"] == "stock" and "error" not in r}
+    found = {}
+    for row in rows:
+        other = stock.get(row["micro_batch"])
+        if row["mode"] != "stock" and "error" not in row and other is not None:
+            name = f"{row['mode']}, micro-batch {row['micro_batch']}"
+            found[name] = row["seconds_per_iteration"] / other["seconds_per_iteration"]
+    return found
+
+
+def _fits(rows: list[dict[str, Any]], budget: float) -> dict[str, int]:
+    """Largest micro-batch by mode whose every stage stays within ``budget`` bytes; 0: none."""
+    found: dict[str, int] = {}
+    for row in rows:
+        fits = "error" not in row and max(row["stage_peak_bytes"]) <= budget
+        found[row["mode"]] = max(found.get(row["mode"], 0), row["micro_batch"] if fits else 0)
+    return found
+
+
+def _be_a_rank(folder: Path, flags: list[str]) -> None:
+    from megatron_bpipe.integration.after_import import after_import
+    from megatron_bpipe.integration.launch import run_script
+
+    seconds: list[float] = []
+
+    def observe(training: Any) -> None:
+        import torch.distributed as dist
+        from torch.profiler import ProfilerActivity, profile
+
+        stock = training.train_step
+
+        def train_step(*positional: Any, **named: Any) -> Any:
+            last = len(seconds) == STEPS - 1
+            profiled = last and dist.get_rank() == 0
+            profiler = profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA])
+            torch.cuda.synchronize()
+            dist.barrier()
+            begun = time.perf_counter()
+            if profiled:
+                profiler.start()
+            result = stock(*positional, **named)
+            torch.cuda.synchronize()
+            if profiled:
+                profiler.stop()
+            dist.barrier()
+            seconds.append(time.perf_counter() - begun)
+            if last:
+                if profiled:
+                    profiler.export_chrome_trace(str(folder / "trace.json"))
+                path = folder / f"rank{dist.get_rank()}.json"
+                path.write_text(
+                    json.dumps(
+                        {
+                            "seconds": seconds,
+                            "reserved_bytes": torch.cuda.max_memory_reserved(),
+                            "allocated_bytes": torch.cuda.max_memory_allocated(),
+                        }
+                    )
+                )
+            return result
+
+        training.train_step = train_step
+
+    after_import("megatron.training.training", observe)
+    run_script(str(ROOT / "scripts" / "pretrain_gpt.py"), flags)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

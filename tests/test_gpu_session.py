@@ -1,0 +1,52 @@
+"""The one command for a GPU says so where there is none; what its figures are made of."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.rehearsal import _fits, _ratios
+from tests.harness import ROOT
+
+HIDDEN = {"CUDA_VISIBLE_DEVICES": "", "PYTHON": sys.executable}
+
+
+def test_without_a_gpu_it_is_skipped(tmp_path: Path) -> None:
+    command = [str(ROOT / "scripts" / "gpu_session.sh"), str(tmp_path / "out")]
+    done = subprocess.run(
+        command, env=os.environ | HIDDEN, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 77
+    assert done.stdout == "no CUDA device: skipped\n"
+    assert (tmp_path / "out" / "summary.txt").read_text() == done.stdout
+
+
+@pytest.mark.parametrize("name", ["gpu_probe.py", "copies.py"])
+def test_benchmarks_are_skipped_too(name: str) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / name)]
+    done = subprocess.run(
+        command, env=os.environ | HIDDEN, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 77, done.stderr
+    assert "no CUDA device" in done.stdout
+
+
+ROWS = [
+    {"mode": "stock", "micro_batch": 1, "seconds_per_iteration": 2.0, "stage_peak_bytes": [4, 1]},
+    {"mode": "ipc", "micro_batch": 1, "seconds_per_iteration": 2.1, "stage_peak_bytes": [3, 3]},
+    {"mode": "stock", "micro_batch": 2, "error": "out of memory"},
+    {"mode": "ipc", "micro_batch": 2, "seconds_per_iteration": 4.0, "stage_peak_bytes": [6, 6]},
+]
+
+
+def test_time_is_compared_at_equal_micro_batch() -> None:
+    assert _ratios(ROWS) == {"ipc, micro-batch 1": pytest.approx(1.05)}
+
+
+def test_the_largest_micro_batch_is_that_of_the_fullest_stage() -> None:
+    assert _fits(ROWS, 6) == {"stock": 1, "ipc": 2}
+    assert _fits(ROWS, 3) == {"stock": 0, "ipc": 1}
