@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import torch
+
+from ..runtime.transport.link import Place, Sight, obstacle
 from ..schedule.balance import BudgetError, balance
 from ..schedule.base import one_f_one_b
 from ..schedule.ops import default_budget
@@ -34,6 +37,7 @@ def check(args: Any, options: Options) -> str | None:
             f"--bpipe-transport {options.transport} is unknown; choose one of "
             + ", ".join(TRANSPORTS)
         )
+    _check_transport(options.transport)
     check_megatron()
     _check_data_paths(args)
     for flag, given, remedy in incompatible(args):
@@ -54,6 +58,14 @@ def check(args: Any, options: Options) -> str | None:
             f"{error.least}; raise it or leave the flag out (default {default_budget(stages)})"
         ) from error
     return None
+
+
+def _check_transport(transport: str) -> None:
+    """Whether it fits the device; what only a pair can see comes when pairs meet."""
+    place = Place("here", ("here",)) if torch.cuda.is_available() else Place()
+    why = obstacle(transport, Sight(place, place, one_host=True)) if transport != "auto" else ""
+    if why:
+        raise refuse(f"--bpipe-transport {transport} cannot be used here: {why}")
 
 
 def check_megatron() -> None:

@@ -144,7 +144,8 @@ class Session:
         """Give pools and threads back."""
         for end in (self._store, self.lender):
             if end is not None:
-                with contextlib.suppress(OSError):
+                # the job may be going down: a store or a driver that is gone is no news then
+                with contextlib.suppress(OSError, RuntimeError):
                     end.close()
         self._store = self.lender = None
 

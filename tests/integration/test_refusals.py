@@ -42,6 +42,10 @@ REFUSED = {
         [*PP8, "--bpipe-transport", "pigeon"],
         ["--bpipe-transport pigeon", "auto, ipc, shm, p2p, host"],
     ),
+    "ipc without a GPU": (
+        [*PP8, "--bpipe-transport", "ipc"],
+        ["--bpipe-transport ipc", "it is for GPUs", "use shm"],
+    ),
     "rehearsal without a GPU": (
         [*PP8, "--bpipe-rehearsal"],
         ["--bpipe-rehearsal", "there is none", "leave it out"],

@@ -197,7 +197,7 @@ def test_no_memory_for_the_pool_names_both_numbers(
             shared_memory_transport(here, 65_536)
             SharedMemoryLender(there)
         else:
-            host_transport("0-1", 65_536, CPU, DEADLINE).evict(0, pieces(0, 1))
+            host_transport("0-1", 65_536, CPU, DEADLINE)
 
     with pytest.raises(TransportError, match=r"pair 0-1.*65536 bytes.*12345 bytes available"):
         ask()

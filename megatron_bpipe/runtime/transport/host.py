@@ -21,19 +21,23 @@ class HostMemory:
 
     Args:
         pair: the pair's name, for messages.
-        wanted: bytes of the first segment.
+        wanted: bytes of the pool, taken at once; 0 to take what is needed when it is.
         device: where activations are computed.
+
+    Raises:
+        TransportError: the host has no memory left, or does not pin it.
     """
 
     def __init__(self, pair: str, wanted: int, device: torch.device) -> None:
         self._pair = pair
-        self._wanted = wanted
         self._pinned = device.type == "cuda"
         self._segments: list[torch.Tensor] = []
+        if wanted:
+            self.more(wanted)
 
     def first(self) -> torch.Tensor:
         """See `Memory`."""
-        return self.more(self._wanted)
+        return self._segments[0] if self._segments else self.more(1)
 
     def more(self, size: int) -> torch.Tensor:
         """See `Memory`.

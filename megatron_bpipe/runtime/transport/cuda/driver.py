@@ -19,7 +19,6 @@ import ctypes
 import functools
 from typing import Any
 
-OUT_OF_MEMORY = 2
 _LAZY_PEER_ACCESS = 1
 _PORTABLE = 1
 
@@ -29,7 +28,6 @@ class DriverError(RuntimeError):
 
     def __init__(self, call: str, code: int, text: str) -> None:
         super().__init__(f"{call}: {text} ({code})")
-        self.code = code
 
 
 class _IpcHandle(ctypes.Structure):

@@ -22,6 +22,7 @@ import torch
 
 from ...activation import padded
 from ..base import TransportError
+from ..chunks import chunks, divide, overlaps
 from ..host import HostMemory
 from ..meeting import Meeting
 from ..one_sided import OneSidedTransport
@@ -62,15 +63,15 @@ class NcclTransport:
 
     def evict(self, microbatch: int, pieces: Sequence[torch.Tensor]) -> StreamTicket:
         """See `Transport`."""
-        fitting, rest = self._divide(pieces)
+        fitting, rest = divide(pieces, self._slot)
         start = self._copies.begin()
         stream = self._copies.stream
-        for i, (low, high) in enumerate(_chunks(self._slot)):
+        for i, (low, high) in enumerate(chunks(self._slot, CHUNK)):
             chunk = self._staging[i % STAGES]
             with torch.cuda.stream(stream):
                 if self._sending[i % STAGES] is not None:
                     self._sending[i % STAGES].wait()  # the stream waits, not the host
-                for piece, at in _overlaps(fitting, low, high):
+                for piece, at in overlaps(fitting, low, high):
                     self._copies.copy(chunk[at : at + piece.numel()], piece)
                 request = self._group.send([chunk[: high - low]], ACCEPTOR, TAG)
             self._sending[i % STAGES] = request
@@ -85,13 +86,13 @@ class NcclTransport:
 
     def load(self, microbatch: int, pieces: Sequence[torch.Tensor]) -> StreamTicket:
         """See `Transport`."""
-        fitting, rest = self._divide(pieces)
+        fitting, rest = divide(pieces, self._slot)
         start = self._copies.begin()
-        for i, (low, high) in enumerate(_chunks(self._slot)):
+        for i, (low, high) in enumerate(chunks(self._slot, CHUNK)):
             chunk = self._staging[i % STAGES]
             with torch.cuda.stream(self._copies.stream):
                 _wait(self._group.recv([chunk[: high - low]], ACCEPTOR, TAG))
-            for piece, at in _overlaps(fitting, low, high):
+            for piece, at in overlaps(fitting, low, high):
                 self._copies.copy(piece, chunk[at : at + piece.numel()])
         if rest:
             self._spill.load(microbatch, rest)
@@ -115,19 +116,6 @@ class NcclTransport:
     def close(self) -> None:
         """See `Transport`."""
         self._spill.close()
-
-    def _divide(
-        self, pieces: Sequence[torch.Tensor]
-    ) -> tuple[list[tuple[torch.Tensor, int]], list[torch.Tensor]]:
-        """Pieces that go into the slot, each with its place; and those that do not fit."""
-        fitting, rest, at = [], [], 0
-        for piece in pieces:
-            if at + piece.numel() <= self._slot:
-                fitting.append((piece, at))
-                at += padded(piece.numel())
-            else:
-                rest.append(piece)
-        return fitting, rest
 
 
 class NcclLender:
@@ -157,7 +145,7 @@ class NcclLender:
         self._held[microbatch] = self._free.pop()
         slot = self._memory[self._held[microbatch]]
         with torch.cuda.stream(self._stream):
-            for low, high in _chunks(slot.numel()):
+            for low, high in chunks(slot.numel(), CHUNK):
                 _wait(self._group.recv([slot[low:high]], EVICTOR, TAG))
 
     def give_back(self, microbatch: int) -> None:
@@ -165,7 +153,7 @@ class NcclLender:
         index = self._held.pop(microbatch)
         slot = self._memory[index]
         with torch.cuda.stream(self._stream):
-            for low, high in _chunks(slot.numel()):
+            for low, high in chunks(slot.numel(), CHUNK):
                 _wait(self._group.send([slot[low:high]], EVICTOR, TAG))
         self._free.append(index)
 
@@ -178,22 +166,6 @@ class NcclLender:
         """Free the slots."""
         self._stream.synchronize()
         self._memory = self._memory.new_empty(0)
-
-
-def _chunks(slot: int) -> list[tuple[int, int]]:
-    return [(low, min(low + CHUNK, slot)) for low in range(0, slot, CHUNK)]
-
-
-def _overlaps(
-    placed: Sequence[tuple[torch.Tensor, int]], low: int, high: int
-) -> list[tuple[torch.Tensor, int]]:
-    """The parts of ``placed`` pieces that lie in ``[low, high)``, each with its place therein."""
-    found = []
-    for piece, at in placed:
-        first, last = max(at, low), min(at + piece.numel(), high)
-        if first < last:
-            found.append((piece[first - at : last - at], first - low))
-    return found
 
 
 def _wait(request: Any) -> None:
