@@ -119,42 +119,46 @@ class NcclTransport:
 
 
 class NcclLender:
-    """The acceptor's end; see `Lender`. The slots are allocated once."""
+    """The acceptor's end; see `Lender`. Slots are allocated once and used again.
+
+    Raises:
+        TransportError: the evictor does not ask in time, or the GPU has no room for the slots.
+    """
 
     def __init__(self, group: Any, meeting: Meeting, device: torch.device) -> None:
-        slot, slots = json.loads(meeting.hear("slot"))
-        self._group, self._pair = group, meeting.pair
+        self._size, slots = json.loads(meeting.hear("slot"))
+        self._group, self._pair, self._device = group, meeting.pair, device
         self._stream = torch.cuda.Stream(device)
-        self._memory = torch.empty((slots, slot), dtype=torch.uint8, device=device)
-        # From here on the slots are used on that stream alone.
-        self._stream.wait_stream(torch.cuda.current_stream(device))
+        self._slots: list[torch.Tensor] = []
+        for _ in range(slots):
+            self._add_slot()
         self._free = list(range(slots))
         self._held: dict[int, int] = {}
         with torch.cuda.stream(self._stream):
-            _wait(group.recv([self._memory[0, :1]], EVICTOR, TAG))
+            _wait(group.recv([self._slots[0][:1]], EVICTOR, TAG))
 
     @property
     def pool_bytes(self) -> int:
         """Bytes lent."""
-        return self._memory.numel()
+        return self._size * len(self._slots)
 
     def accept(self, microbatch: int) -> None:
         """AC: queue the receives; on one communicator they come after earlier sends."""
-        if not self._free:
-            raise TransportError(f"pair {self._pair}: no slot is free for micro-batch {microbatch}")
+        if not self._free:  # a later iteration with more micro-batches
+            self._add_slot()
+            self._free.append(len(self._slots) - 1)
         self._held[microbatch] = self._free.pop()
-        slot = self._memory[self._held[microbatch]]
+        slot = self._slots[self._held[microbatch]]
         with torch.cuda.stream(self._stream):
-            for low, high in chunks(slot.numel(), CHUNK):
+            for low, high in chunks(self._size, CHUNK):
                 _wait(self._group.recv([slot[low:high]], EVICTOR, TAG))
 
     def give_back(self, microbatch: int) -> None:
         """RT: queue the sends."""
         index = self._held.pop(microbatch)
-        slot = self._memory[index]
         with torch.cuda.stream(self._stream):
-            for low, high in chunks(slot.numel(), CHUNK):
-                _wait(self._group.send([slot[low:high]], EVICTOR, TAG))
+            for low, high in chunks(self._size, CHUNK):
+                _wait(self._group.send([self._slots[index][low:high]], EVICTOR, TAG))
         self._free.append(index)
 
     def finish(self) -> None:
@@ -165,7 +169,21 @@ class NcclLender:
     def close(self) -> None:
         """Free the slots."""
         self._stream.synchronize()
-        self._memory = self._memory.new_empty(0)
+        self._slots.clear()
+
+    def _add_slot(self) -> None:
+        try:
+            slot = torch.empty(self._size, dtype=torch.uint8, device=self._device)
+        except torch.OutOfMemoryError as error:
+            free, _ = torch.cuda.mem_get_info(self._device)
+            raise TransportError(
+                f"pair {self._pair}: no room for {len(self._slots) + 1} slots of {self._size} "
+                f"bytes on the acceptor's GPU, where {free} bytes are free; use a larger "
+                "--bpipe-budget or a smaller micro-batch"
+            ) from error
+        # from here on it is used on that stream alone
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        self._slots.append(slot)
 
 
 def _wait(request: Any) -> None:
