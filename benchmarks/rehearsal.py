@@ -9,6 +9,9 @@ What one GPU that all stages share can say, and what it cannot:
   ``fits`` lists, for each stage budget in GiB, the largest micro-batch of those tried.
 - *time*: the stages' kernels queue for one GPU, so an iteration lasts as long as all their work
   together. The ratio to stock is what BPipe adds to that work, not what a pipeline would lose.
+- *turns* (``--turns``): only one stage computes at a time, the others wait for it, so every forward
+  and backward has the GPU to itself but for the copies beside it. A stage's turns plus its exposed
+  copies, against the same stage's turns in stock: what BPipe costs a stage of a real pipeline.
 - *exposed*: how long computing streams stood still for BPipe's copies, by their own events; and
   from a profile of the last iteration on stage 0, how much of the copies ran beside kernels.
 
@@ -18,6 +21,8 @@ Exit status 77: no CUDA device.
 from __future__ import annotations
 
 import argparse
+import fcntl
+import functools
 import json
 import os
 import signal
@@ -26,6 +31,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -60,9 +66,10 @@ BUDGETS_GIB = (2, 4, 6, 8, 12, 16, 24, 32)
 
 def main() -> int:
     """Run every mode at every micro-batch, or be one rank of one run."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--micro-batches", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument("--turns", action="store_true", help="only one stage computes at a time")
     parser.add_argument("--seconds", type=float, default=180, help="most that one run may take")
     parser.add_argument("--output", type=Path, help="write the result as JSON")
     parser.add_argument("--rank-writes-to", type=Path, help=argparse.SUPPRESS)
@@ -71,14 +78,14 @@ def main() -> int:
         print("skipped: no CUDA device")
         return NO_GPU
     if arguments.rank_writes_to:
-        _be_a_rank(arguments.rank_writes_to, flags)
+        _be_a_rank(arguments.rank_writes_to, flags, arguments.turns)
         return 0
     if flags:
         parser.error(f"unknown: {' '.join(flags)}")
     rows = []
     for size in arguments.micro_batches:
         for mode in arguments.modes:
-            row = _run(mode, size, arguments.seconds)
+            row = _run(mode, size, arguments.seconds, arguments.turns)
             print(json.dumps(row), flush=True)
             rows.append(row)
     result = {
@@ -86,22 +93,25 @@ def main() -> int:
         "model": " ".join(MODEL),
         "rows": rows,
         "time_ratio_to_stock": _ratios(rows),
+        "stage_ratio_to_stock_in_turns": _stage_ratios(rows) if arguments.turns else None,
         "fits": {f"{budget} GiB a stage": _fits(rows, budget * GIB) for budget in BUDGETS_GIB},
     }
-    print(json.dumps({key: result[key] for key in ("time_ratio_to_stock", "fits")}, indent=1))
+    shown = {key: value for key, value in result.items() if key not in ("rows", "model")}
+    print(json.dumps(shown, indent=1))
     if arguments.output:
         arguments.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return 0 if all("error" not in row for row in rows) else 1
 
 
-def _run(mode: str, size: int, seconds: float) -> dict[str, Any]:
+def _run(mode: str, size: int, seconds: float, turns: bool) -> dict[str, Any]:
     row: dict[str, Any] = {"mode": mode, "micro_batch": size}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         flags = [*MODEL, *MODES[mode], "--bpipe-rehearsal", "--bpipe-report", str(folder)]
         flags += ["--micro-batch-size", str(size), "--global-batch-size", str(MICROBATCHES * size)]
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += ["--nproc-per-node", str(STAGES), __file__, "--rank-writes-to", name, *flags]
+        command += ["--nproc-per-node", str(STAGES), __file__, "--rank-writes-to", name]
+        command += [*["--turns"] * turns, *flags]
         variables = {"OMP_NUM_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
         variables["PYTHONPATH"] = f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"
         log = folder / "log"
@@ -145,6 +155,8 @@ def _read(folder: Path) -> dict[str, Any]:
         "fragmentation": [r["reserved_bytes"] / max(1, r["allocated_bytes"]) for r in ranks],
         "pool_bytes": pools,
         "hosted_bytes": [stage["hosted_bytes"] for stage in report["stages"]],
+        "stage_turns_s": [statistics.median(rank["turns"][WARM:-1]) for rank in ranks],
+        "exposed_s": exposed,
         "exposed_share": [wait / seconds for wait in exposed],
         "stage_0_profile_us": vars(overlap),
         "losses": report["losses"],
@@ -162,6 +174,18 @@ def _ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
     return found
 
 
+def _stage_ratios(rows: list[dict[str, Any]]) -> dict[str, list[float]]:
+    stock = {r["micro_batch"]: r for r in rows if r["mode"] == "stock" and "error" not in r}
+    found = {}
+    for row in rows:
+        other = stock.get(row["micro_batch"])
+        if row["mode"] != "stock" and "error" not in row and other is not None:
+            own = zip(row["stage_turns_s"], row["exposed_s"], other["stage_turns_s"], strict=True)
+            name = f"{row['mode']}, micro-batch {row['micro_batch']}"
+            found[name] = [(turns + exposed) / alone for turns, exposed, alone in own]
+    return found
+
+
 def _fits(rows: list[dict[str, Any]], budget: float) -> dict[str, int]:
     """Largest micro-batch by mode whose every stage stays within ``budget`` bytes; 0: none."""
     found: dict[str, int] = {}
@@ -171,11 +195,35 @@ def _fits(rows: list[dict[str, Any]], budget: float) -> dict[str, int]:
     return found
 
 
-def _be_a_rank(folder: Path, flags: list[str]) -> None:
+def _be_a_rank(folder: Path, flags: list[str], turns: bool) -> None:
     from megatron_bpipe.integration.after_import import after_import
     from megatron_bpipe.integration.launch import run_script
 
     seconds: list[float] = []
+    in_turns: list[float] = []  # seconds of this stage's turns, one entry an iteration
+
+    def take_turns(schedules: Any) -> None:
+        """Wrap the helpers that stock 1F1B and BPipe both compute with."""
+        token = (folder / "turn").open("w")
+
+        def one_at_a_time(stock: Callable[..., Any]) -> Callable[..., Any]:
+            @functools.wraps(stock)  # its signature is looked at
+            def turn(*positional: Any, **named: Any) -> Any:
+                torch.cuda.current_stream().synchronize()
+                fcntl.flock(token, fcntl.LOCK_EX)
+                begun = time.perf_counter()
+                try:
+                    result = stock(*positional, **named)
+                    torch.cuda.current_stream().synchronize()  # not the copies
+                finally:
+                    fcntl.flock(token, fcntl.LOCK_UN)
+                in_turns[-1] += time.perf_counter() - begun
+                return result
+
+            return turn
+
+        schedules.forward_step = one_at_a_time(schedules.forward_step)
+        schedules.backward_step = one_at_a_time(schedules.backward_step)
 
     def observe(training: Any) -> None:
         import torch.distributed as dist
@@ -189,6 +237,7 @@ def _be_a_rank(folder: Path, flags: list[str]) -> None:
             profiler = profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA])
             torch.cuda.synchronize()
             dist.barrier()
+            in_turns.append(0.0)
             begun = time.perf_counter()
             if profiled:
                 profiler.start()
@@ -206,6 +255,7 @@ def _be_a_rank(folder: Path, flags: list[str]) -> None:
                     json.dumps(
                         {
                             "seconds": seconds,
+                            "turns": in_turns,
                             "reserved_bytes": torch.cuda.max_memory_reserved(),
                             "allocated_bytes": torch.cuda.max_memory_allocated(),
                         }
@@ -216,6 +266,8 @@ def _be_a_rank(folder: Path, flags: list[str]) -> None:
         training.train_step = train_step
 
     after_import("megatron.training.training", observe)
+    if turns:
+        after_import("megatron.core.pipeline_parallel.schedules", take_turns)
     run_script(str(ROOT / "scripts" / "pretrain_gpt.py"), flags)
 
 

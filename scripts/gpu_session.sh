@@ -60,13 +60,15 @@ tests ipc 150 tests/gpu/test_ipc.py
 part copies 90 "$python" benchmarks/copies.py --output "$out/copies.json"
 part doctor 40 "$python" -m megatron_bpipe doctor
 tests layers 60 tests/gpu/test_layers_saved.py
-tests rehearsal 300 tests/gpu/test_rehearsal.py
-part stages 330 "$python" benchmarks/rehearsal.py --micro-batches 2 --seconds 100 \
+tests rehearsal 280 tests/gpu/test_rehearsal.py
+part stages 240 "$python" benchmarks/rehearsal.py --micro-batches 2 --seconds 75 \
   --output "$out/rehearsal.json"
+part turns 160 "$python" benchmarks/rehearsal.py --micro-batches 2 --modes stock ipc --turns \
+  --seconds 75 --output "$out/turns.json"
 # table 5's single-stage rows on this GPU
 if "$python" -m megatron_bpipe profile --help >/dev/null 2>&1; then
   # shellcheck disable=SC2086
-  part profile 120 "$python" -m megatron_bpipe profile ${PROFILE:-}
+  part profile 80 "$python" -m megatron_bpipe profile ${PROFILE:-}
 else
   echo "profile      this release has no such command" | tee -a "$out/summary.txt"
 fi

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.rehearsal import _fits, _ratios
+from benchmarks.rehearsal import _fits, _ratios, _stage_ratios
 from tests.harness import ROOT
 
 HIDDEN = {"CUDA_VISIBLE_DEVICES": "", "PYTHON": sys.executable}
@@ -45,6 +45,12 @@ ROWS = [
 
 def test_time_is_compared_at_equal_micro_batch() -> None:
     assert _ratios(ROWS) == {"ipc, micro-batch 1": pytest.approx(1.05)}
+
+
+def test_in_turns_a_stage_pays_for_what_it_waits() -> None:
+    stock = {"mode": "stock", "micro_batch": 1, "stage_turns_s": [1.0, 2.0], "exposed_s": [0, 0]}
+    ipc = {"mode": "ipc", "micro_batch": 1, "stage_turns_s": [1.0, 2.0], "exposed_s": [0.1, 0]}
+    assert _stage_ratios([stock, ipc]) == {"ipc, micro-batch 1": [pytest.approx(1.1), 1.0]}
 
 
 def test_the_largest_micro_batch_is_that_of_the_fullest_stage() -> None:

@@ -7,6 +7,7 @@ evictor     says what was chosen; the acceptor follows
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -16,7 +17,7 @@ import torch.distributed as dist
 
 from ..runtime.transport import Lender, Transport, TransportError
 from ..runtime.transport.host import NothingLent, host_transport
-from ..runtime.transport.link import Link, Place, Sight, candidates
+from ..runtime.transport.link import Link, Place, Sight, candidates, preference
 from ..runtime.transport.meeting import Meeting
 from ..runtime.transport.shared_memory import SharedMemoryLender, shared_memory_transport
 from ..runtime.transport.two_sided import TwoSidedLender, TwoSidedTransport
@@ -153,8 +154,8 @@ def _choose(asked: str, sight: Sight, meeting: Meeting, device: torch.device) ->
     if not order:
         return NONE, "; ".join(out.values())
     link = sight.link.value if sight.link is not None else _of_cpus(sight)
-    passed = [f"not {name}: {why}" for name, why in out.items()]
-    return order[0], "; ".join([link, *passed])
+    better = itertools.takewhile(lambda name: name != order[0], preference(asked, sight))
+    return order[0], "; ".join([link, *(f"not {name}: {out[name]}" for name in better)])
 
 
 def _try(meeting: Meeting, device: torch.device) -> str:

@@ -64,7 +64,8 @@ class LinkWatch:
         copies = [end - start for start, end in (ticket.span for ticket in self._tickets)]
         forwards = [self.between(*marks) for marks in self._forwards]
         size = int(statistics.median(self._sizes))
-        return too_slow(size, statistics.median(copies), statistics.median(forwards))
+        # the fastest copy: messages also wait for the other end, which is no fault of the link
+        return too_slow(size, min(copies), statistics.median(forwards))
 
 
 def watch() -> LinkWatch:

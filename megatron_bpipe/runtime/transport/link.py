@@ -5,7 +5,6 @@ from __future__ import annotations
 import enum
 import json
 import re
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 
@@ -144,16 +143,22 @@ def obstacle(transport: str, sight: Sight) -> str:
     return ""
 
 
-def candidates(asked: str, sight: Sight) -> tuple[list[str], dict[str, str]]:
-    """Transports to try, best first; and why the others are out.
+def preference(asked: str, sight: Sight) -> list[str]:
+    """Transports to look at, best first.
 
     Args:
         asked: a transport, or ``auto``.
         sight: of the evictor.
     """
-    order = list(ORDER[sight.mine.on_gpu]) if asked == "auto" else [asked]
-    if asked == "auto" and sight.mine.on_gpu and not sight.one_host:
-        order = ["p2p", "host"]  # the network before the host's memory: that is for both ends
-    reasons: Mapping[str, str] = {name: obstacle(name, sight) for name in order}
-    out = {name: why for name, why in reasons.items() if why}
+    if asked != "auto":
+        return [asked]
+    if sight.mine.on_gpu and not sight.one_host:
+        return ["p2p", "host"]  # the network before the host's memory: that is for both ends
+    return list(ORDER[sight.mine.on_gpu])
+
+
+def candidates(asked: str, sight: Sight) -> tuple[list[str], dict[str, str]]:
+    """Transports to try, best first; and why the others are out. Arguments as for `preference`."""
+    order = preference(asked, sight)
+    out = {name: why for name in order if (why := obstacle(name, sight))}
     return [name for name in order if name not in out], out
