@@ -201,6 +201,14 @@ def random_delays(job: dict[str, Any], seed: int, most: float) -> None:
         setattr(MegatronStage, name, delayed(getattr(MegatronStage, name)))
 
 
+def every_link_is_slow(job: dict[str, Any]) -> None:
+    """Let each copy seem to take a hundred times as long as a forward."""
+    from megatron_bpipe.runtime import link_watch
+
+    stock = link_watch.too_slow
+    link_watch.too_slow = lambda size, copy, forward: stock(size, 100 * forward, forward)
+
+
 def watch_memory(job: dict[str, Any]) -> None:
     """Write this rank's resident memory and the allocator's bytes after every step."""
     import psutil

@@ -43,13 +43,23 @@ TWO_SIDED = ["pp4", "pp8", "tp2 with sequence parallelism", "m < p", "odd p, 5"]
 )
 def test_bitwise_equal_over_messages(megatron: Megatron, name: str) -> None:
     """The two-sided transport, for pairs that share no memory."""
+    over(megatron, name, "p2p")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", TWO_SIDED)
+def test_bitwise_equal_over_host_memory(megatron: Megatron, name: str) -> None:
+    over(megatron, name, "host")
+
+
+def over(megatron: Megatron, name: str, transport: str) -> None:
     case = COMBINATIONS[name]
     stock = megatron.train(case.flags, world=case.world)
-    flags = [*case.flags, "--bpipe", "--bpipe-transport", "p2p"]
+    flags = [*case.flags, "--bpipe", "--bpipe-transport", transport]
     bpipe = megatron.train(flags, world=case.world)
     assert difference(stock, bpipe) is None
     assert evicted(bpipe) > 0
-    assert "transport p2p" in bpipe.log(0)
+    assert f"transport {transport}" in bpipe.log(0)
 
 
 def test_bitwise_equal_in_the_evictor_s_own_host_memory(megatron: Megatron) -> None:
@@ -121,3 +131,11 @@ def test_links_are_measured_on_request(megatron: Megatron) -> None:
         evicts = result.memory["stages"][rank]["evicted_bytes"] > 0
         assert any("shm copies" in line and "GiB/s back" in line for line in said) == evicts
     assert "bpipe: pair" not in result.log(3)
+
+
+def test_a_slow_link_is_warned_of_once(megatron: Megatron) -> None:
+    slow = {"call": "tests.harness.rank:every_link_is_slow", "with": {}}
+    result = megatron.train([*gpt(4), "--bpipe"], steps=4, hooks=[slow])
+    assert result.ok, result.logs
+    assert result.log(0).count("bpipe: pair 0-3: the link is too slow to hide the copies") == 1
+    assert "too slow" not in "".join(result.log(rank) for rank in (1, 2, 3))
