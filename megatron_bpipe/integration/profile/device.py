@@ -19,7 +19,7 @@ import torch
 
 from ...estimate.hardware import A100_80G, H100_80G
 from ...estimate.profile import Device
-from ...runtime.transport.shared_memory import available_bytes
+from ...runtime.transport.host_memory import available_bytes
 
 # torch's names of the devices whose datasheet peak estimate/hardware.py has; all A100s share one
 PUBLISHED = (
