@@ -118,9 +118,10 @@ class Recorder:
             known = self._live.known()
             self.audit = audit_forward(op.microbatch, output, allocated, self._excluded, known)
         self._live.track_graph(op.microbatch, output, self._excluded)
-        for node in nodes_below(roots_of(output)):
-            if not node.name().endswith("AccumulateGrad"):  # shared by all micro-batches
-                node.register_hook(self._in_backward)
+        if op.microbatch == 0:  # its backward begins when the stage is fullest
+            for node in nodes_below(roots_of(output)):
+                if not node.name().endswith("AccumulateGrad"):  # outlives the micro-batch
+                    node.register_hook(self._in_backward)
 
     def loaded(self, microbatch: int, storages: list[torch.UntypedStorage]) -> None:
         """A load allocated ``storages``."""
