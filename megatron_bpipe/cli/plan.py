@@ -146,21 +146,32 @@ def _task(args: argparse.Namespace) -> _Task:
         predictor, source = from_table_5(cluster.overhead), "the paper's table 5"
         question = replace(question, fixed=replace(asked.fixed, tp=4))
     else:
-        question, predictor = _profiled(args, question)
+        question, predictor = _profiled(args, question, asked.element)
         source = args.profile
     return _Task(
         question, predictor, asked.kept, source, uncertainty(stages_measured=bool(args.profile))
     )
 
 
-def _profiled(args: argparse.Namespace, question: Question) -> tuple[Question, Predictor]:
+def _profiled(
+    args: argparse.Namespace, question: Question, element: int
+) -> tuple[Question, Predictor]:
     """The question narrowed to what the profile has measured."""
     profile = read_profile(Path(args.profile))
     fixed = question.fixed
-    if fixed.tp not in (None, profile.tp):
+    for name, flag, given in (
+        ("tp", "--tensor-model-parallel-size", fixed.tp),
+        ("ep", "--expert-model-parallel-size", fixed.ep),
+    ):
+        if given not in (None, getattr(profile, name)):
+            raise EstimateError(
+                f"{args.profile}: {name} is {getattr(profile, name)}, but {flag} is {given}: "
+                "profile that size"
+            )
+    if profile.element != element:
         raise EstimateError(
-            f"{args.profile}: tp is {profile.tp}, but --tensor-model-parallel-size is {fixed.tp}: "
-            "profile that size"
+            f"{args.profile}: element is {profile.element} bytes, the model's are {element}: "
+            "profile with the same --bf16 or --fp16 (without them fp32)"
         )
     for name, value in vars(question.model).items():
         if name not in ("name", "layers") and getattr(profile.model, name) != value:
@@ -173,7 +184,7 @@ def _profiled(args: argparse.Namespace, question: Question) -> tuple[Question, P
         raise EstimateError(f"{args.profile}: stage has no row that ran: profile smaller ones")
     narrowed = replace(
         question,
-        fixed=replace(fixed, tp=profile.tp),
+        fixed=replace(fixed, tp=profile.tp, ep=profile.ep),
         attentions=tuple(a for a in question.attentions if any(r.attention == a for r in measured)),
         micro_batches=tuple(sorted({row.micro_batch for row in measured})),
     )

@@ -101,9 +101,10 @@ def test_a_profile_narrows_the_search_and_sets_the_pace(
         (profile(tp=4), "tp is 4, but --tensor-model-parallel-size is 2"),
         (profile(replace(MODEL, hidden=2048)), "model.hidden is 2048, the model has 4096"),
         (profile(replace(MODEL, vocab=50000)), "model.vocab is 50000"),
+        (replace(profile(), element=4), "element is 4 bytes, the model's are 2"),
         (replace(profile(), stage=profile().stage[2:]), "stage has no row that ran"),
     ],
-    ids=["t", "hidden", "vocabulary", "nothing fitted"],
+    ids=["t", "hidden", "vocabulary", "fp32", "nothing fitted"],
 )
 def test_a_profile_of_something_else_is_refused_by_field(
     profile_file: Callable[[Profile], str],
@@ -112,7 +113,7 @@ def test_a_profile_of_something_else_is_refused_by_field(
     named: str,
 ) -> None:
     path = profile_file(change)
-    flags = [*model_flags(MODEL), "--tensor-model-parallel-size", "2"]
+    flags = [*model_flags(MODEL), "--bf16", "--tensor-model-parallel-size", "2"]
     assert main(["plan", *CLUSTER, "--profile", path, "--", *flags]) == 2
     said = capsys.readouterr().err
     assert path in said
