@@ -7,7 +7,7 @@
 # and leaves a log and, where it measures, a JSON file; a failure does not stop the others.
 # Exit status: 0 all done, 1 something failed, 77 no CUDA device.
 set -uo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 
 out=${1:-runs/gpu}
 python=${PYTHON:-$([[ -x .venv/bin/python ]] && echo .venv/bin/python || echo python3)}
@@ -38,7 +38,7 @@ part() { # NAME SECONDS COMMAND...
   timeout --kill-after=10 "$seconds" "$@" >"$out/$name.log" 2>&1
   status=$?
   case $status in
-    0) verdict=done ;;
+    0) verdict="done" ;;
     77) verdict=skipped ;;
     124 | 137) verdict="not over after $seconds s" failed=1 ;;
     *) verdict="failed with status $status" failed=1 ;;

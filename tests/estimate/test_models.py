@@ -126,7 +126,7 @@ def test_runs_that_do_not_divide(layout, batches, words):
 def test_unknown_names_say_what_is_known():
     with pytest.raises(EstimateError, match="'LLaMA 65B' or 'GPT-3 96B'"):
         model_named("LLaMA")
-    with pytest.raises(EstimateError, match="A100-80GB or H100-80GB"):
+    with pytest.raises(EstimateError, match="use A100-40GB, A100-80GB, H100-80GB, H200, B200"):
         gpu_named("A100")
     with pytest.raises(EstimateError, match="use none, recompute, flash, full"):
         Run(model_named("LLaMA 65B"), Layout(), 1, 1, "xformers")

@@ -10,27 +10,38 @@ import itertools
 
 import pytest
 
+from megatron_bpipe.estimate.planner.evaluate import Predictor
 from megatron_bpipe.estimate.planner.measured import MeasuredRun, proposals, read_report
 from tests.harness import Megatron
 from tests.harness.models import gpt
-from tests.harness.planner_cases import CASES, SMALL, Outcome, outcome, profiled
+from tests.harness.planner_cases import CASES, SMALL, Case, outcome, profiled
 
 TIE = 0.02
 EXTRA = 0.2 * 2**20  # masks; the stage input that Megatron's last stage holds a forward longer
 
 
+QUICK = (1, 4, 7, 9, 11)  # of CASES: 1F1B, full recomputation, p = 4, BPipe, uneven layers
+
+
 @pytest.fixture(scope="module")
-def outcomes(megatron: Megatron, tmp_path_factory: pytest.TempPathFactory) -> list[Outcome]:
-    predictor = profiled(megatron, tmp_path_factory.mktemp("profile"), SMALL)
-    return [outcome(megatron, predictor, case, SMALL) for case in CASES]
+def predictor(megatron: Megatron, tmp_path_factory: pytest.TempPathFactory) -> Predictor:
+    return profiled(megatron, tmp_path_factory.mktemp("profile"), SMALL)
 
 
+@pytest.mark.parametrize(
+    "cases",
+    [
+        pytest.param(tuple(CASES[i] for i in QUICK), id="five"),
+        pytest.param(CASES, id="all twelve", marks=pytest.mark.long),
+    ],
+)
 def test_memory_of_every_stage_of_every_case_is_ranked_as_measured(
-    outcomes: list[Outcome],
+    megatron: Megatron, predictor: Predictor, cases: tuple[Case, ...]
 ) -> None:
+    outcomes = [outcome(megatron, predictor, case, SMALL) for case in cases]
     predicted = [need for o in outcomes for need in o.predicted_bytes]
     measured = [peak for o in outcomes for peak in o.measured_bytes]
-    assert len(measured) == sum(case.pp for case in CASES)
+    assert len(measured) == sum(case.pp for case in cases)
     for (p, a), (q, b) in itertools.combinations(zip(predicted, measured, strict=True), 2):
         if abs(p - q) > TIE * max(p, q):
             assert (p < q) == (a < b), f"predicted {p} and {q}, measured {a} and {b}"
@@ -49,13 +60,15 @@ def test_a_stock_report_foretells_the_peaks_of_bpipe(megatron: Megatron) -> None
     bpipe = megatron.train([*flags, "--bpipe"], world=4, steps=3)
     assert stock.ok, stock.logs
     assert bpipe.ok, bpipe.logs
-    found = proposals(read_report(stock.out / "report"), micro_batches=8)
+    before, after = (read_report(result.out / "report") for result in (stock, bpipe))
+    found = proposals(before, micro_batches=8)
     assert [q.budget for q in found] == [None, 3]
-    assert list(found[0].totals) == pytest.approx(
-        totals_of(read_report(stock.out / "report")), rel=0.02
-    )
-    measured = totals_of(read_report(bpipe.out / "report"))
-    assert list(found[1].totals) == pytest.approx(measured, rel=0.05)
+    for x, total in enumerate(found[1].totals):
+        # the allocator's figure sees all that Python allocates too, which weighs in small models
+        assert before.stages[x].working == pytest.approx(after.stages[x].working, abs=3 * 2**20)
+        predicted = total - before.stages[x].working
+        measured = after.stages[x].total - after.stages[x].working
+        assert predicted == pytest.approx(measured, rel=0.05), x
 
 
 def test_logits_make_the_last_stage_the_tightest(megatron: Megatron) -> None:
