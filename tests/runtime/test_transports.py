@@ -1,9 +1,16 @@
-"""What every transport must do, whichever way its bytes travel."""
+"""What every transport must do, whichever way its bytes travel.
+
+``ipc`` and ``nccl`` run on a stand-in for the GPU (tests/harness/stand_in_gpu), nccl's messages
+over gloo.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
 import subprocess
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,6 +24,8 @@ import torch.distributed as dist
 from megatron_bpipe.integration.pairing import two_sided_group
 from megatron_bpipe.runtime.memory import allocated_bytes
 from megatron_bpipe.runtime.transport import Lender, Transport, TransportError, host_memory
+from megatron_bpipe.runtime.transport.cuda.ipc import IpcLender, ipc_transport
+from megatron_bpipe.runtime.transport.cuda.messages import NcclLender, NcclTransport
 from megatron_bpipe.runtime.transport.host import NothingLent, host_transport
 from megatron_bpipe.runtime.transport.meeting import Identity, Meeting
 from megatron_bpipe.runtime.transport.shared_memory import (
@@ -24,11 +33,19 @@ from megatron_bpipe.runtime.transport.shared_memory import (
     shared_memory_transport,
 )
 from megatron_bpipe.runtime.transport.two_sided import TwoSidedLender, TwoSidedTransport
+from tests.harness.stand_in_gpu import simulated_gpu
+from tests.harness.stand_in_gpu.ends import InProcess, OnThread
 
 CPU = torch.device("cpu")
 DEADLINE = 20.0
 MIB = 2**20
-TRANSPORTS = ("shm", "host", "p2p")
+WITHOUT_COMPILER = pytest.mark.skipif(
+    shutil.which("cc") is None, reason="the stand-in for the CUDA driver needs a C compiler"
+)
+TRANSPORTS = (
+    *("shm", "host", "p2p"),
+    *(pytest.param(name, marks=WITHOUT_COMPILER) for name in ("ipc", "nccl")),
+)
 
 
 @dataclass
@@ -49,28 +66,40 @@ class Ends:
         self.evictor.release(i)
 
 
-def meetings() -> tuple[Meeting, Meeting]:
-    store = dist.HashStore()
+def meetings(store: Any = None) -> tuple[Meeting, Meeting]:
+    store = store or dist.HashStore()
     return tuple(Meeting(store, "0-1", end, DEADLINE) for end in ("evictor", "acceptor"))
 
 
-def open_ends(name: str, wanted: int) -> Ends:
-    if name == "host":
-        return Ends(name, host_transport("0-1", wanted, CPU, DEADLINE), NothingLent())
-    here, there = meetings()
-    if name == "shm":
-        transport = shared_memory_transport(here, wanted)
-        return Ends(name, transport, SharedMemoryLender(there))
+def groups_of_two(store: Any) -> list[Any]:
     groups: list[Any] = [None, None]
 
     def join(rank: int) -> None:
-        groups[rank] = two_sided_group(here.store, "0-1", rank, CPU, DEADLINE)
+        groups[rank] = two_sided_group(store, "0-1", rank, CPU, DEADLINE)
 
     threads = [threading.Thread(target=join, args=(rank,)) for rank in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
+    return groups
+
+
+def open_ends(name: str, wanted: int, folder: str = "") -> Ends:
+    if name == "host":
+        return Ends(name, host_transport("0-1", wanted, CPU, DEADLINE), NothingLent())
+    if name == "ipc":
+        here, there = meetings(dist.FileStore(f"{folder}/store", 2))
+        lender = InProcess(lambda: IpcLender(there, CPU))
+        return Ends(name, ipc_transport(here, wanted, CPU), lender)
+    here, there = meetings()
+    if name == "shm":
+        transport = shared_memory_transport(here, wanted)
+        return Ends(name, transport, SharedMemoryLender(there))
+    groups = groups_of_two(here.store)
+    if name == "nccl":
+        lender = OnThread(lambda: NcclLender(groups[1], there, CPU))
+        return Ends(name, NcclTransport(groups[0], here, wanted // 2, 2, CPU), lender)
     lender = TwoSidedLender(groups[1], "0-1", CPU, DEADLINE)
     return Ends(name, TwoSidedTransport(groups[0], "0-1", DEADLINE), lender)
 
@@ -78,15 +107,19 @@ def open_ends(name: str, wanted: int) -> Ends:
 @pytest.fixture(params=TRANSPORTS)
 def open_pair(request: pytest.FixtureRequest) -> Iterator[Callable[[int], Ends]]:
     opened = []
+    gpu = request.param in ("ipc", "nccl")
+    # gloo sends when it is called, without regard to streams, so what is packed must be there
+    stand_in = simulated_gpu(late=request.param == "ipc") if gpu else contextlib.nullcontext()
 
     def opener(wanted: int) -> Ends:
-        opened.append(open_ends(request.param, wanted))
+        opened.append(open_ends(request.param, wanted, folder))
         return opened[-1]
 
-    yield opener
-    for ends in opened:
-        ends.evictor.close()
-        ends.acceptor.close()
+    with stand_in, tempfile.TemporaryDirectory() as folder:
+        yield opener
+        for ends in opened:
+            ends.evictor.close()
+            ends.acceptor.close()
 
 
 def pieces(seed: int, *sizes: int) -> list[torch.Tensor]:

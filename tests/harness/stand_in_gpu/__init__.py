@@ -1,0 +1,101 @@
+"""A stand-in for a GPU's streams and for its driver, to run `runtime/transport/cuda` on a CPU.
+
+What it can show: that the code runs at all, that the calls go to the driver with their arguments in
+place (a real library, built from driver.c, that two processes can share memory through), and that
+every copy is waited for before its bytes are used or its memory is given away, since copies run as
+late as the events allow (streams.py). What only a GPU can show: the other direction (a copy that
+runs before the kernel that makes its source), speed, and what the real driver refuses.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+from megatron_bpipe.runtime.transport.cuda import driver
+
+from . import streams
+
+SOURCE = Path(__file__).with_name("driver.c")
+Copy = ctypes.CFUNCTYPE(None, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_size_t, ctypes.c_void_p)
+
+
+@functools.cache
+def library() -> Any:
+    """The stand-in for libcuda, built once a process."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "libcuda.so")
+        command = ["cc", "-shared", "-fPIC", "-O1", "-Wall", "-Werror", "-o", path, SOURCE]
+        subprocess.run(command, check=True)
+        return ctypes.CDLL(str(path))
+
+
+def bytes_of(kind: str) -> int:
+    """Bytes now ``allocated``, ``mapped`` from another process, or ``pinned``."""
+    function = library().stand_in_bytes
+    function.restype, function.argtypes = ctypes.c_size_t, (ctypes.c_char,)
+    return int(function(kind[0].encode()))
+
+
+def set_capacity(size: int) -> None:
+    """Bytes the device has."""
+    ctypes.c_size_t.in_dll(library(), "stand_in_capacity").value = size
+
+
+def forbid_ipc(forbidden: bool) -> None:
+    """Whether opening another process's memory is refused."""
+    ctypes.c_int.in_dll(library(), "stand_in_ipc_forbidden").value = forbidden
+
+
+def _memory(device: Any = None) -> tuple[int, int]:
+    """Bytes free and in all."""
+    capacity = ctypes.c_size_t.in_dll(library(), "stand_in_capacity").value
+    return capacity - bytes_of("allocated"), capacity
+
+
+@Copy
+def _queue_copy(target: int, source: int, size: int, stream: int) -> None:
+    streams.stream_of(stream).put(functools.partial(ctypes.memmove, target, source, size))
+
+
+@contextlib.contextmanager
+def simulated_gpu(*, late: bool = True) -> Iterator[None]:
+    """Let ``runtime/transport/cuda`` run on the CPU.
+
+    Args:
+        late: copies run as late as the events allow; False: at once.
+    """
+    loaded = library()
+    ctypes.c_void_p.in_dll(loaded, "stand_in_on_copy").value = ctypes.cast(
+        _queue_copy, ctypes.c_void_p
+    ).value
+    stand_ins: dict[str, Any] = {
+        "Stream": streams.Stream,
+        "Event": streams.Event,
+        "stream": streams.Within,
+        "current_stream": streams.current_stream,
+        "device": lambda device: contextlib.nullcontext(),
+        "empty_cache": lambda: None,
+        "mem_get_info": _memory,
+    }
+    with contextlib.ExitStack() as patches:
+        patches.enter_context(mock.patch.object(streams, "LATE", late))
+        for name, stand_in in stand_ins.items():
+            patches.enter_context(mock.patch.object(torch.cuda, name, stand_in))
+        patches.enter_context(
+            mock.patch.object(torch.cuda.nvtx, "range", return_value=contextlib.nullcontext())
+        )
+        patches.enter_context(mock.patch.object(ctypes, "CDLL", return_value=loaded))
+        driver._library.cache_clear()
+        driver._library()
+        yield
+    driver._library.cache_clear()
