@@ -77,6 +77,14 @@ B200 = Gpu(
 GPUS = {gpu.name: gpu for gpu in (A100_40G, A100_80G, H100_80G, H200, B200)}
 
 
+def recognised(device: str) -> Gpu | None:
+    """The GPU whose device name this is, as the driver gives it; None if it is none of these.
+
+    Devices that differ in memory only (A100) have one entry here: take no memory size from it.
+    """
+    return next((gpu for name, gpu in GPUS.items() if name.split("-")[0] in device), None)
+
+
 def gpu_named(name: str) -> Gpu:
     """A GPU by name; raises EstimateError naming those that exist."""
     if name not in GPUS:

@@ -35,6 +35,7 @@ class Pair:
         why: for people: the link, and what was passed over.
         device: where this rank computes.
         group: the pair's process group, for ``p2p``.
+        link: between the two GPUs; None on CPUs.
     """
 
     meeting: Meeting
@@ -42,6 +43,7 @@ class Pair:
     why: str
     device: torch.device
     group: Any
+    link: Link | None = None
 
     def borrow(self, microbatch_bytes: int, slots: int) -> Transport:
         """The evictor's end."""
@@ -104,7 +106,7 @@ def open_pair(group: Any, evictor: int, asked: str, device: torch.device, deadli
     messages = None
     if transport == "p2p":
         messages = two_sided_group(store, pair, int(end == "acceptor"), device, deadline)
-    return Pair(meeting, transport, why, device, messages)
+    return Pair(meeting, transport, why, device, messages, sight.link)
 
 
 def agree(asked: str, sight: Sight, meeting: Meeting, device: torch.device) -> tuple[str, str]:

@@ -20,6 +20,7 @@ import torch
 from ..runtime.executor import Run
 from .checks import incompatible
 from .groups import GROUPS_NAMES, default_groups
+from .link_forecast import forward_flops
 from .megatron_stage import MegatronStage, StageCall, call_known
 from .plan import stage_plan
 from .session import Session
@@ -43,7 +44,7 @@ def make_schedule(
         call = _stage_call(schedules, arguments)
         group = call.communicator.pp_group
         plan = stage_plan(group.size(), call.microbatches, group.rank(), session.options.budget)
-        session.begin(plan, group, call.model)
+        session.begin(plan, group, call.model, _flops_of(call, arguments))
         _timer(call.config, start=True)
         embedding = call_known(
             schedules.clear_embedding_activation_buffer,
@@ -125,6 +126,18 @@ def _shapes(schedules: Any, config: Any, groups: Any, arguments: dict[str, Any])
     received, sent = shapes(), shapes()
     adjust = arguments["adjust_tensor_shapes_fn"]
     return adjust(received, sent) if adjust is not None else (received, sent)
+
+
+def _flops_of(call: StageCall, arguments: dict[str, Any]) -> Callable[[], float | None]:
+    """What gives the FLOPs of one micro-batch's forward; asked for once, if at all."""
+    return functools.partial(
+        forward_flops,
+        call.config,
+        arguments["seq_length"],
+        arguments["micro_batch_size"],
+        call.groups,
+        call.communicator.pp_group.size(),
+    )
 
 
 def _finish_gradients(

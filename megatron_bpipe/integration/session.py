@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +17,8 @@ from ..runtime.recorder import Recorder
 from ..runtime.report import merge, table, write_json
 from ..runtime.store import ActivationStore
 from ..runtime.transport import Lender, Transport
-from ..runtime.transport.speed import measure
+from ..runtime.transport.speed import Speed, measure
+from .link_forecast import forecast
 from .log import say, warn
 from .options import Options
 from .pairing import Pair, open_pair
@@ -43,8 +45,16 @@ class Session:
     # tests look at, and tamper with, what comes back; see ActivationStore.inspect
     inspect_loaded: Any = field(default=None, repr=False)
 
-    def begin(self, plan: StagePlan | None, group: Any, model: torch.nn.Module) -> None:
+    def begin(
+        self,
+        plan: StagePlan | None,
+        group: Any,
+        model: torch.nn.Module,
+        flops: Callable[[], float | None] = lambda: None,
+    ) -> None:
         """An iteration begins on the stage that this rank is in ``group``.
+
+        ``flops`` gives those of one micro-batch's forward, if they are known.
 
         The acceptor lends its pool here: its partner has asked for it after its own first
         forward, which comes before any message can reach this stage.
@@ -65,7 +75,7 @@ class Session:
             pair = self._meet(group, evictor=plan.partner)
             self.lender = pair.lend()
         if plan.slots_borrowed and self._store is None:
-            self._store = self._make_store(plan, self._meet(group, evictor=group.rank()))
+            self._store = self._make_store(plan, self._meet(group, evictor=group.rank()), flops)
         if not self._announced:
             self._announced = True
             # rank 0 evicts in every schedule that evicts at all, so it always has a pair to show
@@ -149,11 +159,21 @@ class Session:
                     end.close()
         self._store = self.lender = None
 
-    def _make_store(self, plan: StagePlan, pair: Pair) -> ActivationStore:
+    def _make_store(
+        self, plan: StagePlan, pair: Pair, flops: Callable[[], float | None]
+    ) -> ActivationStore:
         def connect(microbatch_bytes: int) -> Transport:
             transport = pair.borrow(microbatch_bytes, plan.slots_borrowed)
-            if self.options.measure_links:
-                warn(f"pair {pair.meeting.pair}: {_measured(pair, transport, microbatch_bytes)}")
+            speed = None
+            if self.options.measure_links and pair.transport != "p2p":
+                speed = measure(transport, microbatch_bytes, pair.device)
+            lines = [
+                _measured(pair.transport, speed) if self.options.measure_links else None,
+                forecast(pair.transport, pair.link, microbatch_bytes, flops(), speed),
+            ]
+            for line in lines:
+                if line is not None:
+                    warn(f"pair {pair.meeting.pair}: {line}")
             return transport
 
         return ActivationStore(
@@ -172,11 +192,10 @@ class Session:
         return pair
 
 
-def _measured(pair: Pair, transport: Transport, microbatch_bytes: int) -> str:
-    if pair.transport == "p2p":
+def _measured(transport: str, speed: Speed | None) -> str:
+    if speed is None:
         return "p2p needs both ends for every copy: its speed shows in the report's timeline"
-    speed = measure(transport, microbatch_bytes, pair.device)
     return (
-        f"{pair.transport} copies {speed.size / 2**20:.1f} MiB at {speed.out / 2**30:.1f} GiB/s "
+        f"{transport} copies {speed.size / 2**20:.1f} MiB at {speed.out / 2**30:.1f} GiB/s "
         f"out and {speed.back / 2**30:.1f} GiB/s back"
     )

@@ -13,11 +13,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from ..estimate.flops import equation_1
-from ..estimate.hardware import GPUS
 from ..estimate.models import gpt
+from .link_forecast import gpu_here
 from .session import Session
 
 
@@ -69,9 +67,9 @@ def _scalars(args: Any, sequences: float, seconds: float, session: Session) -> d
     )
     per_gpu = equation_1(model, 1) * sequences / seconds / args.world_size
     scalars = {"bpipe/tflops_per_gpu": per_gpu / 1e12}
-    peak = _peak_flops()
-    if peak is not None:
-        scalars["bpipe/mfu_percent"] = 100 * per_gpu / peak
+    gpu = gpu_here()
+    if gpu is not None:
+        scalars["bpipe/mfu_percent"] = 100 * per_gpu / gpu.flops
     if session.plan is not None:
         scalars["bpipe/budget"] = session.plan.budget
     if session.lender is not None:
@@ -96,11 +94,3 @@ def _write(training: Any, iteration: int, scalars: dict[str, float]) -> None:
     wandb = training.get_wandb_writer()
     if wandb:
         wandb.log(scalars, iteration)
-
-
-@functools.cache
-def _peak_flops() -> float | None:
-    if not torch.cuda.is_available():
-        return None
-    device = torch.cuda.get_device_name()
-    return next((gpu.flops for name, gpu in GPUS.items() if name.split("-")[0] in device), None)

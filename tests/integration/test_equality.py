@@ -133,9 +133,15 @@ def test_links_are_measured_on_request(megatron: Megatron) -> None:
     assert "bpipe: pair" not in result.log(3)
 
 
-def test_a_slow_link_is_warned_of_once(megatron: Megatron) -> None:
+def test_a_slow_link_is_foretold_and_warned_of_once(megatron: Megatron) -> None:
     slow = {"call": "tests.harness.rank:every_link_is_slow", "with": {}}
     result = megatron.train([*gpt(4), "--bpipe"], steps=4, hooks=[slow])
     assert result.ok, result.logs
-    assert result.log(0).count("bpipe: pair 0-3: the link is too slow to hide the copies") == 1
+    measured = "bpipe: pair 0-3: the link is too slow to hide the copies"
+    assert result.log(0).count(measured) == 1
+    foretold = (
+        "bpipe: pair 0-3: expected before training (published bandwidth, A100-80GB at 50% MFU)"
+    )
+    assert result.log(0).count(foretold) == 1
+    assert result.log(0).index(foretold) < result.log(0).index(measured)
     assert "too slow" not in "".join(result.log(rank) for rank in (1, 2, 3))
