@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """Bandwidth of BPipe's copies against the same-device copy of that size in one process.
 
-    python benchmarks/copies.py [--output copies.json]
+    python benchmarks/copies.py [--acceptor-gpu 1] [--output copies.json]
 
-The evictor is this process, the acceptor another one on GPU 0; a micro-batch is 40 storages, as a
-few layers have. The aim: at least 80 % of the plain copy from 64 MiB up. Exit status 77: no GPU.
+The evictor is this process, the acceptor another one, on the same GPU or on the one named; a
+micro-batch is 40 storages, as a few layers have. The aim: at least 80 % of the plain copy between
+the same two GPUs from 64 MiB up. Exit status 77: no GPU.
 """
 
 from __future__ import annotations
@@ -38,21 +39,22 @@ REPEATS = 9
 def main() -> int:
     """Measure every size over every transport."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--acceptor-gpu", type=int, default=0, help="where the pool lies")
     parser.add_argument("--output", type=Path, help="write the result as JSON")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         print("skipped: no CUDA device")
         return NO_GPU
-    device = torch.device("cuda", 0)
+    device, there = (torch.device("cuda", gpu) for gpu in (0, arguments.acceptor_gpu))
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        pair, acceptor = _pair(Path(folder))
+        pair, acceptor = _pair(Path(folder), arguments.acceptor_gpu)
         transports = {
             pair.transport: pair.borrow(SIZES[-1] + 512 * PIECES, 1),
             "host": host_transport("0-1", SIZES[-1] + 512 * PIECES, device, 60.0),
         }
         for size in SIZES:
-            row: dict[str, Any] = {"bytes": size, "plain_copy_gib_s": _plain(size, device)}
+            row: dict[str, Any] = {"bytes": size, "plain_copy_gib_s": _plain(size, device, there)}
             for name, transport in transports.items():
                 out, back = _through(transport, size, device)
                 row[f"{name}_out_gib_s"], row[f"{name}_back_gib_s"] = out, back
@@ -77,12 +79,12 @@ def main() -> int:
     return 0
 
 
-def _pair(folder: Path) -> tuple[Any, subprocess.Popen[bytes]]:
+def _pair(folder: Path, gpu: int) -> tuple[Any, subprocess.Popen[bytes]]:
     from tests.gpu.acceptor import meet
 
     store = str(folder / "store")
     environment_ = os.environ | {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
-    command = [sys.executable, "-m", "tests.gpu.acceptor", store]
+    command = [sys.executable, "-m", "tests.gpu.acceptor", store, str(gpu)]
     acceptor = subprocess.Popen(command, cwd=ROOT, env=environment_)
     return meet(store, "evictor"), acceptor
 
@@ -103,9 +105,9 @@ def _seconds(ticket: Ticket) -> float:
     return end - start
 
 
-def _plain(size: int, device: torch.device) -> float:
+def _plain(size: int, device: torch.device, there: torch.device) -> float:
     source = torch.ones(size, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
+    target = torch.empty_like(source, device=there)
     return _gib_s(size, [_timed(lambda: target.copy_(source)) for _ in range(REPEATS)])
 
 

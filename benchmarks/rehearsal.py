@@ -2,11 +2,12 @@
 """Stock 1F1B, BPipe over ipc and BPipe over host memory, all stages on one GPU.
 
     python benchmarks/rehearsal.py [--micro-batches 1 2] [--modes stock ipc host] [--output r.json]
+    python benchmarks/rehearsal.py --largest-in 16 [--modes stock ipc] [--output largest.json]
 
 What one GPU that all stages share can say, and what it cannot:
 
 - *memory*: each stage's own peak (the caching allocator's, plus the pool it lends) is the real one.
-  ``fits`` lists, for each stage budget in GiB, the largest micro-batch of those tried.
+  ``--largest-in GIB`` searches the largest micro-batch whose every stage stays within so much.
 - *time*: the stages' kernels queue for one GPU, so an iteration lasts as long as all their work
   together. The ratio to stock is what BPipe adds to that work, not what a pipeline would lose.
 - *turns* (``--turns``): only one stage computes at a time, the others wait for it, so every forward
@@ -41,6 +42,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 from benchmarks.environment import NO_GPU, environment  # noqa: E402
+from benchmarks.largest import largest  # noqa: E402
 from benchmarks.overlap import overlap_of  # noqa: E402
 from megatron_bpipe.integration.cpu.flags import cpu_flags  # noqa: E402
 
@@ -61,7 +63,6 @@ MODEL = [
     *("--pipeline-model-parallel-size", str(STAGES), "--train-iters", str(STEPS)),
     *cpu_flags(),
 ]
-BUDGETS_GIB = (2, 4, 6, 8, 12, 16, 24, 32)
 
 
 def main() -> int:
@@ -70,40 +71,66 @@ def main() -> int:
     parser.add_argument("--micro-batches", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--turns", action="store_true", help="only one stage computes at a time")
+    parser.add_argument(
+        "--largest-in",
+        type=float,
+        metavar="GIB",
+        help="memory a stage; search, not --micro-batches",
+    )
     parser.add_argument("--seconds", type=float, default=180, help="most that one run may take")
     parser.add_argument("--output", type=Path, help="write the result as JSON")
     parser.add_argument("--rank-writes-to", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--rank-limit", type=float, help=argparse.SUPPRESS)
     arguments, flags = parser.parse_known_args()
     if not torch.cuda.is_available():
         print("skipped: no CUDA device")
         return NO_GPU
     if arguments.rank_writes_to:
+        if arguments.rank_limit:
+            total = torch.cuda.get_device_properties(0).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, arguments.rank_limit / total))
         _be_a_rank(arguments.rank_writes_to, flags, arguments.turns)
         return 0
     if flags:
         parser.error(f"unknown: {' '.join(flags)}")
-    rows = []
-    for size in arguments.micro_batches:
-        for mode in arguments.modes:
-            row = _run(mode, size, arguments.seconds, arguments.turns)
-            print(json.dumps(row), flush=True)
-            rows.append(row)
+    rows: list[dict[str, Any]] = []
+
+    def run(mode: str, size: int, limit: float = 0.0) -> dict[str, Any]:
+        rows.append(_run(mode, size, arguments.seconds, arguments.turns, limit))
+        print(json.dumps(rows[-1]), flush=True)
+        return rows[-1]
+
+    found = None
+    if arguments.largest_in:
+        limit = arguments.largest_in * GIB
+        found = {
+            mode: largest(lambda size, mode=mode: _fits(run(mode, size, limit), limit))
+            for mode in arguments.modes
+        }
+    else:
+        for size in arguments.micro_batches:
+            for mode in arguments.modes:
+                run(mode, size)
     result = {
         "environment": environment(),
         "model": " ".join(MODEL),
         "rows": rows,
         "time_ratio_to_stock": _ratios(rows),
         "stage_ratio_to_stock_in_turns": _stage_ratios(rows) if arguments.turns else None,
-        "fits": {f"{budget} GiB a stage": _fits(rows, budget * GIB) for budget in BUDGETS_GIB},
+        "gib_a_stage": arguments.largest_in,
+        "largest_micro_batch": found,
+        "sequences_per_second_there": found and _speeds(rows, found),
     }
     shown = {key: value for key, value in result.items() if key not in ("rows", "model")}
     print(json.dumps(shown, indent=1))
     if arguments.output:
         arguments.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    return 0 if all("error" not in row for row in rows) else 1
+    # in a search it is right that the largest tried did not fit
+    done = all(found.values()) if found else all("error" not in row for row in rows)
+    return 0 if done else 1
 
 
-def _run(mode: str, size: int, seconds: float, turns: bool) -> dict[str, Any]:
+def _run(mode: str, size: int, seconds: float, turns: bool, limit: float) -> dict[str, Any]:
     row: dict[str, Any] = {"mode": mode, "micro_batch": size}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -111,7 +138,7 @@ def _run(mode: str, size: int, seconds: float, turns: bool) -> dict[str, Any]:
         flags += ["--micro-batch-size", str(size), "--global-batch-size", str(MICROBATCHES * size)]
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command += ["--nproc-per-node", str(STAGES), __file__, "--rank-writes-to", name]
-        command += [*["--turns"] * turns, *flags]
+        command += ["--rank-limit", str(limit), *["--turns"] * turns, *flags]
         variables = {"OMP_NUM_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
         variables["PYTHONPATH"] = f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"
         log = folder / "log"
@@ -133,7 +160,8 @@ def _run(mode: str, size: int, seconds: float, turns: bool) -> dict[str, Any]:
             said = log.read_text(encoding="utf-8", errors="replace").splitlines()
             out = [line for line in said if "OutOfMemory" in line or "out of memory" in line]
             status = f"not over after {seconds:.0f} s" if code is None else f"status {code}"
-            return row | {"error": f"{status}: {' | '.join(out[:1] or said[-5:])}"}
+            error = f"{status}: {' | '.join(out[:1] or said[-5:])}"
+            return row | {"error": error, "out_of_memory": bool(out)}
         return row | _read(folder)
 
 
@@ -186,13 +214,25 @@ def _stage_ratios(rows: list[dict[str, Any]]) -> dict[str, list[float]]:
     return found
 
 
-def _fits(rows: list[dict[str, Any]], budget: float) -> dict[str, int]:
-    """Largest micro-batch by mode whose every stage stays within ``budget`` bytes; 0: none."""
-    found: dict[str, int] = {}
-    for row in rows:
-        fits = "error" not in row and max(row["stage_peak_bytes"]) <= budget
-        found[row["mode"]] = max(found.get(row["mode"], 0), row["micro_batch"] if fits else 0)
-    return found
+def _fits(row: dict[str, Any], limit: float) -> bool:
+    """Whether every stage, what it lends included, stayed within ``limit`` bytes.
+
+    Raises:
+        RuntimeError: it failed, and not for want of memory.
+    """
+    if "error" not in row:
+        return bool(max(row["stage_peak_bytes"]) <= limit)
+    if not row["out_of_memory"]:
+        raise RuntimeError(f"{row['mode']}, micro-batch {row['micro_batch']}: {row['error']}")
+    return False
+
+
+def _speeds(rows: list[dict[str, Any]], sizes: dict[str, int]) -> dict[str, float]:
+    return {
+        row["mode"]: row["micro_batch"] * MICROBATCHES / row["seconds_per_iteration"]
+        for row in rows
+        if row["micro_batch"] == sizes[row["mode"]]
+    }
 
 
 def _be_a_rank(folder: Path, flags: list[str], turns: bool) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.rehearsal import _fits, _ratios, _stage_ratios
+from benchmarks.rehearsal import _fits, _ratios, _speeds, _stage_ratios
 from tests.harness import ROOT
 
 HIDDEN = {"CUDA_VISIBLE_DEVICES": "", "PYTHON": sys.executable}
@@ -38,7 +38,7 @@ def test_benchmarks_are_skipped_too(name: str) -> None:
 ROWS = [
     {"mode": "stock", "micro_batch": 1, "seconds_per_iteration": 2.0, "stage_peak_bytes": [4, 1]},
     {"mode": "ipc", "micro_batch": 1, "seconds_per_iteration": 2.1, "stage_peak_bytes": [3, 3]},
-    {"mode": "stock", "micro_batch": 2, "error": "out of memory"},
+    {"mode": "stock", "micro_batch": 2, "error": "OutOfMemoryError", "out_of_memory": True},
     {"mode": "ipc", "micro_batch": 2, "seconds_per_iteration": 4.0, "stage_peak_bytes": [6, 6]},
 ]
 
@@ -53,6 +53,13 @@ def test_in_turns_a_stage_pays_for_what_it_waits() -> None:
     assert _stage_ratios([stock, ipc]) == {"ipc, micro-batch 1": [pytest.approx(1.1), 1.0]}
 
 
-def test_the_largest_micro_batch_is_that_of_the_fullest_stage() -> None:
-    assert _fits(ROWS, 6) == {"stock": 1, "ipc": 2}
-    assert _fits(ROWS, 3) == {"stock": 0, "ipc": 1}
+def test_whether_it_fits_is_up_to_the_fullest_stage() -> None:
+    assert [_fits(row, 4) for row in ROWS] == [True, True, False, False]
+    assert [_fits(row, 3) for row in ROWS] == [False, True, False, False]
+    assert _speeds(ROWS, {"stock": 1, "ipc": 2}) == {"stock": 4.0, "ipc": 4.0}
+
+
+def test_a_failure_for_another_reason_is_not_taken_for_want_of_memory() -> None:
+    late = {"mode": "ipc", "micro_batch": 3, "error": "not over", "out_of_memory": False}
+    with pytest.raises(RuntimeError, match="ipc, micro-batch 3: not over"):
+        _fits(late, 6)

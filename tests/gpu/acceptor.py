@@ -1,4 +1,4 @@
-"""The acceptor's end of an IPC pair as a process of its own: ``acceptor.py STORE``.
+"""The acceptor's end of an IPC pair as a process of its own: ``acceptor.py STORE [GPU]``.
 
 Agrees on a transport, lends, and closes when it is told to. Its exit status is 3 if it refused.
 """
@@ -17,20 +17,21 @@ from megatron_bpipe.runtime.transport.meeting import Meeting
 DEADLINE = 60.0
 
 
-def meet(path: str, end: str) -> pairing.Pair:
-    """One end of the pair, on the first GPU."""
-    device = torch.device("cuda", 0)
+def meet(path: str, end: str, gpu: int = 0) -> pairing.Pair:
+    """One end of the pair, on that GPU."""
+    device = torch.device("cuda", gpu)
+    torch.cuda.set_device(device)
     store = dist.FileStore(path, 2)
     meeting = Meeting(store, "0-1", end, DEADLINE)
     meeting.introduce()
     sight = pairing._look(meeting, device)
     transport, why = pairing.agree("auto", sight, meeting, device)
-    return pairing.Pair(meeting, transport, why, device, None)
+    return pairing.Pair(meeting, transport, why, device, None, sight.link)
 
 
 def main() -> int:
     """Lend until told to close."""
-    pair = meet(sys.argv[1], "acceptor")
+    pair = meet(sys.argv[1], "acceptor", *map(int, sys.argv[2:]))
     try:
         lender = pair.lend()
     except TransportError as error:
