@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -23,6 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.environment import environment  # noqa: E402
 from megatron_bpipe.integration.text_data import write_dataset  # noqa: E402
 from tests.harness import Megatron  # noqa: E402
 from tests.harness.planner_cases import (  # noqa: E402
@@ -98,11 +98,7 @@ def _summary(
     ]
     return {
         "command": " ".join(words),
-        "environment": {
-            "cores": cores,
-            "python": platform.python_version(),
-            "system": platform.platform(terse=True),
-        },
+        "environment": environment() | {"cores": cores},
         "memory_rank_correlation": rank_correlation(*peaks),
         "memory_median_error": statistics.median(
             abs(p / q - 1) for p, q in zip(*peaks, strict=True)

@@ -173,12 +173,10 @@ def _profiled(
             f"{args.profile}: element is {profile.element} bytes, the model's are {element}: "
             "profile with the same --bf16 or --fp16 (without them fp32)"
         )
-    for name, value in vars(question.model).items():
-        if name not in ("name", "layers") and getattr(profile.model, name) != value:
-            raise EstimateError(
-                f"{args.profile}: model.{name} is {getattr(profile.model, name)!r}, the model has "
-                f"{value!r}: profile the model you plan for"
-            )
+    try:
+        predictor = from_profile(profile, question.model, question.cluster.overhead)
+    except EstimateError as error:
+        raise EstimateError(f"{args.profile}: {error}") from error
     measured = [row for row in profile.stage if row.failure is None]
     if not measured:
         raise EstimateError(f"{args.profile}: stage has no row that ran: profile smaller ones")
@@ -188,14 +186,13 @@ def _profiled(
         attentions=tuple(a for a in question.attentions if any(r.attention == a for r in measured)),
         micro_batches=tuple(sorted({row.micro_batch for row in measured})),
     )
-    return narrowed, from_profile(profile, question.cluster.overhead)
+    return narrowed, predictor
 
 
 def _asked(args: argparse.Namespace) -> Asked:
-    given = [bool(args.hf_config), bool(args.model), bool(args.flags) and not args.hf_config]
     if args.model and args.flags:
         raise EstimateError(f"--model {args.model}: not together with Megatron's flags")
-    if not any(given) or (args.model and args.hf_config):
+    if not (args.hf_config or args.model or args.flags) or (args.model and args.hf_config):
         raise EstimateError("no model: give --hf-config FILE, --model NAME, or Megatron's flags")
     if not args.hf_config and not args.model:
         return read_flags(args.flags)
@@ -207,7 +204,7 @@ def _asked(args: argparse.Namespace) -> Asked:
         model = model_named(args.model)
     if args.flags:  # beside a config: sizes and whatever else is to stand in the command
         asked = read_flags([*model_flags(model), *args.flags])
-        return replace(asked, model=model, kept=(*asked.kept, *extra), element=asked.element)
+        return replace(asked, model=model, kept=(*asked.kept, *extra))
     return Asked(model, Fixed(), None, 2, (*model_flags(model), *extra, *TRIAL))
 
 

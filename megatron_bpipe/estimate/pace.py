@@ -83,11 +83,17 @@ def messages_seconds(run: Run, gpu: Gpu, element: int = 2) -> float:
 def profiled_pace(profile: Profile) -> StageTimes:
     """The pace of whatever the profile measured; the messages that it left out are added.
 
+    The profile must be of the run's model (``profile.check_model``).
+
     On another kind of GPU than the profile's all times are scaled by the peaks' ratio.
     """
 
     def pace(run: Run, gpu: Gpu) -> Pace:
-        check_profile(profile, run)
+        if profile.tp != run.layout.tp:
+            raise EstimateError(
+                f"tp: the profile was made with tensor-parallel size {profile.tp}, not "
+                f"{run.layout.tp}: make one for that size"
+            )
         row = profile.stage_row(run.micro_batch, run.attention)
         head = profile.head_row(run.micro_batch)
         if row is None or head is None:
@@ -108,19 +114,3 @@ def profiled_pace(profile: Profile) -> StageTimes:
         )
 
     return pace
-
-
-def check_profile(profile: Profile, run: Run) -> None:
-    """Raise EstimateError naming the first field in which the profile is not of this run."""
-    if profile.tp != run.layout.tp:
-        raise EstimateError(
-            f"tp: the profile was made with tensor-parallel size {profile.tp}, not "
-            f"{run.layout.tp}: make one for that size"
-        )
-    for name, value in vars(run.model).items():
-        measured = getattr(profile.model, name)
-        if name not in ("name", "layers") and measured != value:
-            raise EstimateError(
-                f"model.{name}: the profile was made with {measured!r}, the model has {value!r}: "
-                "profile the model you plan for"
-            )

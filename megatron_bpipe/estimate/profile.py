@@ -102,6 +102,17 @@ class Profile:
         return next((r for r in self.head if r.micro_batch == micro_batch), None)
 
 
+def check_model(profile: Profile, model: Model) -> None:
+    """Raise EstimateError naming the first field in which the profile is not of this model."""
+    for name, value in vars(model).items():
+        measured = getattr(profile.model, name)
+        if name not in ("name", "layers") and measured != value:
+            raise EstimateError(
+                f"model.{name} is {measured!r}, the model has {value!r}: profile the model you "
+                "plan for"
+            )
+
+
 def write_profile(profile: Profile, path: Path) -> None:
     """Write it as JSON; raises OSError."""
     data = {"format": FORMAT, **asdict(profile)}

@@ -76,6 +76,11 @@ class Run:
     chunks: int = 1
     partition: tuple[int, ...] = ()
 
+    @property
+    def evicts(self) -> bool:
+        """Whether micro-batches leave their stage, to the partner or to the host."""
+        return self.bpipe or self.host
+
     def __post_init__(self) -> None:
         model, layout = self.model, self.layout
         if self.attention not in get_args(Attention):

@@ -69,7 +69,11 @@ def _lowered(
 def _held(
     p: int, m: int, bpipe: bool, host: bool, chunks: int, budget: int | None
 ) -> tuple[tuple[int, int], ...]:
-    schedule = _schedule(p, m, bpipe, host, chunks, budget)
+    return held_in(_schedule(p, m, bpipe, host, chunks, budget))
+
+
+def held_in(schedule: Schedule) -> tuple[tuple[int, int], ...]:
+    """For each stage: most activations of its own there, and most that it has on its partner."""
     counts = [occupancy(line) for line in schedule.stages]
     remote = [0 if schedule.to_host else max(lent, default=0) for _, lent in counts]
     return tuple((max(own, default=0), r) for (own, _), r in zip(counts, remote, strict=True))

@@ -9,6 +9,7 @@ Units: seconds.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 
 from megatron_bpipe.estimate.iteration_time import Costs
@@ -44,12 +45,23 @@ def _pipeline_seconds(
         for x in range(p)
     ]
     costs = OpCosts(tuple(parts), send=exchange)
-    enough = 2 * p
-    if bpipe or m <= enough:
-        return simulate(_lowered(p, m, bpipe), costs).seconds
-    first = simulate(_lowered(p, enough, bpipe), costs).seconds
-    more = simulate(_lowered(p, enough + 1, bpipe), costs).seconds
-    return first + (m - enough) * (more - first)
+
+    def seconds(n: int) -> float:
+        return simulate(_lowered(p, n, bpipe), costs).seconds
+
+    return seconds(m) if bpipe else at_steady_pace(seconds, m, 2 * p, 1)
+
+
+def at_steady_pace(seconds: Callable[[int], float], m: int, first: int, step: int) -> float:
+    """``seconds`` of ``m`` micro-batches, long iterations from a shorter one and its steady pace.
+
+    From ``first`` micro-batches on every further ``step`` must take as long as the last ones did;
+    tested for the schedules that this is used for.
+    """
+    if m <= first + step:
+        return seconds(m)
+    short = seconds(first)
+    return short + (m - first) / step * (seconds(first + step) - short)
 
 
 @lru_cache(maxsize=64)

@@ -8,7 +8,6 @@ Evaluation (``forward_only``) holds no activations, so it goes to Megatron's own
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
 from collections.abc import Callable
@@ -57,7 +56,7 @@ def make_schedule(
         stage = MegatronStage(call)
         store, lender = session.store_for(plan), session.lender
         name = f"rank {torch.distributed.get_rank()} (stage {group.rank()} of {group.size()})"
-        ranges = torch.cuda.nvtx.range if torch.cuda.is_available() else contextlib.nullcontext
+        ranges = torch.cuda.nvtx.range if torch.cuda.is_available() else None
         Run(plan.ops, stage, store, lender, session.observers(), name, ranges).run()
         _finish_gradients(call, stage, embedding, arguments)
         _timer(call.config, start=False)

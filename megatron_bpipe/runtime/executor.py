@@ -85,7 +85,7 @@ class Run:
         lender: Lender | None = None,
         observers: Sequence[Observer] = (),
         name: str = "this stage",
-        range_of: Callable[[str], AbstractContextManager[object]] = nullcontext,
+        range_of: Callable[[str], AbstractContextManager[object]] | None = None,
     ) -> None:
         """``range_of`` gets the text of each op and is around it: for a profiler's ranges."""
         self._ops = ops
@@ -123,7 +123,7 @@ class Run:
             start = time.perf_counter()
             self._moved = 0
             try:
-                with self._range_of(" ".join(str(op) for op in group)):
+                with self._range(group):
                     self._do(group)
             except Exception as error:
                 error.add_note(self._failure_note(group[0]))
@@ -136,6 +136,11 @@ class Run:
             self._store.check_empty()
         if self._lender is not None:
             self._lender.finish()
+
+    def _range(self, group: Sequence[Op]) -> AbstractContextManager[object]:
+        if self._range_of is None:
+            return nullcontext()
+        return self._range_of(" ".join(str(op) for op in group))
 
     def _do(self, group: Sequence[Op]) -> None:
         if len(group) == 1:

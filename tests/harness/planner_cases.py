@@ -135,7 +135,7 @@ def profiled(megatron: Megatron, folder: Path, size: Size, repeats: int = 5) -> 
         "profile_stage.py", [cases, "{}", "[]", str(folder)], world=1, timeout=300
     )
     assert result.ok, result.logs
-    return from_profile(read_profile(folder / "gpt.json"), overhead=0)
+    return from_profile(read_profile(folder / "gpt.json"), size.model, overhead=0)
 
 
 def outcome(megatron: Megatron, predictor: Predictor, case: Case, size: Size) -> Outcome:

@@ -30,6 +30,7 @@ from megatron_bpipe.estimate.profile import Profile
 from megatron_bpipe.estimate.refined import Constants, bytes_moved
 from megatron_bpipe.estimate.runs import Run
 from megatron_bpipe.estimate.scheduled import lowered_of
+from megatron_bpipe.estimate.simulated import at_steady_pace
 from megatron_bpipe.placement import ParallelShape, make_report
 from megatron_bpipe.simulate.engine import simulate
 
@@ -73,12 +74,16 @@ class Predictor:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A run on a cluster whose nodes come in this order; ``gpus`` by stage."""
+    """A run on a cluster whose nodes come in this order."""
 
     run: Run
     cluster: Cluster
-    gpus: tuple[Gpu, ...]
     machine: Machine
+
+    @property
+    def gpus(self) -> tuple[Gpu, ...]:
+        """The GPU of each stage."""
+        return self.machine.gpus
 
 
 @dataclass(frozen=True)
@@ -127,7 +132,7 @@ def place(run: Run, cluster: Cluster, times: StageTimes) -> Candidate:
         replicas=min(gpu.nvlink for gpu in gpus) if inside else slowest.network,
         host=min(gpu.host for gpu in gpus),
     )
-    return Candidate(run, cluster, tuple(gpus), machine)
+    return Candidate(run, cluster, machine)
 
 
 @lru_cache(maxsize=1024)
@@ -200,14 +205,10 @@ def _penalty(run: Run, predictor: Predictor) -> float:
 
 def _simulated(candidate: Candidate, constants: Constants, kernels: Kernels) -> float:
     run = candidate.run
-    m = run.micro_batches
     first, step = _windows(run)
-    if m <= first + step:
-        return _iteration(candidate, m, constants, kernels)
-    # from there on every further ``step`` micro-batches take as long as the last ones (tested)
-    short = _iteration(candidate, first, constants, kernels)
-    longer = _iteration(candidate, first + step, constants, kernels)
-    return short + (m - first) / step * (longer - short)
+    return at_steady_pace(
+        lambda n: _iteration(candidate, n, constants, kernels), run.micro_batches, first, step
+    )
 
 
 def _windows(run: Run) -> tuple[int, int]:

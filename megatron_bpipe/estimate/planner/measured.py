@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_bpipe.estimate.errors import EstimateError
+from megatron_bpipe.estimate.scheduled import held_in
 from megatron_bpipe.schedule.balance import BudgetError, balance
 from megatron_bpipe.schedule.base import one_f_one_b
-from megatron_bpipe.schedule.live import occupancy
 from megatron_bpipe.schedule.ops import default_budget, partner
 
 MIB = 2**20
@@ -54,6 +54,21 @@ class MeasuredRun:
 
     stages: tuple[MeasuredStage, ...]
     budget: int | None
+
+    @property
+    def totals(self) -> tuple[int, ...]:
+        """Peak of each stage."""
+        return tuple(stage.total for stage in self.stages)
+
+    @property
+    def tightest(self) -> int:
+        """The fullest stage."""
+        return self.totals.index(max(self.totals))
+
+    @property
+    def emptiest(self) -> int:
+        """The stage with the most room."""
+        return self.totals.index(min(self.totals))
 
 
 @dataclass(frozen=True)
@@ -99,15 +114,13 @@ def proposals(run: MeasuredRun, micro_batches: int | None = None) -> list[Propos
     p = len(run.stages)
     m = micro_batches or 4 * p
     base = one_f_one_b(p, m)
-    out = [Proposal(None, _totals(run, [(min(p - x, m), 0) for x in range(p)]))]
+    out = [Proposal(None, _totals(run, held_in(base)))]
     for budget in range(min(p, m) - 1, default_budget(p) - 1, -1):
         try:
             balanced = balance(base, budget)
         except BudgetError:
             break
-        held = [occupancy(line) for line in balanced.stages]
-        counts = [(max(own, default=0), max(lent, default=0)) for own, lent in held]
-        out.append(Proposal(budget, _totals(run, counts)))
+        out.append(Proposal(budget, _totals(run, held_in(balanced))))
     return out
 
 
@@ -127,7 +140,7 @@ def best_pairs(run: MeasuredRun) -> PairProposal:
     """
     p = len(run.stages)
     held = [p - x for x in range(p)]
-    totals = _totals(run, [(n, 0) for n in held])
+    totals = _stock_totals(run)
     order = sorted(range(p), key=lambda x: totals[x])
     pairs, kept, highest = [], [], 0
     for acceptor, evictor in zip(order[: p // 2], reversed(order), strict=False):
@@ -153,12 +166,18 @@ def recomputed_shares(run: MeasuredRun, capacity: int) -> tuple[float, ...]:
     higher.
     """
     p = len(run.stages)
-    totals = _totals(run, [(p - x, 0) for x in range(p)])
+    totals = _stock_totals(run)
     shares = []
     for x, (stage, total) in enumerate(zip(run.stages, totals, strict=True)):
         activations = (p - x) * stage.micro_batch
         shares.append(max(0.0, (total - capacity) / activations) if activations else 0.0)
     return tuple(shares)
+
+
+def _stock_totals(run: MeasuredRun) -> tuple[int, ...]:
+    """Peak of each stage under stock 1F1B with at least as many micro-batches as stages."""
+    p = len(run.stages)
+    return _totals(run, [(p - x, 0) for x in range(p)])
 
 
 def _totals(run: MeasuredRun, counts: Sequence[tuple[int, int]]) -> tuple[int, ...]:

@@ -23,6 +23,7 @@ from megatron_bpipe.estimate.planner.evaluate import (
     seconds_of,
 )
 from megatron_bpipe.estimate.planner.space import Question, Refused, shapes, ways
+from megatron_bpipe.estimate.runs import Run
 
 KEPT = {"yes": 3, "borderline": 1}
 """Plans kept of each way, by whether they fit."""
@@ -40,7 +41,7 @@ class Plan:
     @property
     def way(self) -> str:
         """How its pipeline runs."""
-        return way_of(self.candidate)
+        return way_of(self.candidate.run)
 
 
 @dataclass(frozen=True)
@@ -84,15 +85,16 @@ def search(question: Question, predictor: Predictor) -> Found:
     fitting: dict[str, list[tuple[float, Candidate, Memory]]] = {}
     too_large: dict[tuple[str, str], TooLarge] = {}
     looked_at = 0
-    for run in shapes(question, refused):
-        for candidate, memory in ways(question, run, predictor, refused):
+    for shape in shapes(question, refused):
+        for candidate, memory in ways(question, shape, predictor, refused):
             looked_at += 1
+            run = candidate.run
             bound = mfu_of(candidate, least_seconds(candidate, predictor))
-            way = way_of(candidate)
+            way = way_of(run)
             if memory.fits != "no":
                 fitting.setdefault(way, []).append((bound, candidate, memory))
                 continue
-            key = (way, candidate.run.attention)
+            key = (way, run.attention)
             known = too_large.get(key)
             count = known.count + 1 if known else 1
             if known is None or bound > known.most_mfu:
@@ -120,9 +122,8 @@ def evaluate(candidate: Candidate, memory: Memory, predictor: Predictor) -> Plan
     return Plan(candidate, memory, seconds, mfu_of(candidate, seconds))
 
 
-def way_of(candidate: Candidate) -> str:
+def way_of(run: Run) -> str:
     """``1F1B``, ``interleaved``, ``BPipe`` or ``host offload``."""
-    run = candidate.run
     if run.bpipe:
         return "BPipe"
     if run.host:

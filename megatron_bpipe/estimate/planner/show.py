@@ -38,12 +38,10 @@ def plans_table(plans: Sequence[Plan]) -> str:
 
 def way_text(run: Run) -> str:
     """How a pipeline runs, with what that takes."""
+    way = way_of(run)
     if run.chunks > 1:
-        return f"interleaved, {run.chunks} chunks"
-    if run.bpipe or run.host:
-        name = "BPipe" if run.bpipe else "host offload"
-        return f"{name}, budget {run.budget or default_budget(run.layout.pp)}"
-    return "1F1B"
+        return f"{way}, {run.chunks} chunks"
+    return f"{way}, budget {_budget(run)}" if run.evicts else way
 
 
 def memory_line(memory: Memory) -> str:
@@ -61,7 +59,7 @@ def fallen_out(found: Found) -> str:
         tight = memory.tightest
         rows.append(
             (
-                way_of(large.candidate),
+                way_of(large.candidate.run),
                 run.attention,
                 str(large.count),
                 f"t={run.layout.tp} p={run.layout.pp} b={run.micro_batch}: stage {tight} needs "
@@ -86,7 +84,7 @@ def plan_data(plan: Plan) -> dict[str, object]:
         "global_batch": run.global_batch,
         "attention": run.attention,
         "chunks": run.chunks,
-        "budget": (run.budget or default_budget(run.layout.pp)) if run.bpipe or run.host else None,
+        "budget": _budget(run) if run.evicts else None,
         "partition": [run.layers_of(stage) for stage in range(run.layout.pp)],
         "gpus": [gpu.name for gpu in plan.candidate.gpus],
         "seconds": plan.seconds,
@@ -101,7 +99,7 @@ def too_large_data(large: TooLarge) -> dict[str, object]:
     """A candidate that does not fit, for JSON."""
     run = large.candidate.run
     return {
-        "way": way_of(large.candidate),
+        "way": way_of(large.candidate.run),
         "layout": asdict(run.layout),
         "micro_batch": run.micro_batch,
         "attention": run.attention,
@@ -111,6 +109,10 @@ def too_large_data(large: TooLarge) -> dict[str, object]:
         "most_mfu": large.most_mfu,
         "count": large.count,
     }
+
+
+def _budget(run: Run) -> int:
+    return run.budget or default_budget(run.layout.pp)
 
 
 def _layers(run: Run) -> str:

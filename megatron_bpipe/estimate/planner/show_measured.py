@@ -27,8 +27,7 @@ def capacity_of(run: MeasuredRun, given: int | None) -> int | None:
 def text(run: MeasuredRun, capacity: int | None, micro_batches: int | None) -> str:
     """Tightest stage, room, and what to change."""
     found = proposals(run, micro_batches)
-    totals = [stage.total for stage in run.stages]
-    tight, empty = totals.index(max(totals)), totals.index(min(totals))
+    tight, empty, totals = run.tightest, run.emptiest, run.totals
     lines = [
         _table(run, capacity),
         "",
@@ -43,28 +42,35 @@ def text(run: MeasuredRun, capacity: int | None, micro_batches: int | None) -> s
         _budget_line(best(found, capacity), found[0], capacity),
         _pairs_line(run, best_pairs(run), found),
     ]  # fmt: skip
-    target = capacity if capacity is not None else min(max(q.totals) for q in found)
-    lines.append(_recompute_line(run, target, capacity is not None))
+    lines.append(_recompute_line(run, _target(found, capacity), capacity is not None))
     return "\n".join(lines)
 
 
 def data(run: MeasuredRun, capacity: int | None, micro_batches: int | None) -> dict[str, object]:
     """The same for JSON, in bytes."""
     found = proposals(run, micro_batches)
-    totals = [stage.total for stage in run.stages]
-    pairs = best_pairs(run)
-    target = capacity if capacity is not None else min(max(q.totals) for q in found)
+    target = _target(found, capacity)
     return {
         "stages": [vars(stage) | {"total": stage.total} for stage in run.stages],
-        "tightest": totals.index(max(totals)),
-        "most_room": totals.index(min(totals)),
+        "tightest": run.tightest,
+        "most_room": run.emptiest,
         "capacity": capacity,
         "proposals": [{"budget": q.budget, "totals": q.totals} for q in found],
         "budget": best(found, capacity).budget,
-        "pairs": vars(pairs),
+        "pairs": vars(best_pairs(run)),
         "recompute_target": target,
         "recomputed_shares": recomputed_shares(run, target),
     }
+
+
+def _target(found: Sequence[Proposal], capacity: int | None) -> int:
+    """What recomputation has to reach: the memory there is, else what the best budget needs."""
+    return capacity if capacity is not None else _lowest(found)
+
+
+def _lowest(found: Sequence[Proposal]) -> int:
+    """The fullest stage's peak under the best budget."""
+    return min(max(q.totals) for q in found)
 
 
 def _table(run: MeasuredRun, capacity: int | None) -> str:
@@ -113,10 +119,10 @@ def _pairs_line(run: MeasuredRun, found: PairProposal, known: Sequence[Proposal]
     shown = ", ".join(f"({evictor}, {acceptor})" for evictor, acceptor in found.pairs)
     if usual:
         return f"pairs: {shown}, the ones that --bpipe has, are the fullest with the emptiest"
-    lowest = min(max(q.totals) for q in known)
     return (
         f"pairs: by measured room {shown} would come to at most {found.highest / MIB:.1f} MiB, "
-        f"against {lowest / MIB:.1f} with stage x and p-1-x, the only pairs that --bpipe has"
+        f"against {_lowest(known) / MIB:.1f} with stage x and p-1-x, the only pairs that --bpipe "
+        "has"
     )
 
 

@@ -9,10 +9,11 @@ from megatron_bpipe.estimate.errors import EstimateError
 from megatron_bpipe.estimate.hardware import A100_80G, Gpu
 from megatron_bpipe.estimate.layer_model import fit_layer, layer_model
 from megatron_bpipe.estimate.memory import BF16, FP32
+from megatron_bpipe.estimate.models import Model
 from megatron_bpipe.estimate.op_costs import Stored
 from megatron_bpipe.estimate.pace import Pace, pace_of_mfu, profiled_pace
 from megatron_bpipe.estimate.planner.evaluate import Predictor
-from megatron_bpipe.estimate.profile import Profile
+from megatron_bpipe.estimate.profile import Profile, check_model
 from megatron_bpipe.estimate.published import EXPERIMENTS, LAYOUT
 from megatron_bpipe.estimate.runs import Run
 from megatron_bpipe.estimate.tables import published_cases, published_constants
@@ -26,8 +27,9 @@ def from_layer_model(element: int, overhead: int) -> Predictor:
     return Predictor(times, published_constants(), Stored(kernels, state, overhead))
 
 
-def from_profile(profile: Profile, overhead: int) -> Predictor:
-    """Stage times and bytes as the profile measured them."""
+def from_profile(profile: Profile, model: Model, overhead: int) -> Predictor:
+    """Stage times and bytes as measured; raises EstimateError for a profile of another model."""
+    check_model(profile, model)
     kernels = replace(FUSED, element=profile.element)
     state = BF16 if profile.element == 2 else FP32
     stored = Stored(kernels, state, overhead)

@@ -98,14 +98,14 @@ def ways(
         except EstimateError as error:
             refused.add(error)
             continue
-        plain = list(_plain(question, base, predictor))
+        partitions = _partitions(question, base)
+        plain = list(_plain(question, base, partitions, predictor))
         if not want:
             yield from plain
         if run.layout.pp == 1:
             continue
         if not want and not cluster.mixed:
             yield from _tried(_interleaved(run), cluster, predictor, refused)
-        partitions = _partitions(question, base)
         fast = [m for candidate, m in plain if candidate.run.partition in partitions]
         if want or not any(memory.fits == "yes" for memory in fast):
             for partition in partitions:
@@ -115,16 +115,11 @@ def ways(
 
 
 def _plain(
-    question: Question, base: Candidate, predictor: Predictor
+    question: Question, base: Candidate, fast: list[tuple[int, ...]], predictor: Predictor
 ) -> Iterator[tuple[Candidate, Memory]]:
     """1F1B with the partitions that are fast, and with the fastest that fits."""
-    limited = balanced_partition(
-        _limits(base, _most_layers(base, predictor)), base.run.model.layers
-    )
-    partitions = _partitions(question, base)
-    if question.uneven and limited is not None and len(set(limited)) > 1:
-        partitions.append(limited)
-    for partition in dict.fromkeys(partitions):
+    limited = _unlike(question, base, _most_layers(base, predictor))
+    for partition in dict.fromkeys([*fast, *limited]):
         candidate = replace(base, run=replace(base.run, partition=partition))
         yield candidate, memory_of(candidate, predictor)
 
@@ -132,12 +127,17 @@ def _plain(
 def _partitions(question: Question, base: Candidate) -> list[tuple[int, ...]]:
     """Even (empty), where layers divide, and balanced in time."""
     run = base.run
-    found: list[tuple[int, ...]] = [] if run.model.layers % run.layout.pp else [()]
-    layers = run.model.layers
-    balanced = balanced_partition(_limits(base, [layers] * run.layout.pp), layers)
-    if question.uneven and balanced is not None and len(set(balanced)) > 1:
-        found.append(balanced)
-    return found
+    layers, p = run.model.layers, run.layout.pp
+    even: list[tuple[int, ...]] = [] if layers % p else [()]
+    return [*even, *_unlike(question, base, [layers] * p)]
+
+
+def _unlike(question: Question, base: Candidate, most: Sequence[int]) -> list[tuple[int, ...]]:
+    """The partition balanced in time, with at most so many layers a stage, if stages are unlike."""
+    if not question.uneven:
+        return []
+    found = balanced_partition(_limits(base, most), base.run.model.layers)
+    return [found] if found is not None and len(set(found)) > 1 else []
 
 
 def _limits(base: Candidate, most: Sequence[int]) -> list[StageLimits]:

@@ -39,7 +39,7 @@ def everything(question: Question) -> list[tuple[str, str, float]]:
     """Way, whether it fits, MFU of all candidates, each simulated."""
     refused = Refused()
     return [
-        (way_of(c), memory.fits, evaluate(c, memory, PREDICTOR).mfu)
+        (way_of(c.run), memory.fits, evaluate(c, memory, PREDICTOR).mfu)
         for run in shapes(question, refused)
         for c, memory in ways(question, run, PREDICTOR, refused)
     ]
@@ -140,5 +140,6 @@ def test_nothing_to_look_at_says_why() -> None:
 def test_memory_of_each_stage_is_for_its_own_gpu() -> None:
     candidate = place(Run(SMALL, Layout(tp=8, pp=4), 1, 64, "flash"), MIXED, PREDICTOR.times)
     assert [gpu.name for gpu in candidate.gpus] == ["A100-80GB"] * 2 + ["H100-80GB"] * 2
-    smaller = replace(candidate, gpus=(replace(A100_80G, memory_gib=20.0), *candidate.gpus[1:]))
+    gpus = (replace(A100_80G, memory_gib=20.0), *candidate.gpus[1:])
+    smaller = replace(candidate, machine=replace(candidate.machine, gpus=gpus))
     assert memory_of(smaller, PREDICTOR).tightest == 0
