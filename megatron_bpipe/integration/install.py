@@ -24,6 +24,7 @@ from .after_import import after_import
 from .checks import check, check_megatron
 from .log import say
 from .observe import make_observed
+from .one_by_one import INSTEAD
 from .options import Options, add_flags
 from .pipeline import make_schedule
 from .place import place
@@ -43,11 +44,12 @@ class _PatchSet:
     undo: list[Callable[[], None]] = field(default_factory=list)
     stock: dict[str, Any] = field(default_factory=dict)  # what stood where something was replaced
 
-    def replace(self, module: ModuleType, name: str, make: Callable[[Any], Any]) -> None:
-        stock = getattr(module, name)
-        setattr(module, name, make(stock))
+    def replace(self, owner: Any, name: str, make: Callable[[Any], Any]) -> None:
+        """Put ``make(stock)`` in the place of an attribute of a module or class."""
+        stock = getattr(owner, name)
+        setattr(owner, name, make(stock))
         self.stock[name] = stock
-        self.undo.append(lambda: setattr(module, name, stock))
+        self.undo.append(lambda: setattr(owner, name, stock))
 
     def when_imported(self, module: str, patch: Callable[[ModuleType], None]) -> None:
         self.undo.append(after_import(module, patch))
@@ -154,6 +156,14 @@ def _parsed(args: Any) -> None:
     if options.rehearsal:  # after the placement, which gives ranks their devices
         rehearsal.prepare(args)
         _installed.replace(torch.distributed, "batch_isend_irecv", rehearsal.staged)
+        group = torch.distributed.ProcessGroup
+        for name, instead in INSTEAD.items():
+            if hasattr(group, name):
+                _installed.replace(group, name, functools.partial(_whatever_it_was, instead))
+
+
+def _whatever_it_was(instead: Any, stock: Any) -> Any:
+    return instead
 
 
 def _activate(options: Options) -> None:

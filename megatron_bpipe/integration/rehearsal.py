@@ -2,7 +2,8 @@
 
 Real CUDA memory per stage, real streams, BPipe's copies by CUDA IPC; only the speed is not that of
 a pipeline, since the stages share the GPU. NCCL refuses two ranks on one device, so every process
-group is gloo's, and since gloo sends host memory only, pipeline messages go through the host.
+group is gloo's. gloo sends host memory only, so pipeline messages go through the host; and it
+coalesces collectives of host memory only, so they run one by one (`one_by_one.py`).
 """
 
 from __future__ import annotations

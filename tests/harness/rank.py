@@ -201,6 +201,29 @@ def random_delays(job: dict[str, Any], seed: int, most: float) -> None:
         setattr(MegatronStage, name, delayed(getattr(MegatronStage, name)))
 
 
+def as_in_a_rehearsal(job: dict[str, Any]) -> None:
+    """Messages through the host and collectives one by one, as ``--bpipe-rehearsal`` has them."""
+    import torch.distributed as dist
+
+    from megatron_bpipe.integration.one_by_one import INSTEAD
+    from megatron_bpipe.integration.rehearsal import staged
+
+    used: set[str] = set()
+
+    def noted(name: str, instead: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*positional: Any, **named: Any) -> Any:
+            used.add(name)
+            Path(job["out"], f"used{os.environ['RANK']}.json").write_text(json.dumps(sorted(used)))
+            return instead(*positional, **named)
+
+        return call
+
+    dist.batch_isend_irecv = noted("messages", staged(dist.batch_isend_irecv))
+    for name, instead in INSTEAD.items():
+        if hasattr(dist.ProcessGroup, name):
+            setattr(dist.ProcessGroup, name, noted(name, instead))
+
+
 def every_link_is_slow(job: dict[str, Any]) -> None:
     """Let each copy seem to take a hundred times as long as a forward, and foretell the like."""
     from dataclasses import replace

@@ -8,7 +8,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from tests.harness import Megatron
+from tests.harness.compare import difference
+from tests.integration.combinations import COMBINATIONS
 
 
 def test_staged_messages_arrive_in_order(megatron: Megatron, tmp_path: Path) -> None:
@@ -17,3 +21,21 @@ def test_staged_messages_arrive_in_order(megatron: Megatron, tmp_path: Path) -> 
     for rank, other in ((0, 1), (1, 0)):
         received = json.loads((tmp_path / f"{rank}.json").read_text())
         assert received == [[10.0 * other + i] for i in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("name", "collectives"),
+    [("pp4", {"allreduce"}), ("dp2 distributed optimizer, both overlaps", {"gather", "scatter"})],
+)
+def test_messages_and_collectives_of_a_rehearsal_change_nothing(
+    megatron: Megatron, name: str, collectives: set[str]
+) -> None:
+    case = COMBINATIONS[name]
+    hook = {"call": "tests.harness.rank:as_in_a_rehearsal", "with": {}}
+    stock = megatron.train(case.flags, world=case.world)
+    staged = megatron.train(case.flags, world=case.world, hooks=(hook,))
+    assert difference(stock, staged) is None
+    used = json.loads((staged.out / "used0.json").read_text())
+    assert "messages" in used
+    for word in collectives:
+        assert any(word in one for one in used), used
