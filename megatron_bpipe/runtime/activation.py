@@ -13,7 +13,7 @@ from __future__ import annotations
 import enum
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -96,8 +96,10 @@ class Activation:
 
     microbatch: int
     roots: list[Node]
+    device: torch.device  # that computes; what was saved elsewhere stays there
     state: State = State.RESIDENT
-    leaving: list[Block] | None = None  # None until captured
+    leaving: list[Block] | None = None  # None until chosen
+    _views: list[View] = field(default_factory=list)
 
     def move(self, to: State) -> None:
         """Change state.
@@ -119,12 +121,12 @@ class Activation:
         return sum(b.size for b in self.leaving or ())
 
     def capture(self) -> None:
-        """Put hooks on the finished graph and decide, storage by storage, what leaves.
+        """Put hooks on the finished graph.
 
         Slots of Parameters and of the stage's input are left as autograd made them.
         """
         blocks: dict[int, Block] = {}
-        views: list[View] = []
+        views = self._views
         hooked = ""  # the node whose slot gets its hooks
 
         def pack(tensor: torch.Tensor) -> View:
@@ -146,23 +148,37 @@ class Activation:
                 hooked, alias = saved.node, saved.tensor.detach()
                 saved.slot.register_hooks(pack, _unpack)  # calls pack at once
                 views[-1].alias, views[-1].version = alias, alias._version
-        saved = alias = None  # type: ignore[assignment]  # they would count as holders
-        # Now the hooks hold views, views hold blocks and aliases, and a storage with one more
+
+    def choose(self) -> list[Block]:
+        """Decide, storage by storage, what leaves of what was captured.
+
+        Raises:
+            ModifiedInPlaceError: something was changed since it was captured.
+        """
+        views, self._views = self._views, []
+        for view in views:
+            _check_unchanged(view)
+        blocks = {id(view.block): view.block for view in views}
+        # The hooks hold views, views hold blocks and aliases, and a storage with one more
         # holder than these is somebody else's too: dropping it would free nothing.
         ours = Counter(id(view.block) for view in views)
         self.leaving = [
             block
             for block in blocks.values()
-            if block.size and torch._C._storage_Use_Count(_address(block)) == 1 + ours[id(block)]
+            if block.size
+            and block.device == self.device
+            and torch._C._storage_Use_Count(_address(block)) == 1 + ours[id(block)]
         ]
         leaving = {id(block) for block in self.leaving}
         for view in views:
             if id(view.block) in leaving:
                 view.alias = None  # nobody else can write to it any more
+        return self.leaving
 
     def forget(self) -> None:
         """Drop every reference once the backward has used it."""
         self.roots = []
+        self._views = []
         self.leaving = []
 
 
@@ -198,14 +214,18 @@ def _unpack(view: View) -> torch.Tensor:
         raise IllegalMoveError(
             f"the backward asked for a tensor saved by {view.node} that is not in local memory"
         )
+    _check_unchanged(view)
+    offset = view.offset - block.shift // view.dtype.itemsize
+    return _view(block.storage, view.dtype, block.device, offset, view.shape, view.stride)
+
+
+def _check_unchanged(view: View) -> None:
     if view.alias is not None and view.alias._version != view.version:
         raise ModifiedInPlaceError(
             f"a tensor of shape {tuple(view.shape)} saved by {view.node} was changed in place "
             f"(version {view.alias._version}, saved at {view.version}): its gradient would be "
             "silently wrong; change the model to write to a copy"
         )
-    offset = view.offset - block.shift // view.dtype.itemsize
-    return _view(block.storage, view.dtype, block.device, offset, view.shape, view.stride)
 
 
 def _view(

@@ -45,11 +45,15 @@ class Event:
 
 @dataclass
 class Peaks:
-    """Highest values seen at any op boundary of any training iteration."""
+    """Highest values seen at any op boundary of any training iteration.
+
+    ``allocator_bytes`` is above the level at the start of the iteration, and leaves the first one
+    out as soon as there is another: libraries allocate workspaces then that stay (cuBLAS).
+    """
 
     activation_bytes: int = 0
     microbatches: int = 0
-    allocator_bytes: int | None = None  # above the level at the start of the iteration
+    allocator_bytes: int | None = None
 
 
 @dataclass
@@ -81,6 +85,8 @@ class Recorder:
 
     def begin(self, excluded: Collection[int]) -> None:
         """A training iteration begins; ``excluded`` storages are not activations."""
+        if len(self.iterations) == 1:
+            self.peaks.allocator_bytes = None
         self._live.clear()
         self._excluded = excluded
         self._transfers.clear()

@@ -1,6 +1,7 @@
 """The evictor's activation store: carries out E, EW, L and LW, and checks every move.
 
-E3   capture micro-batch 3 (once), start to copy its blocks to the acceptor
+F3   over: put hooks on its graph, which capture what it saved
+E3   choose what leaves (once), start to copy those blocks to the acceptor
 EW3  the copy is over: drop the local blocks
 L3   allocate the blocks anew, start to copy them back
 LW3  the copy is over: the backward may use them; the slot is free again
@@ -56,17 +57,18 @@ class ActivationStore:
         if self.transport is None:
             self.transport = self.connect(_saved_bytes(output))
         if leaves:
-            self._held[microbatch] = Activation(microbatch, roots_of(output))
+            activation = Activation(microbatch, roots_of(output), _device_of(output))
+            self._held[microbatch] = activation
+            # here, while a GPU still computes the forward; at E it would wait for the host
+            activation.capture()
 
     def evict(self, microbatch: int) -> int:
         """E: start the copy out; returns its bytes."""
         activation = self._held[microbatch]
         activation.move(State.EVICTING)
-        if activation.leaving is None:
-            activation.capture()
-        assert activation.leaving is not None
         assert self.transport is not None
-        pieces = [block.bytes_view() for block in activation.leaving]
+        leaving = activation.leaving if activation.leaving is not None else activation.choose()
+        pieces = [block.bytes_view() for block in leaving]
         self._tickets[microbatch] = self.transport.evict(microbatch, pieces)
         self.totals.evicted += activation.leaving_bytes
         return activation.leaving_bytes
@@ -140,6 +142,11 @@ class ActivationStore:
         if self.transport is not None:
             self.transport.close()
             self.transport = None
+
+
+def _device_of(output: object) -> torch.device:
+    tensors = output if isinstance(output, (list, tuple)) else [output]
+    return next(t.device for t in tensors if isinstance(t, torch.Tensor))
 
 
 def _saved_bytes(output: object) -> int:

@@ -141,8 +141,8 @@ def test_bytes_come_back_as_they_left(open_pair: Callable[[int], Ends]) -> None:
 
 
 def test_any_order_and_room_is_used_again(open_pair: Callable[[int], Ends]) -> None:
-    ends = open_pair(2 * 4096)
-    expected = {i: pieces(i, 1000, 3000) for i in range(12)}
+    ends = open_pair(2 * 4 * MIB)
+    expected = {i: pieces(i, MIB, 3 * MIB) for i in range(12)}
     waiting: list[int] = []
     for i in range(12):
         ends.evict(i, expected[i])
@@ -156,12 +156,12 @@ def test_any_order_and_room_is_used_again(open_pair: Callable[[int], Ends]) -> N
     ends.load(last, expected[last])
     ends.acceptor.finish()
     lent = ends.acceptor.pool_bytes + ends.evictor.hosted_bytes
-    assert 0 < lent <= 4 * 4096
+    assert 0 < lent <= 4 * 4 * MIB
 
 
 def test_a_micro_batch_larger_than_the_pool_travels_too(open_pair: Callable[[int], Ends]) -> None:
-    ends = open_pair(4096)
-    small, large = pieces(0, 3000), pieces(1, 50_000, 17)
+    ends = open_pair(2 * MIB)
+    small, large = pieces(0, 3 * MIB // 2), pieces(1, 25 * MIB, 17)
     ends.evict(0, small)
     ends.evict(1, large)
     back = [torch.zeros_like(piece) for piece in large]

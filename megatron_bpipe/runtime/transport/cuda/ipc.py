@@ -25,7 +25,7 @@ from ..one_sided import OneSidedTransport
 from . import driver
 from .streams import StreamCopies
 
-TRIAL_BYTES = 2 * 2**20
+GRANULE = 2 * 2**20
 SECONDS_TO_UNMAP = 10.0
 
 
@@ -84,7 +84,8 @@ class IpcMemory:
         self._device = device
         self._address = 0
         self._spill = HostMemory(meeting.pair, 0, device)
-        meeting.tell("want", str(max(wanted, 1)))
+        # CUDA shares whole 2 MiB pages: a smaller pool would show its neighbours too
+        meeting.tell("want", str(max(1, -(-wanted // GRANULE)) * GRANULE))
 
     def first(self) -> torch.Tensor:
         """Map what is lent.
@@ -163,7 +164,7 @@ class Trial:
     """The acceptor's part of finding out whether IPC works at all: a little memory, lent."""
 
     def __init__(self, device: torch.device, pair: str) -> None:
-        self._address = allocate(TRIAL_BYTES, device, pair)
+        self._address = allocate(GRANULE, device, pair)
         self.handle = driver.share(self._address).hex()
 
     def close(self) -> None:
@@ -182,7 +183,7 @@ def try_to_open(handle: str, device: torch.device) -> str:
     try:
         with torch.cuda.device(device):
             address = driver.open_shared(bytes.fromhex(handle))
-            there = tensor_at(address, TRIAL_BYTES, device)
+            there = tensor_at(address, GRANULE, device)
             copies = StreamCopies(device)
             copies.start("trial", [there[:256]], [sent]).wait()
             copies.start("trial", [back], [there[:256]]).wait()

@@ -15,7 +15,7 @@ waits for was queued earlier, so even one hardware queue (CUDA_DEVICE_MAX_CONNEC
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -88,15 +88,22 @@ class NcclTransport:
         """See `Transport`."""
         fitting, rest = divide(pieces, self._slot)
         start = self._copies.begin()
-        for i, (low, high) in enumerate(chunks(self._slot, CHUNK)):
-            chunk = self._staging[i % STAGES]
+        spans = chunks(self._slot, CHUNK)
+        coming = [self._receive(i, *span) for i, span in enumerate(spans[:STAGES])]
+        for i, (low, high) in enumerate(spans):
             with torch.cuda.stream(self._copies.stream):
-                _wait(self._group.recv([chunk[: high - low]], ACCEPTOR, TAG))
+                _wait(coming[i])
             for piece, at in overlaps(fitting, low, high):
-                self._copies.copy(piece, chunk[at : at + piece.numel()])
+                self._copies.copy(piece, self._staging[i % STAGES][at : at + piece.numel()])
+            if i + STAGES < len(spans):  # into what was just unpacked
+                coming.append(self._receive(i + STAGES, *spans[i + STAGES]))
         if rest:
             self._spill.load(microbatch, rest)
         return self._copies.end(start, pieces)
+
+    def _receive(self, i: int, low: int, high: int) -> Any:
+        with torch.cuda.stream(self._copies.stream):
+            return self._group.recv([self._staging[i % STAGES][: high - low]], ACCEPTOR, TAG)
 
     def release(self, microbatch: int) -> None:
         """See `Transport`; the acceptor's slot was free when it had sent it back."""
@@ -134,6 +141,7 @@ class NcclLender:
             self._add_slot()
         self._free = list(range(slots))
         self._held: dict[int, int] = {}
+        self._under_way: dict[int, list[Any]] = {}  # messages by slot
         with torch.cuda.stream(self._stream):
             _wait(group.recv([self._slots[0][:1]], EVICTOR, TAG))
 
@@ -147,19 +155,29 @@ class NcclLender:
         if not self._free:  # a later iteration with more micro-batches
             self._add_slot()
             self._free.append(len(self._slots) - 1)
-        self._held[microbatch] = self._free.pop()
-        slot = self._slots[self._held[microbatch]]
-        with torch.cuda.stream(self._stream):
-            for low, high in chunks(self._size, CHUNK):
-                _wait(self._group.recv([slot[low:high]], EVICTOR, TAG))
+        index = self._held[microbatch] = self._free.pop()
+        self._wait_for(index)  # what was sent from here
+        self._under_way[index] = self._each_chunk(self._group.recv, index)
 
     def give_back(self, microbatch: int) -> None:
         """RT: queue the sends."""
         index = self._held.pop(microbatch)
-        with torch.cuda.stream(self._stream):
-            for low, high in chunks(self._size, CHUNK):
-                _wait(self._group.send([self._slots[index][low:high]], EVICTOR, TAG))
+        self._wait_for(index)
+        self._under_way[index] = self._each_chunk(self._group.send, index)
         self._free.append(index)
+
+    def _each_chunk(self, message: Callable[..., Any], index: int) -> list[Any]:
+        slot = self._slots[index]
+        with torch.cuda.stream(self._stream):
+            return [
+                message([slot[low:high]], EVICTOR, TAG) for low, high in chunks(self._size, CHUNK)
+            ]
+
+    def _wait_for(self, index: int) -> None:
+        """A slot's messages, as late as possible: with one hardware queue a wait holds up all."""
+        with torch.cuda.stream(self._stream):
+            for request in self._under_way.pop(index, ()):
+                _wait(request)
 
     def finish(self) -> None:
         """See `Lender`; NCCL's watchdog ends a job whose messages do not get through."""
@@ -168,6 +186,8 @@ class NcclLender:
 
     def close(self) -> None:
         """Free the slots."""
+        for index in list(self._under_way):
+            self._wait_for(index)
         self._stream.synchronize()
         self._slots.clear()
 
