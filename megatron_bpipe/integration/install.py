@@ -177,20 +177,20 @@ def _activate(options: Options) -> None:
     def replace_schedule(schedules: ModuleType) -> None:
         patches.replace(schedules, REPLACED, lambda stock: make(stock, schedules, current))
 
-    def report_at_the_end(training: ModuleType) -> None:
+    def end_with_training(training: ModuleType) -> None:
         def wrap(train: Callable[..., Any]) -> Callable[..., Any]:
             @functools.wraps(train)
-            def train_and_report(*positional: Any, **named: Any) -> Any:
+            def train_and_end(*positional: Any, **named: Any) -> Any:
                 try:
                     result = train(*positional, **named)
                 except SystemExit as leaving:  # --exit-interval and the like, on all ranks at once
                     if not leaving.code:
-                        current.write_report()
+                        current.finish()
                     raise
-                current.write_report()
+                current.finish()
                 return result
 
-            return train_and_report
+            return train_and_end
 
         patches.replace(training, "train", wrap)
 
@@ -215,5 +215,4 @@ def _activate(options: Options) -> None:
     patches.when_imported(TRAINING, log_throughput)
     if options.bpipe:
         patches.when_imported(PARALLEL_STATE, verify_placement)
-    if options.report is not None:
-        patches.when_imported(TRAINING, report_at_the_end)
+    patches.when_imported(TRAINING, end_with_training)

@@ -150,6 +150,11 @@ class Session:
             write_json(folder / "memory.json", report)
             say(f"report written to {folder}\n{table(report)}")
 
+    def finish(self) -> None:
+        """Training is over: write the report, if one is wanted; every rank must call it."""
+        self.write_report()
+        self.close()
+
     def close(self) -> None:
         """Give pools and threads back."""
         for end in (self._store, self.lender):

@@ -121,8 +121,9 @@ class NcclTransport:
         return self._spill.hosted_bytes
 
     def close(self) -> None:
-        """See `Transport`."""
-        self._spill.close()
+        """See `Transport`; leaves the group, which torch does not know of."""
+        self._spill.close()  # waits for the stream
+        self._group.shutdown()
 
 
 class NcclLender:
@@ -185,11 +186,12 @@ class NcclLender:
             raise TransportError(f"pair {self._pair}: micro-batches {sorted(self._held)} are left")
 
     def close(self) -> None:
-        """Free the slots."""
+        """Free the slots, leave the group."""
         for index in list(self._under_way):
             self._wait_for(index)
         self._stream.synchronize()
         self._slots.clear()
+        self._group.shutdown()
 
     def _add_slot(self) -> None:
         try:
