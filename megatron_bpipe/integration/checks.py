@@ -161,4 +161,10 @@ def incompatible(args: Any) -> list[tuple[str, object, str]]:
         found.append(
             ("--cuda-graph-impl", graphs, "a captured graph pins its activations: use none")
         )
+    if getattr(args, "moe_shared_expert_overlap", False):
+        # what a load brings back belongs to the computing stream and would be given to other work
+        # of that stream while another one still reads it
+        found.append(
+            ("--moe-shared-expert-overlap", True, "it computes on a stream of its own: drop it")
+        )
     return found

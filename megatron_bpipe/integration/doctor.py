@@ -20,6 +20,7 @@ from ..runtime.transport.link import Link, classify, parse_topology
 from ..runtime.transport.meeting import Identity
 from . import cpu
 from .probe import HOOK_POINTS, missing
+from .unusable_gpu import why_unusable
 
 GIB = 2**30
 
@@ -82,8 +83,11 @@ def _torch() -> Finding:
 
 def _device() -> Finding:
     if not torch.cuda.is_available():
+        unusable = why_unusable()
         if not cpu.installed():
             cpu.install()
+        if unusable is not None:
+            return Finding("device", unusable, False)
         return Finding("device", "no CUDA device: CPU ranks over gloo, for trying out")
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return Finding("device", f"{len(names)} GPU(s): {', '.join(sorted(set(names)))}")

@@ -15,6 +15,7 @@ import megatron_bpipe
 
 from . import cpu, dataset_helpers
 from .log import refuse
+from .unusable_gpu import why_unusable
 
 
 def run_script(script: str, argv: list[str]) -> None:
@@ -25,7 +26,7 @@ def run_script(script: str, argv: list[str]) -> None:
     no CUDA device, the CPU stands in for it.
 
     Raises:
-        SystemExit: there is no such script.
+        SystemExit: there is no such script, or a GPU that torch cannot use.
     """
     path = Path(script)
     if not path.is_file():
@@ -37,6 +38,9 @@ def run_script(script: str, argv: list[str]) -> None:
     sys.path.insert(0, str(path.resolve().parent))
     sys.argv = [script, *argv]
     if not torch.cuda.is_available():
+        unusable = why_unusable()
+        if unusable is not None:
+            raise refuse(unusable)
         cpu.install()
         if int(os.environ.get("RANK", "0")) == 0:
             sys.stderr.write(cpu.announcement() + "\n")

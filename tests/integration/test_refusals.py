@@ -13,6 +13,8 @@ from tests.harness.models import gpt
 
 PP8 = ["--pipeline-model-parallel-size", "8", "--global-batch-size", "16", "--bpipe"]
 
+MOE = ["--num-experts", "4", "--moe-shared-expert-intermediate-size", "32"]
+
 # name -> (flags, what the message must name)
 REFUSED = {
     "p = 1": (
@@ -31,6 +33,10 @@ REFUSED = {
     "CPU offloading": (
         [*PP8, "--cpu-offloading-num-layers", "1"],
         ["--cpu-offloading-num-layers 1", "use one of the two"],
+    ),
+    "shared experts on a stream of their own": (
+        [*PP8, *MOE, "--moe-shared-expert-overlap"],
+        ["--moe-shared-expert-overlap", "drop it"],
     ),
     "paged stash": ([*PP8, "--moe-paged-stash"], ["--moe-paged-stash", "use one of the two"]),
     "budget too small": (

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_bpipe.integration import pairing
+from megatron_bpipe.integration.unusable_gpu import why_unusable
 from megatron_bpipe.runtime.store import ActivationStore
 from megatron_bpipe.runtime.transport import TransportError
 from megatron_bpipe.runtime.transport.cuda import ipc, messages
@@ -25,7 +26,13 @@ from megatron_bpipe.runtime.transport.link import Link, Place, Sight
 from megatron_bpipe.runtime.transport.meeting import Meeting
 from megatron_bpipe.runtime.transport.one_sided import OneSidedTransport
 from megatron_bpipe.runtime.transport.speed import measure
-from tests.harness.stand_in_gpu import bytes_of, forbid_ipc, set_capacity, simulated_gpu
+from tests.harness.stand_in_gpu import (
+    bytes_of,
+    forbid_ipc,
+    set_capacity,
+    set_devices,
+    simulated_gpu,
+)
 from tests.harness.stand_in_gpu.ends import InProcess
 from tests.runtime.test_store import gradients, micro_batch
 from tests.runtime.test_transports import groups_of_two, meetings, pieces
@@ -269,6 +276,26 @@ def test_nccl_slots_grow_with_a_later_iteration() -> None:
 def test_the_driver_s_error_names_the_call() -> None:
     with pytest.raises(DriverError, match=r"cuMemFree_v2: another error \(1\)"):
         free(4096)
+
+
+def test_gpus_that_torch_cannot_use_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert why_unusable() is None  # the driver shows none
+    set_devices(2)
+    said = why_unusable()
+    set_devices(0)
+    assert said is not None
+    assert "2 GPU(s)" in said
+    assert "built for CUDA 13.0" in said
+    assert "the driver's CUDA is 12.4" in said
+    assert "CUDA_VISIBLE_DEVICES=" in said
+
+
+def test_a_torch_without_cuda_is_a_wish_for_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", None)
+    set_devices(2)
+    assert why_unusable() is None
+    set_devices(0)
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import torch
 
 from ..after_import import after_import
 from ..log import refuse
+from ..norms import let_torch_norms_have_sequence_parallelism
 
 
 def install() -> None:
@@ -17,7 +18,7 @@ def install() -> None:
     after_import("megatron.training.arguments", _refuse_gpu_only)
     after_import("megatron.training.initialize", _allow_no_cuda)
     after_import("megatron.legacy.fused_kernels", _no_kernels)
-    after_import("megatron.core.transformer.torch_norm", _norm_with_sequence_parallelism)
+    let_torch_norms_have_sequence_parallelism()
     after_import("megatron.core.transformer.moe.moe_utils", _splits_as_numbers)
 
 
@@ -55,31 +56,6 @@ def _allow_no_cuda(initialize: Any) -> None:
 def _no_kernels(fused_kernels: Any) -> None:
     """Compile no CUDA kernels: checkouts up to 0.16 do, in ``_compile_dependencies``."""
     fused_kernels.load = lambda args: None
-
-
-def _norm_with_sequence_parallelism(torch_norm: Any) -> None:
-    """Let torch's norms be used with sequence parallelism.
-
-    ``WrappedTorchNorm`` refuses because torch's modules do not mark their parameters
-    for the reduction of gradients over the tensor-parallel group
-    (``core/distributed/finalize_model_grads.py`` looks for ``sequence_parallel``).
-    The norms of Apex and Transformer Engine, which do, need CUDA. So mark them here.
-    """
-    wrapped = torch_norm.WrappedTorchNorm
-    stock = wrapped.__new__
-
-    def new(cls: type, config: Any, *args: Any, **kwargs: Any) -> Any:
-        sequence_parallel = config.sequence_parallel
-        config.sequence_parallel = False
-        try:
-            norm = stock(cls, config, *args, **kwargs)
-        finally:
-            config.sequence_parallel = sequence_parallel
-        for parameter in norm.parameters():
-            parameter.sequence_parallel = sequence_parallel
-        return norm
-
-    wrapped.__new__ = staticmethod(new)
 
 
 def _splits_as_numbers(moe_utils: Any) -> None:

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 
 from .. import cpu
+from ..norms import let_torch_norms_have_sequence_parallelism
 from ..options import add_flags
+from ..unusable_gpu import why_unusable
 from .settings import ProfileError
 
 NEEDED = ("num_layers", "hidden_size", "num_attention_heads", "seq_length")
@@ -60,7 +62,12 @@ def read_flags(words: Sequence[str]) -> Any:
             that the estimator does not know.
     """
     if not torch.cuda.is_available():
+        unusable = why_unusable()
+        if unusable is not None:
+            raise ProfileError(unusable)
         cpu.install()
+    else:
+        let_torch_norms_have_sequence_parallelism()
     # Megatron asserts it with tensor parallelism, and a real run has it
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     arguments = _arguments()

@@ -51,6 +51,11 @@ def set_capacity(size: int) -> None:
     ctypes.c_size_t.in_dll(library(), "stand_in_capacity").value = size
 
 
+def set_devices(count: int) -> None:
+    """GPUs that the driver shows."""
+    ctypes.c_int.in_dll(library(), "stand_in_devices").value = count
+
+
 def forbid_ipc(forbidden: bool) -> None:
     """Whether opening another process's memory is refused."""
     ctypes.c_int.in_dll(library(), "stand_in_ipc_forbidden").value = forbidden

@@ -39,6 +39,9 @@ def _library() -> Any:
     library = ctypes.CDLL("libcuda.so.1")
     pointer, size, address = ctypes.POINTER, ctypes.c_size_t, ctypes.c_uint64
     signatures: dict[str, tuple[Any, ...]] = {
+        "cuInit": (ctypes.c_uint,),
+        "cuDeviceGetCount": (pointer(ctypes.c_int),),
+        "cuDriverGetVersion": (pointer(ctypes.c_int),),
         "cuGetErrorString": (ctypes.c_int, pointer(ctypes.c_char_p)),
         "cuMemAlloc_v2": (pointer(address), size),
         "cuMemFree_v2": (address,),
@@ -61,6 +64,20 @@ def _call(name: str, *arguments: object) -> None:
         text = ctypes.c_char_p()
         _library().cuGetErrorString(code, ctypes.byref(text))
         raise DriverError(name, code, (text.value or b"unknown error").decode())
+
+
+def visible_devices() -> tuple[int, int]:
+    """How many GPUs the driver shows to this process, and its CUDA version as a number: 12040.
+
+    Raises:
+        OSError: there is no driver.
+        DriverError: it does not work.
+    """
+    count, version = ctypes.c_int(), ctypes.c_int()
+    _call("cuInit", 0)
+    _call("cuDeviceGetCount", ctypes.byref(count))
+    _call("cuDriverGetVersion", ctypes.byref(version))
+    return count.value, version.value
 
 
 def allocate(size: int) -> int:
