@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,19 +18,38 @@ class Overlap:
     beside: float
 
 
-def overlap_of(events: Iterable[Mapping[str, Any]]) -> Overlap:
-    """Read events as torch.profiler's ``traceEvents`` has them (``cat``, ``ts``, ``dur``)."""
-    copies: list[Span] = []
-    kernels: list[Span] = []
-    for event in events:
-        target = {"gpu_memcpy": copies, "kernel": kernels}.get(event.get("cat", ""))
-        if target is not None:
-            target.append((event["ts"], event["ts"] + event["dur"]))
-    copied, computed = _merged(copies), _merged(kernels)
+def overlap_of(events: Iterable[Mapping[str, Any]], kinds: Sequence[str] = ("",)) -> Overlap:
+    """Read events as torch.profiler's ``traceEvents`` has them (``cat``, ``ts``, ``dur``).
+
+    Copies on streams that also run kernels are the computation's own and left out.
+
+    Args:
+        events: of one process.
+        kinds: words one of which a copy's name must have, such as DtoD.
+    """
+    events = list(events)
+    kernels = [event for event in events if event.get("cat") == "kernel"]
+    computing = {_stream(event) for event in kernels}
+    copies = [
+        event
+        for event in events
+        if event.get("cat") == "gpu_memcpy"
+        and _stream(event) not in computing
+        and any(kind in event["name"] for kind in kinds)
+    ]
+    copied, computed = _merged(map(_span, copies)), _merged(map(_span, kernels))
     return Overlap(_length(copied), _length(computed), _length(_common(copied, computed)))
 
 
-def _merged(spans: list[Span]) -> list[Span]:
+def _stream(event: Mapping[str, Any]) -> object:
+    return event["args"]["stream"]
+
+
+def _span(event: Mapping[str, Any]) -> Span:
+    return event["ts"], event["ts"] + event["dur"]
+
+
+def _merged(spans: Iterable[Span]) -> list[Span]:
     merged: list[Span] = []
     for start, end in sorted(spans):
         if merged and start <= merged[-1][1]:

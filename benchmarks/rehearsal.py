@@ -11,10 +11,12 @@ What one GPU that all stages share can say, and what it cannot:
 - *time*: the stages' kernels queue for one GPU, so an iteration lasts as long as all their work
   together. The ratio to stock is what BPipe adds to that work, not what a pipeline would lose.
 - *turns* (``--turns``): only one stage computes at a time, the others wait for it, so every forward
-  and backward has the GPU to itself but for the copies beside it. A stage's turns plus its exposed
-  copies, against the same stage's turns in stock: what BPipe costs a stage of a real pipeline.
+  and backward has the GPU to itself but for its own copies beside it. A turn lasts until both are
+  over and includes the host's time for the transfer. A stage's turns against the same stage's in
+  stock: what BPipe costs a stage of a real pipeline.
 - *exposed*: how long computing streams stood still for BPipe's copies, by their own events; and
-  from a profile of the last iteration on stage 0, how much of the copies ran beside kernels.
+  from a profile of the last iteration on stage 0, how much of the copies between GPU memories ran
+  beside kernels (copies to and from the host are gloo's and Megatron's too: not counted).
 
 Exit status 77: no CUDA device.
 """
@@ -22,17 +24,11 @@ Exit status 77: no CUDA device.
 from __future__ import annotations
 
 import argparse
-import fcntl
-import functools
 import json
-import os
-import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +40,12 @@ import torch  # noqa: E402
 from benchmarks.environment import NO_GPU, environment  # noqa: E402
 from benchmarks.largest import largest  # noqa: E402
 from benchmarks.overlap import overlap_of  # noqa: E402
+from benchmarks.torchrun import torchrun  # noqa: E402
+from benchmarks.turns import take_turns  # noqa: E402
 from megatron_bpipe.integration.cpu.flags import cpu_flags  # noqa: E402
 
 GIB = 2**30
-STAGES, MICROBATCHES, STEPS, WARM = 4, 8, 8, 3
+STAGES, MICROBATCHES, WARM = 4, 8, 3
 MODES: dict[str, list[str]] = {
     "stock": [],
     "ipc": ["--bpipe", "--bpipe-transport", "ipc"],
@@ -60,7 +58,7 @@ MODEL = [
     *("--eval-iters", "0", "--eval-interval", "100000", "--log-interval", "1"),
     *("--split", "100,0,0", "--mock-data", "--tokenizer-type", "NullTokenizer"),
     *("--vocab-size", "8191", "--distributed-timeout-minutes", "3"),
-    *("--pipeline-model-parallel-size", str(STAGES), "--train-iters", str(STEPS)),
+    *("--pipeline-model-parallel-size", str(STAGES)),
     *cpu_flags(),
 ]
 
@@ -70,6 +68,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--micro-batches", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument("--steps", type=int, default=8, help=f"iterations of a run; {WARM} warm up")
     parser.add_argument("--turns", action="store_true", help="only one stage computes at a time")
     parser.add_argument(
         "--largest-in",
@@ -89,15 +88,19 @@ def main() -> int:
         if arguments.rank_limit:
             total = torch.cuda.get_device_properties(0).total_memory
             torch.cuda.set_per_process_memory_fraction(min(1.0, arguments.rank_limit / total))
-        _be_a_rank(arguments.rank_writes_to, flags, arguments.turns)
+        _be_a_rank(arguments.rank_writes_to, flags, arguments.turns, arguments.steps)
         return 0
     if flags:
         parser.error(f"unknown: {' '.join(flags)}")
+    if arguments.steps < WARM + 2:  # one is measured, one profiled
+        parser.error(f"--steps {arguments.steps}: give at least {WARM + 2}")
     rows: list[dict[str, Any]] = []
 
     def run(mode: str, size: int, limit: float = 0.0) -> dict[str, Any]:
-        rows.append(_run(mode, size, arguments.seconds, arguments.turns, limit))
+        rows.append(_run(arguments, mode, size, limit))
         print(json.dumps(rows[-1]), flush=True)
+        if arguments.output:  # what there is, should this end early
+            arguments.output.write_text(json.dumps({"rows": rows}, indent=1), encoding="utf-8")
         return rows[-1]
 
     found = None
@@ -130,32 +133,18 @@ def main() -> int:
     return 0 if done else 1
 
 
-def _run(mode: str, size: int, seconds: float, turns: bool, limit: float) -> dict[str, Any]:
+def _run(given: argparse.Namespace, mode: str, size: int, limit: float) -> dict[str, Any]:
     row: dict[str, Any] = {"mode": mode, "micro_batch": size}
+    seconds = given.seconds
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         flags = [*MODEL, *MODES[mode], "--bpipe-rehearsal", "--bpipe-report", str(folder)]
         flags += ["--micro-batch-size", str(size), "--global-batch-size", str(MICROBATCHES * size)]
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += ["--nproc-per-node", str(STAGES), __file__, "--rank-writes-to", name]
-        command += ["--rank-limit", str(limit), *["--turns"] * turns, *flags]
-        variables = {"OMP_NUM_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
-        variables["PYTHONPATH"] = f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"
+        flags += ["--train-iters", str(given.steps)]
+        words = [__file__, "--rank-writes-to", name, "--rank-limit", str(limit)]
+        words += ["--steps", str(given.steps), *["--turns"] * given.turns]
         log = folder / "log"
-        with log.open("w", encoding="utf-8") as sink:
-            process = subprocess.Popen(
-                command,
-                env=os.environ | variables,
-                stdout=sink,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-            try:
-                code: int | None = process.wait(seconds)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-                code = None
+        code = torchrun([*words, *flags], STAGES, seconds, log, {})
         if code != 0:
             said = log.read_text(encoding="utf-8", errors="replace").splitlines()
             out = [line for line in said if "OutOfMemory" in line or "out of memory" in line]
@@ -175,7 +164,8 @@ def _read(folder: Path) -> dict[str, Any]:
         iteration = json.loads(path.read_text())["iterations"][-2]
         exposed.append(sum(event["exposed"] or 0.0 for event in iteration))
     peaks = [rank["reserved_bytes"] + pool for rank, pool in zip(ranks, pools, strict=True)]
-    overlap = overlap_of(json.loads((folder / "trace.json").read_text())["traceEvents"])
+    trace = json.loads((folder / "trace.json").read_text())["traceEvents"]
+    overlap = overlap_of(trace, ("DtoD", "PtoP"))
     return {
         "seconds_per_iteration": seconds,
         "stage_peak_bytes": peaks,
@@ -208,9 +198,9 @@ def _stage_ratios(rows: list[dict[str, Any]]) -> dict[str, list[float]]:
     for row in rows:
         other = stock.get(row["micro_batch"])
         if row["mode"] != "stock" and "error" not in row and other is not None:
-            own = zip(row["stage_turns_s"], row["exposed_s"], other["stage_turns_s"], strict=True)
+            own = zip(row["stage_turns_s"], other["stage_turns_s"], strict=True)
             name = f"{row['mode']}, micro-batch {row['micro_batch']}"
-            found[name] = [(turns + exposed) / alone for turns, exposed, alone in own]
+            found[name] = [turns / alone for turns, alone in own]
     return found
 
 
@@ -235,35 +225,12 @@ def _speeds(rows: list[dict[str, Any]], sizes: dict[str, int]) -> dict[str, floa
     }
 
 
-def _be_a_rank(folder: Path, flags: list[str], turns: bool) -> None:
+def _be_a_rank(folder: Path, flags: list[str], turns: bool, steps: int) -> None:
     from megatron_bpipe.integration.after_import import after_import
     from megatron_bpipe.integration.launch import run_script
 
     seconds: list[float] = []
     in_turns: list[float] = []  # seconds of this stage's turns, one entry an iteration
-
-    def take_turns(schedules: Any) -> None:
-        """Wrap the helpers that stock 1F1B and BPipe both compute with."""
-        token = (folder / "turn").open("w")
-
-        def one_at_a_time(stock: Callable[..., Any]) -> Callable[..., Any]:
-            @functools.wraps(stock)  # its signature is looked at
-            def turn(*positional: Any, **named: Any) -> Any:
-                torch.cuda.current_stream().synchronize()
-                fcntl.flock(token, fcntl.LOCK_EX)
-                begun = time.perf_counter()
-                try:
-                    result = stock(*positional, **named)
-                    torch.cuda.current_stream().synchronize()  # not the copies
-                finally:
-                    fcntl.flock(token, fcntl.LOCK_UN)
-                in_turns[-1] += time.perf_counter() - begun
-                return result
-
-            return turn
-
-        schedules.forward_step = one_at_a_time(schedules.forward_step)
-        schedules.backward_step = one_at_a_time(schedules.backward_step)
 
     def observe(training: Any) -> None:
         import torch.distributed as dist
@@ -272,7 +239,7 @@ def _be_a_rank(folder: Path, flags: list[str], turns: bool) -> None:
         stock = training.train_step
 
         def train_step(*positional: Any, **named: Any) -> Any:
-            last = len(seconds) == STEPS - 1
+            last = len(seconds) == steps - 1
             profiled = last and dist.get_rank() == 0
             profiler = profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA])
             torch.cuda.synchronize()
@@ -307,7 +274,10 @@ def _be_a_rank(folder: Path, flags: list[str], turns: bool) -> None:
 
     after_import("megatron.training.training", observe)
     if turns:
-        after_import("megatron.core.pipeline_parallel.schedules", take_turns)
+        after_import(
+            "megatron.core.pipeline_parallel.schedules",
+            lambda schedules: take_turns(schedules, folder / "turn", in_turns),
+        )
     run_script(str(ROOT / "scripts" / "pretrain_gpt.py"), flags)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.rehearsal import _fits, _ratios, _speeds, _stage_ratios
+from benchmarks.torchrun import torchrun
 from tests.harness import ROOT
 
 HIDDEN = {"CUDA_VISIBLE_DEVICES": "", "PYTHON": sys.executable}
@@ -47,9 +48,9 @@ def test_time_is_compared_at_equal_micro_batch() -> None:
     assert _ratios(ROWS) == {"ipc, micro-batch 1": pytest.approx(1.05)}
 
 
-def test_in_turns_a_stage_pays_for_what_it_waits() -> None:
-    stock = {"mode": "stock", "micro_batch": 1, "stage_turns_s": [1.0, 2.0], "exposed_s": [0, 0]}
-    ipc = {"mode": "ipc", "micro_batch": 1, "stage_turns_s": [1.0, 2.0], "exposed_s": [0.1, 0]}
+def test_in_turns_each_stage_is_compared_with_itself() -> None:
+    stock = {"mode": "stock", "micro_batch": 1, "stage_turns_s": [1.0, 2.0]}
+    ipc = {"mode": "ipc", "micro_batch": 1, "stage_turns_s": [1.1, 2.0]}
     assert _stage_ratios([stock, ipc]) == {"ipc, micro-batch 1": [pytest.approx(1.1), 1.0]}
 
 
@@ -63,3 +64,17 @@ def test_a_failure_for_another_reason_is_not_taken_for_want_of_memory() -> None:
     late = {"mode": "ipc", "micro_batch": 3, "error": "not over", "out_of_memory": False}
     with pytest.raises(RuntimeError, match="ipc, micro-batch 3: not over"):
         _fits(late, 6)
+
+
+def test_a_run_that_takes_too_long_leaves_no_rank(tmp_path: Path) -> None:
+    script = tmp_path / "rank.py"
+    script.write_text(
+        "import os, pathlib, sys, time\n"
+        "pathlib.Path(sys.argv[1], os.environ['RANK']).write_text(str(os.getpid()))\n"
+        "time.sleep(float(sys.argv[2]))\n"
+    )
+    words = [str(script), str(tmp_path)]
+    assert torchrun([*words, "0"], 2, 60, tmp_path / "log", {}) == 0
+    assert torchrun([*words, "60"], 2, 6, tmp_path / "log", {}) is None
+    for rank in "01":
+        assert not Path("/proc", (tmp_path / rank).read_text()).exists()

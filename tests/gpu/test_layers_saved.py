@@ -7,7 +7,8 @@ the allocator's bytes that left is printed with ``-rP``.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -17,6 +18,9 @@ from megatron_bpipe.runtime.transport.host import host_transport
 from tests.gpu import NEEDS_GPU
 
 pytestmark = NEEDS_GPU
+# read when the libraries start; bitwise comparison needs sums in one order
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+os.environ.setdefault("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
 Layer = Callable[[torch.Tensor], torch.Tensor]
 SEQUENCE, BATCH, HEADS, SIZE = 1024, 2, 8, 64
 HIDDEN = HEADS * SIZE
@@ -33,10 +37,11 @@ def sdpa() -> Layer:
 
 def flash_attention() -> Layer:
     flash = importlib.import_module("flash_attn")
+    # its backward adds up with atomics unless it is told not to
 
     def attend(x: torch.Tensor) -> torch.Tensor:
         q = x.view(BATCH, SEQUENCE, HEADS, SIZE)
-        return flash.flash_attn_func(q, q * 2, q * 3, causal=True).reshape_as(x)
+        return flash.flash_attn_func(q, q * 2, q * 3, causal=True, deterministic=True).reshape_as(x)
 
     return attend
 
@@ -60,6 +65,13 @@ def transformer_engine_fp8() -> Layer:
             return mlp(x)
 
     return under_fp8
+
+
+@pytest.fixture(autouse=True)
+def deterministic() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize(

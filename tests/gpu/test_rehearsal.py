@@ -3,29 +3,23 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from benchmarks.torchrun import torchrun
 from megatron_bpipe.integration.text_data import write_dataset
 from tests.gpu import NEEDS_GPU
-from tests.harness import ROOT, SCRIPT, Result
+from tests.harness import SCRIPT, Result
 from tests.harness.compare import difference, evicted
 from tests.harness.models import TAMPER, gpt
 
 pytestmark = NEEDS_GPU
 STAGES, STEPS, SECONDS = 4, 4, 240
 MODEL = [*gpt(STAGES, hidden=256), "--deterministic-mode", "--bf16"]
-ENVIRONMENT = {
-    **{"CUDA_DEVICE_MAX_CONNECTIONS": "1", "NCCL_ALGO": "Ring", "OMP_NUM_THREADS": "1"},
-    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
-}
+DETERMINISTIC = {"NCCL_ALGO": "Ring", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
 Train = Callable[..., Result]
 
 
@@ -54,22 +48,9 @@ def train(tmp_path_factory: pytest.TempPathFactory) -> Train:
 
 
 def _torchrun(out: Path) -> int | None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(STAGES), "--log-dir", str(out / "torchrun")]
-    command += ["--redirects", "3", "-m", "tests.gpu.rank", str(out / "job.json")]
-    paths = f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=os.environ | ENVIRONMENT | {"PYTHONPATH": paths},
-        start_new_session=True,
-    )
-    try:
-        code: int | None = process.wait(SECONDS)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        code = None
+    words = ["--log-dir", str(out / "torchrun"), "--redirects", "3"]
+    words += ["-m", "tests.gpu.rank", str(out / "job.json")]
+    code = torchrun(words, STAGES, SECONDS, out / "log", DETERMINISTIC)
     for rank in range(STAGES):
         parts = sorted((out / "torchrun").rglob(f"{rank}/std*.log"))
         text = "".join(part.read_text(errors="replace") for part in parts)

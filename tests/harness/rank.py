@@ -224,6 +224,24 @@ def as_in_a_rehearsal(job: dict[str, Any]) -> None:
             setattr(dist.ProcessGroup, name, noted(name, instead))
 
 
+def one_stage_at_a_time(job: dict[str, Any]) -> None:
+    """As `benchmarks/rehearsal.py --turns` has it; writes the seconds of this rank's turns."""
+    from benchmarks.turns import take_turns
+    from megatron_bpipe.integration.after_import import after_import
+
+    seconds = [0.0]
+
+    def patch(schedules: Any) -> None:
+        take_turns(schedules, Path(job["out"], "turn"), seconds)
+
+    def note(step: int, model: Any, result: Any) -> None:
+        Path(job["out"], f"turns{os.environ['RANK']}.json").write_text(json.dumps(seconds))
+        seconds.append(0.0)
+
+    after_import("megatron.core.pipeline_parallel.schedules", patch)
+    after_each_step(note)
+
+
 def every_link_is_slow(job: dict[str, Any]) -> None:
     """Let each copy seem to take a hundred times as long as a forward, and foretell the like."""
     from dataclasses import replace

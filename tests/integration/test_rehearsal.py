@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from tests.harness import Megatron
-from tests.harness.compare import difference
+from tests.harness.compare import difference, evicted
+from tests.harness.models import gpt
 from tests.integration.combinations import COMBINATIONS
 
 
@@ -21,6 +22,18 @@ def test_staged_messages_arrive_in_order(megatron: Megatron, tmp_path: Path) -> 
     for rank, other in ((0, 1), (1, 0)):
         received = json.loads((tmp_path / f"{rank}.json").read_text())
         assert received == [[10.0 * other + i] for i in range(4)]
+
+
+def test_stages_that_take_turns_do_not_wait_for_each_other(megatron: Megatron) -> None:
+    """The benchmark's lock: held through a transfer, never through a message."""
+    hook = {"call": "tests.harness.rank:one_stage_at_a_time", "with": {}}
+    stock, turns = megatron.train(gpt(4)), megatron.train([*gpt(4), "--bpipe"], hooks=(hook,))
+    assert difference(stock, turns) is None
+    assert evicted(turns) > 0
+    for rank in range(4):
+        seconds = json.loads((turns.out / f"turns{rank}.json").read_text())
+        assert len(seconds) == len(turns.states[rank]["losses"])
+        assert all(s > 0 for s in seconds)
 
 
 @pytest.mark.parametrize(
