@@ -3,7 +3,7 @@
 #
 # Needs torch with CUDA. Where megatron-core or pytest are not installed, WHEELS=FOLDER names a
 # folder with their wheels, which are unpacked beside the output. PYTHON chooses the interpreter.
-# PARTS="probe ipc" runs only those; by default all. Each part has a time limit (40 minutes in all)
+# PARTS="probe ipc" runs only those; by default all. Each part has a time limit (45 minutes in all)
 # and leaves a log and, where it measures, a JSON file; a failure does not stop the others.
 # Exit status: 0 all done, 1 something failed, 77 no CUDA device.
 set -uo pipefail
@@ -70,12 +70,6 @@ for mode in stock ipc; do
   part "largest_$mode" 420 "$python" benchmarks/rehearsal.py --largest-in 12 --modes "$mode" \
     --steps 5 --seconds 75 --output "$out/largest_$mode.json"
 done
-# table 5's stage of GPT-3 96B (t = 4, p = 8) on this GPU, through Megatron's own layers
-part profile 140 "$python" -m megatron_bpipe profile --output "$out/profile.json" \
-  --micro-batches 1,2 --repeats 5 -- --num-layers 80 --hidden-size 9984 --num-attention-heads 104 \
-  --kv-channels 96 --ffn-hidden-size 39936 --seq-length 2048 --vocab-size 51199 --bf16 \
-  --tensor-model-parallel-size 4 --sequence-parallel --pipeline-model-parallel-size 8 \
-  --attention-dropout 0 --hidden-dropout 0 --transformer-impl local --no-persist-layer-norm \
-  --no-gradient-accumulation-fusion --no-masked-softmax-fusion --no-rope-fusion
+part table5 420 "$python" benchmarks/table5.py --output "$out/table5.json"
 echo "logs and figures: $out"
 exit "$failed"

@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 
 from benchmarks.rehearsal import _fits, _ratios, _speeds, _stage_ratios
+from benchmarks.table5 import command, rows
 from benchmarks.torchrun import torchrun
+from megatron_bpipe.estimate.models import model_named
+from megatron_bpipe.estimate.profile import Device, Profile, StageRow, Timing
 from tests.harness import ROOT
 
 HIDDEN = {"CUDA_VISIBLE_DEVICES": "", "PYTHON": sys.executable}
@@ -26,7 +29,7 @@ def test_without_a_gpu_it_is_skipped(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "summary.txt").read_text() == done.stdout
 
 
-@pytest.mark.parametrize("name", ["gpu_probe.py", "copies.py"])
+@pytest.mark.parametrize("name", ["gpu_probe.py", "copies.py", "rehearsal.py", "table5.py"])
 def test_benchmarks_are_skipped_too(name: str) -> None:
     command = [sys.executable, str(ROOT / "benchmarks" / name)]
     done = subprocess.run(
@@ -78,3 +81,39 @@ def test_a_run_that_takes_too_long_leaves_no_rank(tmp_path: Path) -> None:
     assert torchrun([*words, "60"], 2, 6, tmp_path / "log", {}) is None
     for rank in "01":
         assert not Path("/proc", (tmp_path / rank).read_text()).exists()
+
+
+def test_table_5_beside_what_was_measured_here() -> None:
+    second = Timing(1.0, 1.0, 1.0, 5)
+    profile = Profile(
+        model=model_named("GPT-3 96B"),
+        tp=4,
+        sequence_parallel=True,
+        ep=1,
+        element=2,
+        layers=10,
+        device=Device("a GPU", 1e15, "datasheet", 2**37),
+        stage=(
+            StageRow(1, "recompute", second, second, 2**30, 41.0),
+            StageRow(2, "recompute", failure="out of memory"),
+            StageRow(1, "flash", second, second, 2**29, 50.0),
+        ),
+        head=(),
+    )
+    row7, row8, row9, row10 = rows("GPT-3 96B", profile)
+    assert (row7["id"], row7["paper_a100_mfu"], row7["mfu"], row7["seconds"]) == (
+        7,
+        37.8,
+        41.0,
+        2.0,
+    )
+    assert row8["failure"] == "out of memory"
+    assert (row9["attention"], row9["bytes"]) == ("flash", 2**29)
+    assert row10["failure"] == "not measured"
+
+
+def test_one_profile_has_all_stages_of_a_model() -> None:
+    words = command("LLaMA 65B", Path("p.json"), 5)
+    assert words[words.index("--micro-batches") + 1] == "1,2,4"
+    assert words[words.index("--attention") + 1] == "none,recompute,flash"
+    assert words[words.index("--tensor-model-parallel-size") + 1] == "4"
