@@ -7,13 +7,15 @@
 What one GPU that all stages share can say, and what it cannot:
 
 - *memory*: each stage's own peak (the caching allocator's, plus the pool it lends) is the real one.
-  ``--largest-in GIB`` searches the largest micro-batch whose every stage stays within so much.
+  ``--largest-in GIB`` searches the largest micro-batch whose every stage stays within so much, what
+  the caching allocator reserves and does not use included.
 - *time*: the stages' kernels queue for one GPU, so an iteration lasts as long as all their work
   together. The ratio to stock is what BPipe adds to that work, not what a pipeline would lose.
 - *turns* (``--turns``): only one stage computes at a time, the others wait for it, so every forward
   and backward has the GPU to itself but for its own copies beside it. A turn lasts until both are
-  over and includes the host's time for the transfer. A stage's turns against the same stage's in
-  stock: what BPipe costs a stage of a real pipeline.
+  over and includes the host's time for E and L. A stage's turns against the same stage's in stock:
+  what BPipe costs a stage of a real pipeline, but for ``stage_captures_s``, which a GPU that is
+  behind the host hides.
 - *exposed*: how long computing streams stood still for BPipe's copies, by their own events; and
   from a profile of the last iteration on stage 0, how much of the copies between GPU memories ran
   beside kernels (copies to and from the host are gloo's and Megatron's too: not counted).
@@ -174,6 +176,7 @@ def _read(folder: Path) -> dict[str, Any]:
         "pool_bytes": pools,
         "hosted_bytes": [stage["hosted_bytes"] for stage in report["stages"]],
         "stage_turns_s": [statistics.median(rank["turns"][WARM:-1]) for rank in ranks],
+        "stage_captures_s": [statistics.median(rank["captures"][WARM:-1]) for rank in ranks],
         "exposed_s": exposed,
         "exposed_share": [wait / seconds for wait in exposed],
         "stage_0_profile_us": vars(overlap),
@@ -231,6 +234,7 @@ def _be_a_rank(folder: Path, flags: list[str], turns: bool, steps: int) -> None:
 
     seconds: list[float] = []
     in_turns: list[float] = []  # seconds of this stage's turns, one entry an iteration
+    captures: list[float] = []
 
     def observe(training: Any) -> None:
         import torch.distributed as dist
@@ -245,6 +249,7 @@ def _be_a_rank(folder: Path, flags: list[str], turns: bool, steps: int) -> None:
             torch.cuda.synchronize()
             dist.barrier()
             in_turns.append(0.0)
+            captures.append(0.0)
             begun = time.perf_counter()
             if profiled:
                 profiler.start()
@@ -263,6 +268,7 @@ def _be_a_rank(folder: Path, flags: list[str], turns: bool, steps: int) -> None:
                         {
                             "seconds": seconds,
                             "turns": in_turns,
+                            "captures": captures,
                             "reserved_bytes": torch.cuda.max_memory_reserved(),
                             "allocated_bytes": torch.cuda.max_memory_allocated(),
                         }
@@ -276,7 +282,7 @@ def _be_a_rank(folder: Path, flags: list[str], turns: bool, steps: int) -> None:
     if turns:
         after_import(
             "megatron.core.pipeline_parallel.schedules",
-            lambda schedules: take_turns(schedules, folder / "turn", in_turns),
+            lambda schedules: take_turns(schedules, folder / "turn", in_turns, captures),
         )
     run_script(str(ROOT / "scripts" / "pretrain_gpt.py"), flags)
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-SECONDS_TO_END = 20.0
+SECONDS_TO_END = 45.0  # torchrun itself gives its ranks 30
 QUIET = {
     "OMP_NUM_THREADS": "1",
     "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # as Megatron demands
@@ -46,14 +46,24 @@ def torchrun(
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+        # who is told to end must end the run too
+        before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         try:
             return process.wait(seconds)
         except subprocess.TimeoutExpired:
-            # ranks are in sessions of their own: only torchrun can end them
-            process.terminate()
-            try:
-                process.wait(SECONDS_TO_END)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
             return None
+        finally:
+            _end(process)
+            signal.signal(signal.SIGTERM, before)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Let torchrun end its ranks: they are in sessions of their own, nobody else knows them."""
+    if process.poll() is not None:
+        return
+    process.terminate()
+    try:
+        process.wait(SECONDS_TO_END)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()

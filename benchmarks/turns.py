@@ -18,13 +18,15 @@ from typing import Any
 import torch
 
 
-def take_turns(schedules: Any, token: Path, seconds: list[float]) -> None:
+def take_turns(schedules: Any, token: Path, seconds: list[float], captures: list[float]) -> None:
     """Let this process's stage compute only while it holds the lock on ``token``.
 
     Args:
         schedules: Megatron's module; what stock 1F1B and BPipe compute with is wrapped.
         token: a file that all stages can lock.
         seconds: of this stage's turns; each is added to the last entry.
+        captures: the same for the host's time to put hooks on graphs after forwards. In a pipeline
+            that is hidden as far as the GPU is behind the host; a turn ends before it.
     """
     from megatron_bpipe.runtime.store import ActivationStore
 
@@ -59,7 +61,19 @@ def take_turns(schedules: Any, token: Path, seconds: list[float]) -> None:
 
         return compute
 
+    def capturing(stock: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(stock)
+        def forward_done(*positional: Any, **named: Any) -> Any:
+            started = time.perf_counter()
+            result = stock(*positional, **named)
+            captures[-1] += time.perf_counter() - started
+            return result
+
+        return forward_done
+
     schedules.forward_step = computing(schedules.forward_step)
     schedules.backward_step = computing(schedules.backward_step)
     ActivationStore.evict = opening(ActivationStore.evict)  # type: ignore[method-assign]
     ActivationStore.load = opening(ActivationStore.load)  # type: ignore[method-assign]
+    done = capturing(ActivationStore.forward_done)
+    ActivationStore.forward_done = done  # type: ignore[method-assign]

@@ -36,7 +36,7 @@ part() { # NAME SECONDS COMMAND...
   local name=$1 seconds=$2 started=$SECONDS status
   shift 2
   [[ -z ${PARTS:-} || " $PARTS " == *" $name "* ]] || return 0
-  timeout --kill-after=10 "$seconds" "$@" >"$out/$name.log" 2>&1
+  timeout --kill-after=60 "$seconds" "$@" >"$out/$name.log" 2>&1
   status=$?
   case $status in
     0) verdict="done" ;;

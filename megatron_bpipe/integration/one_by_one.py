@@ -34,7 +34,10 @@ def _reduce(group: Any, tensors: Sequence[torch.Tensor], options: Any) -> _All:
 
 
 def _gather(
-    group: Any, outputs: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor], options: Any
+    group: Any,
+    outputs: Sequence[torch.Tensor],
+    inputs: Sequence[torch.Tensor],
+    options: Any = None,  # older releases of torch give none
 ) -> _All:
     pairs = zip(outputs, inputs, strict=True)
     return _All([group._allgather_base(output, given) for output, given in pairs])

@@ -42,6 +42,7 @@ class Session:
     _watch: LinkWatch | None = None
     _link_judged: bool = False
     _announced: bool = False
+    _written: bool = False
     # tests look at, and tamper with, what comes back; see ActivationStore.inspect
     inspect_loaded: Any = field(default=None, repr=False)
 
@@ -59,6 +60,7 @@ class Session:
         The acceptor lends its pool here: its partner has asked for it after its own first
         forward, which comes before any message can reach this stage.
         """
+        self._written = False
         if self.options.report is not None:
             if self.recorder is None:
                 device = torch.device(torch.cuda.current_device())
@@ -127,15 +129,26 @@ class Session:
             "hosted_bytes": transport.hosted_bytes if transport is not None else 0,
             "evicted_bytes": totals.evicted if totals is not None else 0,
             "loaded_bytes": totals.loaded if totals is not None else 0,
-            "static_bytes": static_bytes(torch.device(torch.cuda.current_device()).type),
+            "static_bytes": self._static_bytes(),
             "device_bytes": device_bytes(),
         }
 
+    def _static_bytes(self) -> int:
+        """What stays between iterations; on CUDA all of it, workspaces of libraries too."""
+        assert self.recorder is not None
+        device = torch.device(torch.cuda.current_device()).type
+        between = self.recorder.between_iterations if device == "cuda" else None
+        return static_bytes(device) if between is None else between
+
     def write_report(self) -> None:
-        """Collect all ranks' numbers and write them; every rank must call it."""
+        """Collect all ranks' numbers and write them; every rank must call it.
+
+        Does nothing if nothing was trained since the last time.
+        """
         folder = self.options.report
-        if folder is None:
+        if folder is None or self._written:
             return
+        self._written = True
         if self.recorder is None:
             say("--bpipe-report: nothing to write; it sees pipelines without interleaving only")
             return
@@ -157,12 +170,13 @@ class Session:
 
     def close(self) -> None:
         """Give pools and threads back."""
-        for end in (self._store, self.lender):
+        ends = (self._store, self.lender)
+        self._store = self.lender = None
+        for end in ends:
             if end is not None:
                 # the job may be going down: a store or a driver that is gone is no news then
                 with contextlib.suppress(OSError, RuntimeError):
                     end.close()
-        self._store = self.lender = None
 
     def _make_store(
         self, plan: StagePlan, pair: Pair, flops: Callable[[], float | None]

@@ -14,6 +14,7 @@ import enum
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from weakref import ReferenceType, ref
 
 import torch
 
@@ -55,7 +56,7 @@ class ModifiedInPlaceError(RuntimeError):
     """A saved tensor was changed between the forward and the backward that needs it."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, weakref_slot=True)
 class Block:
     """The bytes of one storage that saved tensors cover: ``[low, high)`` of ``nbytes``."""
 
@@ -98,8 +99,9 @@ class Activation:
     roots: list[Node]
     device: torch.device  # that computes; what was saved elsewhere stays there
     state: State = State.RESIDENT
-    leaving: list[Block] | None = None  # None until chosen
     _views: list[View] = field(default_factory=list)
+    # weak: the graph holds them, through its hooks, and lets each go as the backward passes it
+    _leaving: list[ReferenceType[Block]] | None = None  # None until chosen
 
     def move(self, to: State) -> None:
         """Change state.
@@ -116,9 +118,11 @@ class Activation:
         self.state = to
 
     @property
-    def leaving_bytes(self) -> int:
-        """Bytes that leave when this micro-batch is evicted."""
-        return sum(b.size for b in self.leaving or ())
+    def leaving(self) -> list[Block]:
+        """What leaves when this micro-batch is evicted; chosen once."""
+        if self._leaving is None:
+            self._leaving = [ref(block) for block in self._choose()]
+        return [block for one in self._leaving if (block := one()) is not None]
 
     def capture(self) -> None:
         """Put hooks on the finished graph.
@@ -148,38 +152,40 @@ class Activation:
                 hooked, alias = saved.node, saved.tensor.detach()
                 saved.slot.register_hooks(pack, _unpack)  # calls pack at once
                 views[-1].alias, views[-1].version = alias, alias._version
+        blocks.clear()  # autograd keeps pack, and with it what it refers to
 
-    def choose(self) -> list[Block]:
+    def _choose(self) -> list[Block]:
         """Decide, storage by storage, what leaves of what was captured.
 
         Raises:
             ModifiedInPlaceError: something was changed since it was captured.
         """
-        views, self._views = self._views, []
+        views = list(self._views)
+        self._views.clear()  # pack refers to it
         for view in views:
             _check_unchanged(view)
         blocks = {id(view.block): view.block for view in views}
         # The hooks hold views, views hold blocks and aliases, and a storage with one more
         # holder than these is somebody else's too: dropping it would free nothing.
         ours = Counter(id(view.block) for view in views)
-        self.leaving = [
+        chosen = [
             block
             for block in blocks.values()
             if block.size
             and block.device == self.device
             and torch._C._storage_Use_Count(_address(block)) == 1 + ours[id(block)]
         ]
-        leaving = {id(block) for block in self.leaving}
+        leaving = {id(block) for block in chosen}
         for view in views:
             if id(view.block) in leaving:
                 view.alias = None  # nobody else can write to it any more
-        return self.leaving
+        return chosen
 
     def forget(self) -> None:
         """Drop every reference once the backward has used it."""
         self.roots = []
-        self._views = []
-        self.leaving = []
+        self._views.clear()
+        self._leaving = []
 
 
 def drop(blocks: Sequence[Block]) -> None:

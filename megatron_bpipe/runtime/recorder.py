@@ -83,6 +83,11 @@ class Recorder:
     _offset: float = field(default_factory=lambda: time.time() - time.perf_counter())
     _transfers: list[tuple[int, Ticket]] = field(default_factory=list)  # index of its event
 
+    @property
+    def between_iterations(self) -> int | None:
+        """The allocator's bytes when the last iteration began; None if it cannot say."""
+        return self._baseline
+
     def begin(self, excluded: Collection[int]) -> None:
         """A training iteration begins; ``excluded`` storages are not activations."""
         if len(self.iterations) == 1:

@@ -67,11 +67,12 @@ class ActivationStore:
         activation = self._held[microbatch]
         activation.move(State.EVICTING)
         assert self.transport is not None
-        leaving = activation.leaving if activation.leaving is not None else activation.choose()
+        leaving = activation.leaving
         pieces = [block.bytes_view() for block in leaving]
         self._tickets[microbatch] = self.transport.evict(microbatch, pieces)
-        self.totals.evicted += activation.leaving_bytes
-        return activation.leaving_bytes
+        size = sum(block.size for block in leaving)
+        self.totals.evicted += size
+        return size
 
     def finish_evict(self, microbatch: int) -> Ticket:
         """EW: wait for the copy, free the local blocks."""
@@ -80,29 +81,28 @@ class ActivationStore:
         ticket.wait()
         activation.move(State.REMOTE)
         if not self.keep_local:
-            drop(activation.leaving or ())
+            drop(activation.leaving)
         return ticket
 
     def load(self, microbatch: int) -> int:
         """L: start the copy back into fresh memory; returns its bytes."""
         activation = self._held[microbatch]
         activation.move(State.LOADING)
-        assert activation.leaving is not None
         assert self.transport is not None
+        leaving = activation.leaving
         if self.keep_local:
-            pieces = [
-                torch.empty(b.size, dtype=torch.uint8, device=b.device) for b in activation.leaving
-            ]
+            pieces = [torch.empty(b.size, dtype=torch.uint8, device=b.device) for b in leaving]
         else:
-            fresh = allocate(activation.leaving)
+            fresh = allocate(leaving)
             if self.on_load is not None:
                 self.on_load(microbatch, fresh)
-            pieces = [block.bytes_view() for block in activation.leaving]
+            pieces = [block.bytes_view() for block in leaving]
         self._tickets[microbatch] = self.transport.load(microbatch, pieces)
         if self.inspect is not None:
             self._loaded[microbatch] = pieces
-        self.totals.loaded += activation.leaving_bytes
-        return activation.leaving_bytes
+        size = sum(block.size for block in leaving)
+        self.totals.loaded += size
+        return size
 
     def finish_load(self, microbatch: int) -> Ticket:
         """LW: wait for the copy; the slot in the pool is free again."""

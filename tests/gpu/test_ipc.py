@@ -14,6 +14,7 @@ import torch
 
 from megatron_bpipe.integration.pairing import Pair
 from megatron_bpipe.runtime.transport import TransportError
+from megatron_bpipe.runtime.transport.cuda.ipc import GRANULE
 from tests.gpu import NEEDS_GPU
 from tests.gpu.acceptor import meet
 from tests.harness import ROOT
@@ -104,7 +105,8 @@ def test_a_pool_that_does_not_fit_names_both_numbers(opened: Callable[[], Opened
     assert process.wait(60) == 3
     assert process.stderr is not None
     said = process.stderr.read()
-    assert f"no room for a pool of {2 * total} bytes" in said
+    asked = -(-2 * total // GRANULE) * GRANULE
+    assert f"no room for a pool of {asked} bytes" in said
     assert f"of {total} bytes are free" in said
 
 

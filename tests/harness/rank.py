@@ -229,14 +229,16 @@ def one_stage_at_a_time(job: dict[str, Any]) -> None:
     from benchmarks.turns import take_turns
     from megatron_bpipe.integration.after_import import after_import
 
-    seconds = [0.0]
+    seconds, captures = [0.0], [0.0]
 
     def patch(schedules: Any) -> None:
-        take_turns(schedules, Path(job["out"], "turn"), seconds)
+        take_turns(schedules, Path(job["out"], "turn"), seconds, captures)
 
     def note(step: int, model: Any, result: Any) -> None:
         Path(job["out"], f"turns{os.environ['RANK']}.json").write_text(json.dumps(seconds))
         seconds.append(0.0)
+        assert all(s > 0 for s in captures) == (os.environ["RANK"] == "0")  # who evicts
+        captures.append(0.0)
 
     after_import("megatron.core.pipeline_parallel.schedules", patch)
     after_each_step(note)

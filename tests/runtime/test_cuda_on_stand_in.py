@@ -161,7 +161,16 @@ def test_it_is_unmapped_and_unpinned(tmp_path: Path) -> None:
     transport.evict(1, pieces(1, 3 * MIB)).wait()
     assert bytes_of("mapped") == 2 * MIB  # of whole pages
     assert bytes_of("pinned") == transport.hosted_bytes >= 3 * MIB
+    said_at: dict[str, int] = {}  # bytes mapped when something was said
+    tell = here.tell
+
+    def noted(what: str, value: str) -> None:
+        said_at[what] = bytes_of("mapped")
+        tell(what, value)
+
+    here.tell = noted  # type: ignore[method-assign]
     transport.close()
+    assert said_at == {"unmapped": 0}  # the lender frees the pool when it hears that
     assert bytes_of("mapped") == bytes_of("pinned") == 0
     other.close()
 
@@ -240,10 +249,12 @@ def test_a_load_that_is_not_waited_for_would_be_seen(
     store.forward_done(0, output, leaves=True)
     store.evict(0)
     store.finish_evict(0)
-    monkeypatch.setattr(StreamTicket, "wait", lambda ticket: None)
+    abandoned: list[StreamTicket] = []  # they keep the memory that is copied to
+    monkeypatch.setattr(StreamTicket, "wait", lambda ticket: abandoned.append(ticket))
     store.load(0)
     store.finish_load(0)
     assert not all(map(torch.equal, gradients(x, output, weight), expected))
+    store.close()
 
 
 def test_nccl_slots_grow_with_a_later_iteration() -> None:

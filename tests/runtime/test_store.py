@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from megatron_bpipe.runtime.activation import Activation, IllegalMoveError, ModifiedInPlaceError
-from megatron_bpipe.runtime.graph import Kept, roots_of, saved_storages
+from megatron_bpipe.runtime.graph import Kept, nodes_below, roots_of, saved_storages
 from megatron_bpipe.runtime.store import ActivationStore
 from megatron_bpipe.runtime.transport.meeting import Meeting
 from megatron_bpipe.runtime.transport.one_sided import OneSidedTransport
@@ -279,8 +279,27 @@ def test_what_was_saved_on_another_device_stays(weight):
     _, output = micro_batch(weight)
     elsewhere = Activation(0, roots_of(output), torch.device("meta"))
     elsewhere.capture()
-    assert elsewhere.choose() == []
+    assert elsewhere.leaving == []
     _, output = micro_batch(weight)
     here = Activation(0, roots_of(output), torch.device("cpu"))
     here.capture()
-    assert len(here.choose()) > 5
+    assert len(here.leaving) > 5
+
+
+def test_the_backward_lets_go_of_each_tensor_as_it_passes(ends):
+    """As stock autograd does; a micro-batch that left and came back must not stay whole."""
+    store, _ = ends
+    h = torch.ones(64, 64, requires_grad=True)
+    for _ in range(8):
+        h = h.exp()
+    store.forward_done(0, h, leaves=True)
+    there_and_back(store, 0)
+    watched = watch(h)
+    counts = []
+    for node in nodes_below(roots_of(h)):
+        node.register_hook(lambda *_: counts.append(live_bytes(watched)))
+    h.sum().backward()
+    assert counts == sorted(counts, reverse=True)
+    assert counts[0] == 8 * h.untyped_storage().nbytes()
+    assert counts[-1] <= h.untyped_storage().nbytes()
+    store.consume(0)

@@ -10,7 +10,6 @@ import contextlib
 import os
 import shutil
 import subprocess
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -34,7 +33,7 @@ from megatron_bpipe.runtime.transport.shared_memory import (
 )
 from megatron_bpipe.runtime.transport.two_sided import TwoSidedLender, TwoSidedTransport
 from tests.harness.stand_in_gpu import simulated_gpu
-from tests.harness.stand_in_gpu.ends import InProcess, OnThread
+from tests.harness.stand_in_gpu.ends import OnThread
 
 CPU = torch.device("cpu")
 DEADLINE = 20.0
@@ -67,7 +66,7 @@ class Ends:
 
 
 def meetings(store: Any = None) -> tuple[Meeting, Meeting]:
-    store = store or dist.HashStore()
+    store = store if store is not None else dist.HashStore()
     return tuple(Meeting(store, "0-1", end, DEADLINE) for end in ("evictor", "acceptor"))
 
 
@@ -85,14 +84,13 @@ def groups_of_two(store: Any) -> list[Any]:
     return groups
 
 
-def open_ends(name: str, wanted: int, folder: str = "") -> Ends:
+def open_ends(name: str, wanted: int) -> Ends:
     if name == "host":
         return Ends(name, host_transport("0-1", wanted, CPU, DEADLINE), NothingLent())
-    if name == "ipc":
-        here, there = meetings(dist.FileStore(f"{folder}/store", 2))
-        lender = InProcess(lambda: IpcLender(there, CPU))
-        return Ends(name, ipc_transport(here, wanted, CPU), lender)
     here, there = meetings()
+    if name == "ipc":
+        transport = ipc_transport(here, wanted, CPU)
+        return Ends(name, transport, IpcLender(there, CPU))
     if name == "shm":
         transport = shared_memory_transport(here, wanted)
         return Ends(name, transport, SharedMemoryLender(there))
@@ -109,13 +107,14 @@ def open_pair(request: pytest.FixtureRequest) -> Iterator[Callable[[int], Ends]]
     opened = []
     gpu = request.param in ("ipc", "nccl")
     # gloo sends when it is called, without regard to streams, so what is packed must be there
-    stand_in = simulated_gpu(late=request.param == "ipc") if gpu else contextlib.nullcontext()
+    late = request.param == "ipc"
+    stand_in = simulated_gpu(late=late, one_process=True) if gpu else contextlib.nullcontext()
 
     def opener(wanted: int) -> Ends:
-        opened.append(open_ends(request.param, wanted, folder))
+        opened.append(open_ends(request.param, wanted))
         return opened[-1]
 
-    with stand_in, tempfile.TemporaryDirectory() as folder:
+    with stand_in:
         yield opener
         for ends in opened:
             ends.evictor.close()

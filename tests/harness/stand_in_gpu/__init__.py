@@ -3,8 +3,10 @@
 What it can show: that the code runs at all, that the calls go to the driver with their arguments in
 place (a real library, built from driver.c, that two processes can share memory through), and that
 every copy is waited for before its bytes are used or its memory is given away, since copies run as
-late as the events allow (streams.py). What only a GPU can show: the other direction (a copy that
-runs before the kernel that makes its source), speed, and what the real driver refuses.
+late as the events allow (streams.py); that each batch of copies waits for the computing stream
+first; and that memory is freed, unmapped or unpinned only when no copy and no other process uses
+it. What only a GPU can show: whether contexts are in place, speed, and what the real driver
+refuses.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from megatron_bpipe.runtime.transport.cuda import driver
 from . import streams
 
 SOURCE = Path(__file__).with_name("driver.c")
+Release = ctypes.CFUNCTYPE(None, ctypes.c_uint64, ctypes.c_size_t)
 Copy = ctypes.CFUNCTYPE(None, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_size_t, ctypes.c_void_p)
 
 
@@ -69,20 +72,33 @@ def _memory(device: Any = None) -> tuple[int, int]:
 
 @Copy
 def _queue_copy(target: int, source: int, size: int, stream: int) -> None:
-    streams.stream_of(stream).put(functools.partial(ctypes.memmove, target, source, size))
+    streams.stream_of(stream).copy(functools.partial(ctypes.memmove, target, source, size))
+
+
+@Release
+def _on_release(address: int, size: int) -> None:
+    for target, source, length in streams.copies_under_way():
+        if any(at < address + size and address < at + length for at in (target, source)):
+            streams.violations.append("memory is given back that a copy still uses")
 
 
 @contextlib.contextmanager
-def simulated_gpu(*, late: bool = True) -> Iterator[None]:
+def simulated_gpu(*, late: bool = True, one_process: bool = False) -> Iterator[None]:
     """Let ``runtime/transport/cuda`` run on the CPU.
 
     Args:
         late: copies run as late as the events allow; False: at once.
+        one_process: a process may open its own memory by IPC, which CUDA refuses.
     """
     loaded = library()
-    ctypes.c_void_p.in_dll(loaded, "stand_in_on_copy").value = ctypes.cast(
-        _queue_copy, ctypes.c_void_p
-    ).value
+    ctypes.c_int.in_dll(loaded, "stand_in_one_process").value = one_process
+    for name, callback in (
+        ("stand_in_on_copy", _queue_copy),
+        ("stand_in_on_release", _on_release),
+    ):
+        address = ctypes.cast(callback, ctypes.c_void_p).value
+        ctypes.c_void_p.in_dll(loaded, name).value = address
+    streams.violations.clear()
     stand_ins: dict[str, Any] = {
         "Stream": streams.Stream,
         "Event": streams.Event,
@@ -104,3 +120,4 @@ def simulated_gpu(*, late: bool = True) -> Iterator[None]:
         driver._library()
         yield
     driver._library.cache_clear()
+    assert not streams.violations, set(streams.violations)

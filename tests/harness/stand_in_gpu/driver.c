@@ -8,7 +8,7 @@
 #include <unistd.h>
 
 enum { INVALID_VALUE = 1, OUT_OF_MEMORY = 2, INVALID_CONTEXT = 201, REGISTERED_ALREADY = 712,
-       NOT_REGISTERED = 713, NOT_SUPPORTED = 801 };
+       NOT_REGISTERED = 713, NOT_SUPPORTED = 801, STILL_MAPPED = 999, COUNT = 4096 };
 
 typedef struct { unsigned char bytes[64]; } handle;
 typedef struct { int pid, descriptor; size_t size; } lent;
@@ -16,8 +16,9 @@ typedef struct { uint64_t address; size_t size; int descriptor; char kind; } spa
 
 static span spans[1024];
 size_t stand_in_capacity = (size_t)1 << 40;
-int stand_in_ipc_forbidden = 0;
+int stand_in_ipc_forbidden = 0, stand_in_one_process = 0;
 void (*stand_in_on_copy)(uint64_t, uint64_t, size_t, void *) = 0;
+void (*stand_in_on_release)(uint64_t, size_t) = 0;
 
 /* kinds: 'a' allocated, 'm' mapped from another process, 'p' pinned */
 size_t stand_in_bytes(char kind) {
@@ -44,6 +45,7 @@ static int keep(char kind, void *at, size_t size, int descriptor, uint64_t *addr
 
 int cuGetErrorString(int code, const char **text) {
   *text = code == OUT_OF_MEMORY ? "out of memory" : code == NOT_SUPPORTED ? "operation not supported"
+        : code == STILL_MAPPED ? "freed while another process has it mapped"
         : "another error";
   return 0;
 }
@@ -66,21 +68,30 @@ int cuMemAlloc_v2(uint64_t *address, size_t size) {
   if (!size) return INVALID_VALUE;
   if (stand_in_bytes('a') + size > stand_in_capacity) return OUT_OF_MEMORY;
   int descriptor = memfd_create("stand-in", MFD_CLOEXEC);
-  if (descriptor < 0 || ftruncate(descriptor, size)) return OUT_OF_MEMORY;
-  void *at = mmap(0, size, PROT_READ | PROT_WRITE, MAP_SHARED, descriptor, 0);
+  if (descriptor < 0 || ftruncate(descriptor, size + COUNT)) return OUT_OF_MEMORY;
+  void *at = mmap(0, size + COUNT, PROT_READ | PROT_WRITE, MAP_SHARED, descriptor, 0);
   return at == MAP_FAILED ? OUT_OF_MEMORY : keep('a', at, size, descriptor, address);
+}
+
+/* how many processes have this memory mapped: behind its end, seen by all of them */
+static int *mappings(const span *of) {
+  return (int *)(uintptr_t)(of->address + (of->size + COUNT - 1) / COUNT * COUNT);
 }
 
 static int drop(char kind, uint64_t address) {
   span *found = find(kind, address);
   if (!found) return INVALID_VALUE;
-  munmap((void *)(uintptr_t)found->address, found->size);
+  stand_in_on_release(address, found->size);
+  munmap((void *)(uintptr_t)found->address, found->size + COUNT);
   close(found->descriptor);
   found->kind = 0;
   return 0;
 }
 
-int cuMemFree_v2(uint64_t address) { return drop('a', address); }
+int cuMemFree_v2(uint64_t address) {
+  span *found = find('a', address);
+  return found && *mappings(found) ? STILL_MAPPED : drop('a', address);
+}
 
 int cuIpcGetMemHandle(handle *to, uint64_t address) {
   span *found = find('a', address);
@@ -97,15 +108,22 @@ int cuIpcOpenMemHandle_v2(uint64_t *address, handle from, unsigned flags) {
   memcpy(&text, &from, sizeof text);
   if (flags != 1) return INVALID_VALUE;
   if (stand_in_ipc_forbidden) return NOT_SUPPORTED;
-  if (text.pid == getpid()) return INVALID_CONTEXT; /* as CUDA: not in the process that lends */
+  /* as CUDA: not in the process that lends, unless a test has both ends in one */
+  if (text.pid == getpid() && !stand_in_one_process) return INVALID_CONTEXT;
   snprintf(path, sizeof path, "/proc/%d/fd/%d", text.pid, text.descriptor);
   int descriptor = open(path, O_RDWR | O_CLOEXEC);
   if (descriptor < 0) return INVALID_VALUE;
-  void *at = mmap(0, text.size, PROT_READ | PROT_WRITE, MAP_SHARED, descriptor, 0);
-  return at == MAP_FAILED ? OUT_OF_MEMORY : keep('m', at, text.size, descriptor, address);
+  void *at = mmap(0, text.size + COUNT, PROT_READ | PROT_WRITE, MAP_SHARED, descriptor, 0);
+  if (at == MAP_FAILED || keep('m', at, text.size, descriptor, address)) return OUT_OF_MEMORY;
+  ++*mappings(find('m', *address));
+  return 0;
 }
 
-int cuIpcCloseMemHandle(uint64_t address) { return drop('m', address); }
+int cuIpcCloseMemHandle(uint64_t address) {
+  span *found = find('m', address);
+  if (found) --*mappings(found);
+  return drop('m', address);
+}
 
 int cuMemHostRegister_v2(void *at, size_t size, unsigned flags) {
   (void)flags;
@@ -116,6 +134,7 @@ int cuMemHostRegister_v2(void *at, size_t size, unsigned flags) {
 int cuMemHostUnregister(void *at) {
   span *found = find('p', (uint64_t)(uintptr_t)at);
   if (!found) return NOT_REGISTERED;
+  stand_in_on_release(found->address, found->size);
   found->kind = 0;
   return 0;
 }

@@ -7,10 +7,11 @@ missing shows as wrong bytes.
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import count
 from typing import Any
 
@@ -18,6 +19,7 @@ LATE = True  # whether queued work waits until it must run; see `simulated_gpu`
 _numbers = count(1)
 _streams: dict[int, Stream] = {}
 _here = threading.local()
+violations: list[str] = []  # of rules that a GPU would not report
 
 
 class Stream:
@@ -26,6 +28,8 @@ class Stream:
     def __init__(self, device: Any = None, priority: int = 0) -> None:
         self.cuda_stream = next(_numbers)
         self._queue: deque[Callable[[], None]] = deque()
+        self._after_computation = False  # since the last batch of copies
+        self._copying = False
         _streams[self.cuda_stream] = self
 
     def put(self, work: Callable[[], None]) -> None:
@@ -33,6 +37,17 @@ class Stream:
         self._queue.append(work)
         if not LATE:
             self.synchronize()
+
+    def copy(self, work: Callable[[], None]) -> None:
+        """Queue a copy; in CUDA it could run before the kernels that make its source."""
+        if not self._after_computation:
+            violations.append("a copy does not wait for what was computed before it")
+        self._copying = True
+        self.put(work)
+
+    def queued(self) -> list[Callable[[], None]]:
+        """What has not run yet."""
+        return list(self._queue)
 
     def step(self) -> bool:
         """Run the oldest work; False if there is none."""
@@ -47,8 +62,10 @@ class Stream:
             pass
 
     def wait_event(self, event: Event) -> None:
-        """What is queued from here on comes after ``event``."""
-        self.put(event.synchronize)
+        """What is queued from here on comes after ``event``, as it was recorded last."""
+        if isinstance(event.stream, Computing):
+            self._after_computation, self._copying = True, False
+        self.put(event.mark())
 
     def wait_stream(self, stream: Stream) -> None:
         """What is queued from here on comes after what is queued there by now."""
@@ -59,6 +76,11 @@ class Stream:
         event = event or Event()
         event.record(self)
         return event
+
+    def batch_ends(self) -> None:
+        """An event was recorded: copies after it are another batch."""
+        if self._copying:
+            self._after_computation = self._copying = False
 
 
 class Computing(Stream):
@@ -74,30 +96,39 @@ class Event:
 
     def __init__(self, enable_timing: bool = False) -> None:
         self._timed = enable_timing
-        self._stream: Stream | None = None
-        self._at: float | None = None
+        self.stream: Stream | None = None
+        self._at: list[float] = []  # of the last record, empty until it happens
 
     def record(self, stream: Stream | None = None) -> None:
         """Put it at the end of a stream's queue."""
-        self._stream, self._at = stream or current_stream(), None
-        self._stream.put(self._happen)
+        self.stream, at = stream or current_stream(), []
+        self._at = at
+        self.stream.put(lambda: at.append(time.perf_counter()))
+        if self._timed:  # a ticket's end; those of messages between copies are not
+            self.stream.batch_ends()
 
-    def _happen(self) -> None:
-        self._at = time.perf_counter()
+    def mark(self) -> Callable[[], None]:
+        """What runs all that comes before the last record, and it."""
+        stream, at = self.stream, self._at
+        assert stream is not None, "waits for an event that was never recorded"
+
+        def reach() -> None:
+            while not at:
+                assert stream.step(), "waits for an event that cannot happen"
+
+        return reach
 
     def synchronize(self) -> None:
         """Run what comes before it, and it."""
-        while self._at is None:
-            assert self._stream is not None, "waits for an event that was never recorded"
-            assert self._stream.step(), "waits for an event that cannot happen"
+        self.mark()()
 
     def elapsed_time(self, end: Event) -> float:
         """Milliseconds from this event to ``end``."""
         assert self._timed
         assert end._timed
-        if self._at is None or end._at is None:
+        if not self._at or not end._at:
             raise RuntimeError("CUDA error: device not ready")
-        return (end._at - self._at) * 1e3
+        return (end._at[0] - self._at[0]) * 1e3
 
 
 class Within:
@@ -119,6 +150,14 @@ def current_stream(device: Any = None) -> Stream:
     if not hasattr(_here, "stream"):
         _here.stream = Computing()
     return _here.stream
+
+
+def copies_under_way() -> Iterator[tuple[int, int, int]]:
+    """Target, source and size of every copy that has not run."""
+    for stream in _streams.values():
+        for work in stream.queued():
+            if isinstance(work, functools.partial):
+                yield work.args
 
 
 def stream_of(handle: int) -> Stream:

@@ -123,7 +123,7 @@ class NcclTransport:
     def close(self) -> None:
         """See `Transport`; leaves the group, which torch does not know of."""
         self._spill.close()  # waits for the stream
-        self._group.shutdown()
+        _leave(self._group)
 
 
 class NcclLender:
@@ -191,7 +191,7 @@ class NcclLender:
             self._wait_for(index)
         self._stream.synchronize()
         self._slots.clear()
-        self._group.shutdown()
+        _leave(self._group)
 
     def _add_slot(self) -> None:
         try:
@@ -212,3 +212,8 @@ def _wait(request: Any) -> None:
     """Make the current stream wait for a message."""
     if request is not None:
         request.wait()
+
+
+def _leave(group: Any) -> None:
+    leave = getattr(group, "shutdown", None) or group._shutdown  # its name before torch 2.7
+    leave()
