@@ -35,7 +35,8 @@ def torchrun(
         The exit status; None if it was not over in time.
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--local-addr", "127.0.0.1", "--nproc-per-node", str(ranks), *words]
+    command += ["--local-addr", "127.0.0.1", "--nproc-per-node", str(ranks)]
+    command += ["--log-dir", f"{log}.torchrun", *words]  # it would leave a folder in /tmp
     paths = {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
     with log.open("w", encoding="utf-8") as sink:
         process = subprocess.Popen(

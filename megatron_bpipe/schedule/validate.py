@@ -4,6 +4,7 @@ What is checked, for logical and lowered schedules alike:
 
 * every stage runs F and B of every micro-batch once, F first, each after the stage it needs, and
   where the backward is split W of each once after its B;
+* every op of a micro-batch has the version of the weights that its forward has;
 * E and L only on evictors (on any stage where they go to the host), E of what is resident, L of
   what is remote, B of what is back;
 * no stage holds more than the budget, transfers in flight counted on both sides, under any
@@ -51,6 +52,7 @@ def validate(schedule: Schedule, budget: int | None = None) -> None:
         check = LineCheck(schedule, stage, known, budget, room)
         check.run()
         peaks[stage] = check.peak
+    _check_versions(schedule)
     if schedule.lowered:
         _check_messages(schedule)
         for stage in range(0 if schedule.to_host else schedule.p // 2):
@@ -84,6 +86,24 @@ def _check_computations(schedule: Schedule) -> None:
     missing = set(range(schedule.microbatches)) - {activation[0] for activation in known}
     if missing:
         raise ScheduleError(f"micro-batch {min(missing)} is missing", schedule)
+
+
+def _check_versions(schedule: Schedule) -> None:
+    """A micro-batch's backward uses the weights that its forward used, on each stage."""
+    if all(op.version is None for line in schedule.stages for op in line):
+        return
+    answers = (Kind.ACCEPT, Kind.RETURN)  # these are about the partner's micro-batches
+    used: list[dict[Activation, int | None]] = []
+    for line in schedule.stages:
+        used.append({op.activation: op.version for op in line if op.kind is Kind.FORWARD})
+    for stage, line in enumerate(schedule.stages):
+        for index, op in enumerate(line):
+            whose = schedule.p - 1 - stage if op.kind in answers else stage
+            right = used[whose].get(op.activation)
+            if op.version != right:
+                named = "no version" if right is None else f"version {right}"
+                reason = f"{op}, but its forward on stage {whose} uses {named} of the weights"
+                raise ScheduleError(reason, schedule, stage, index)
 
 
 # Forward?, then the activation it is for, as the receiver calls it.

@@ -16,6 +16,7 @@ import json
 import os
 import signal
 import sys
+import tempfile
 import time
 import traceback
 from pathlib import Path
@@ -101,8 +102,10 @@ def _run_rank(job: dict[str, Any], rank: int) -> None:
         LOCAL_WORLD_SIZE=str(per_node),
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(job["port"]),
+        TMPDIR=job["out"],  # a rank leaves without cleaning up, as one that is killed does
         **job["env"],
     )
+    tempfile.tempdir = job["out"]
     code = 1
     try:
         from tests.harness import rank as rank_side

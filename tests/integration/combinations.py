@@ -46,11 +46,8 @@ COMBINATIONS = {
     "uneven layers": Combination(
         4,
         gpt(4, 8, 8, "--pipeline-model-parallel-layout", "Et|tt|tt|tttL"),
-        quick=True,
     ),
-    "evaluation between steps": Combination(
-        4, four("--eval-iters", "2", "--eval-interval", "3"), quick=True
-    ),
+    "evaluation between steps": Combination(4, four("--eval-iters", "2", "--eval-interval", "3")),
     "tp2 with sequence parallelism": Combination(
         8, four("--tensor-model-parallel-size", "2", "--sequence-parallel"), quick=True
     ),

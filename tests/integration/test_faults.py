@@ -40,9 +40,15 @@ def run(megatron: Megatron, rank: int, where: str, how: str, *flags: str) -> Res
 @pytest.mark.parametrize(
     ("where", "transport"),
     [
-        *itertools.product(["forward", "backward", "evict", "load"], ["shm", "p2p"]),
-        ("evict", "host"),
-        ("load", "host"),
+        *itertools.product(["forward", "backward", "evict", "load"], ["shm"]),
+        *itertools.product(["evict", "load"], ["p2p"]),
+        *(
+            pytest.param(*case, marks=pytest.mark.long)
+            for case in [
+                *itertools.product(["forward", "backward"], ["p2p"]),
+                *itertools.product(["evict", "load"], ["host"]),
+            ]
+        ),
     ],
 )
 def test_a_rank_that_raises(megatron: Megatron, where: str, transport: str) -> None:
@@ -77,7 +83,7 @@ def test_a_rank_that_stops(megatron: Megatron, rank: int, where: str, transport:
     assert time.monotonic() - began > 50
 
 
-@pytest.mark.parametrize("transport", ["shm", "p2p"])
+@pytest.mark.parametrize("transport", [pytest.param("shm", marks=pytest.mark.long), "p2p"])
 def test_random_delays_do_not_deadlock(megatron: Megatron, transport: str) -> None:
     flags = [*gpt(4), "--bpipe", "--bpipe-transport", transport]
     delays = {"call": "tests.harness.rank:random_delays", "with": {"seed": 1, "most": 0.1}}

@@ -153,3 +153,9 @@ def test_several_transfers_beside_one_computation_are_all_drawn():
     assert "E0E1" in shown
     assert "L0L1" in shown
     assert shown.startswith("test: p=2, m=4, 2 evictions\n")
+
+
+@pytest.mark.parametrize("op", ["B2", "SF2", "E3", "RT1"])
+def test_other_weights_than_the_forward_s_are_refused(op):
+    with pytest.raises(ScheduleError, match=rf"{op}@0, but its forward on stage 0 uses no version"):
+        from_csv(GOOD.replace(f",{op},", f",{op}@0,", 1), budget=3)
