@@ -54,6 +54,7 @@ def main() -> int:
         command += ["--pairs", str(arguments.pairs), "--block", str(arguments.block)]
         command += ["--stages", str(arguments.stages), "--rank-writes-to", folder]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        environment["TMPDIR"] = folder  # the data loader's workers leave sockets there
         subprocess.run(command, env=environment, check=True, timeout=3600)
         files = sorted(Path(folder).glob("rank*.json"))
         ranks = [json.loads(path.read_text()) for path in files]

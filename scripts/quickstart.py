@@ -17,6 +17,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -107,9 +108,14 @@ def _train(name: str, flags: list[str], stages: int) -> dict[str, Any]:
     print(f"{name}: starting {stages} processes (importing Megatron takes a while)", flush=True)
     started = time.monotonic()
     log = OUT / f"{name}.log"
-    with log.open("w", encoding="utf-8") as sink:
+    # the data loader's workers leave sockets in the folder for temporary files
+    with tempfile.TemporaryDirectory() as temporary, log.open("w", encoding="utf-8") as sink:
         process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment | {"TMPDIR": temporary},
         )
         assert process.stdout is not None
         for line in process.stdout:
@@ -121,7 +127,8 @@ def _train(name: str, flags: list[str], stages: int) -> dict[str, Any]:
                     f"  ({seconds:.0f} s)",
                     flush=True,
                 )
-    if process.wait() != 0:
+        process.wait()
+    if process.returncode != 0:
         print(f"{name}: failed with status {process.returncode}; the end of {log}:")
         print("\n".join(log.read_text(encoding="utf-8").splitlines()[-30:]))
         raise SystemExit(1)
