@@ -83,8 +83,13 @@ class SavedStorage:
 
 def roots_of(output: object) -> list[Node]:
     """Graph roots of a stage's output, a tensor or a list of tensors."""
-    tensors = output if isinstance(output, (list, tuple)) else [output]
-    return [t.grad_fn for t in tensors if isinstance(t, torch.Tensor) and t.grad_fn is not None]
+    return [t.grad_fn for t in tensors_of(output) if t.grad_fn is not None]
+
+
+def tensors_of(output: object) -> list[torch.Tensor]:
+    """The tensors of a stage's output, which is one or a list of them."""
+    parts = output if isinstance(output, (list, tuple)) else [output]
+    return [part for part in parts if isinstance(part, torch.Tensor)]
 
 
 def saved_storages(roots: Sequence[Node], parameters: Collection[int] = ()) -> list[SavedStorage]:

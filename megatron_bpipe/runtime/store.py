@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 
 from .activation import Activation, State, allocate, drop, padded
-from .graph import roots_of, saved_storages
+from .graph import roots_of, saved_storages, tensors_of
 from .transport import Ticket, Transport
 
 
@@ -57,7 +57,7 @@ class ActivationStore:
         if self.transport is None:
             self.transport = self.connect(_saved_bytes(output))
         if leaves:
-            activation = Activation(microbatch, roots_of(output), _device_of(output))
+            activation = Activation(microbatch, roots_of(output), tensors_of(output)[0].device)
             self._held[microbatch] = activation
             # here, while a GPU still computes the forward; at E it would wait for the host
             activation.capture()
@@ -142,11 +142,6 @@ class ActivationStore:
         if self.transport is not None:
             self.transport.close()
             self.transport = None
-
-
-def _device_of(output: object) -> torch.device:
-    tensors = output if isinstance(output, (list, tuple)) else [output]
-    return next(t.device for t in tensors if isinstance(t, torch.Tensor))
 
 
 def _saved_bytes(output: object) -> int:

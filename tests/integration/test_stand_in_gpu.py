@@ -7,17 +7,14 @@ the events allow, and the two ends agree.
 
 from __future__ import annotations
 
-import shutil
-
 import pytest
 
 from tests.harness import Megatron
 from tests.harness.compare import difference, evicted
 from tests.harness.models import TAMPER, gpt
+from tests.harness.stand_in_gpu import NEEDS_COMPILER
 
-pytestmark = pytest.mark.skipif(
-    shutil.which("cc") is None, reason="the stand-in for the CUDA driver needs a C compiler"
-)
+pytestmark = NEEDS_COMPILER
 INSTEAD = "tests.harness.stand_in_gpu.in_rank:instead"
 
 

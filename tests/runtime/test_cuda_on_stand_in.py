@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +26,7 @@ from megatron_bpipe.runtime.transport.meeting import Meeting
 from megatron_bpipe.runtime.transport.one_sided import OneSidedTransport
 from megatron_bpipe.runtime.transport.speed import measure
 from tests.harness.stand_in_gpu import (
+    NEEDS_COMPILER,
     bytes_of,
     forbid_ipc,
     set_capacity,
@@ -37,9 +37,7 @@ from tests.harness.stand_in_gpu.ends import InProcess
 from tests.runtime.test_store import gradients, micro_batch
 from tests.runtime.test_transports import groups_of_two, meetings, pieces
 
-pytestmark = pytest.mark.skipif(
-    shutil.which("cc") is None, reason="the stand-in for the CUDA driver needs a C compiler"
-)
+pytestmark = NEEDS_COMPILER
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 ONE_GPU = Sight(Place("a", ("a",)), Place("a", ("a",)), one_host=True, link=Link.SAME_GPU)
 MIB = 2**20

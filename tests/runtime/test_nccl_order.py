@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import queue
 import random
-import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -19,11 +18,9 @@ import torch.distributed as dist
 
 from megatron_bpipe.runtime.transport.cuda import messages
 from megatron_bpipe.runtime.transport.meeting import Meeting
-from tests.harness.stand_in_gpu import simulated_gpu, streams
+from tests.harness.stand_in_gpu import NEEDS_COMPILER, simulated_gpu, streams
 
-pytestmark = pytest.mark.skipif(
-    shutil.which("cc") is None, reason="the stand-in for the CUDA driver needs a C compiler"
-)
+pytestmark = NEEDS_COMPILER
 CPU = torch.device("cpu")
 Line = queue.SimpleQueue[torch.Tensor]
 

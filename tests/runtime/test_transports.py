@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
@@ -32,18 +31,15 @@ from megatron_bpipe.runtime.transport.shared_memory import (
     shared_memory_transport,
 )
 from megatron_bpipe.runtime.transport.two_sided import TwoSidedLender, TwoSidedTransport
-from tests.harness.stand_in_gpu import simulated_gpu
+from tests.harness.stand_in_gpu import NEEDS_COMPILER, simulated_gpu
 from tests.harness.stand_in_gpu.ends import OnThread
 
 CPU = torch.device("cpu")
 DEADLINE = 20.0
 MIB = 2**20
-WITHOUT_COMPILER = pytest.mark.skipif(
-    shutil.which("cc") is None, reason="the stand-in for the CUDA driver needs a C compiler"
-)
 TRANSPORTS = (
     *("shm", "host", "p2p"),
-    *(pytest.param(name, marks=WITHOUT_COMPILER) for name in ("ipc", "nccl")),
+    *(pytest.param(name, marks=NEEDS_COMPILER) for name in ("ipc", "nccl")),
 )
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -21,12 +22,16 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 
 from megatron_bpipe.runtime.transport.cuda import driver
 
 from . import streams
 
+NEEDS_COMPILER = pytest.mark.skipif(
+    shutil.which("cc") is None, reason="the stand-in for the CUDA driver needs a C compiler"
+)
 SOURCE = Path(__file__).with_name("driver.c")
 Release = ctypes.CFUNCTYPE(None, ctypes.c_uint64, ctypes.c_size_t)
 Copy = ctypes.CFUNCTYPE(None, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_size_t, ctypes.c_void_p)
