@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
-from ..runtime.transport.link import Place, Sight, obstacle
-from ..schedule.balance import BudgetError, balance
-from ..schedule.base import one_f_one_b
-from ..schedule.ops import default_budget
-from .log import refuse, say
-from .options import TRANSPORTS, Options
-from .probe import KNOWN_RELEASES, missing, release
+from megatron_bpipe.integration.log import refuse, say
+from megatron_bpipe.integration.options import TRANSPORTS, Options
+from megatron_bpipe.integration.probe import KNOWN_RELEASES, missing, release
+from megatron_bpipe.runtime.transport.link import Place, Sight, obstacle
+from megatron_bpipe.schedule.balance import BudgetError, balance
+from megatron_bpipe.schedule.base import one_f_one_b
+from megatron_bpipe.schedule.ops import default_budget
 
 
 def check(args: Any, options: Options) -> str | None:

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .after_import import after_import
+from megatron_bpipe.integration.after_import import after_import
 
 UTILS = "megatron.core.datasets.utils"
 EXTENSION = "megatron.core.datasets.helpers_cpp"

@@ -13,14 +13,14 @@ from pathlib import Path
 
 import torch
 
-from ..estimate.softmax_trap import why_not_fused
-from ..runtime.transport.base import TransportError
-from ..runtime.transport.host_memory import available_bytes
-from ..runtime.transport.link import Link, classify, parse_topology
-from ..runtime.transport.meeting import Identity
-from . import cpu
-from .probe import HOOK_POINTS, missing
-from .unusable_gpu import why_unusable
+from megatron_bpipe.estimate.softmax_trap import why_not_fused
+from megatron_bpipe.integration import cpu
+from megatron_bpipe.integration.probe import HOOK_POINTS, missing
+from megatron_bpipe.integration.unusable_gpu import why_unusable
+from megatron_bpipe.runtime.transport.base import TransportError
+from megatron_bpipe.runtime.transport.host_memory import available_bytes
+from megatron_bpipe.runtime.transport.link import Link, classify, parse_topology
+from megatron_bpipe.runtime.transport.meeting import Identity
 
 GIB = 2**30
 
@@ -147,8 +147,8 @@ def _ipc_transport() -> list[Finding]:
     """Memory of this GPU, offered the way an acceptor would; who maps it is found out in a run."""
     if not torch.cuda.is_available():
         return []
-    from ..runtime.transport.cuda.driver import DriverError
-    from ..runtime.transport.cuda.ipc import Trial
+    from megatron_bpipe.runtime.transport.cuda.driver import DriverError
+    from megatron_bpipe.runtime.transport.cuda.ipc import Trial
 
     try:
         Trial(torch.device("cuda", torch.cuda.current_device()), "doctor").close()

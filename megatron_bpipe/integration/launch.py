@@ -12,10 +12,9 @@ from pathlib import Path
 import torch
 
 import megatron_bpipe
-
-from . import cpu, dataset_helpers
-from .log import refuse
-from .unusable_gpu import why_unusable
+from megatron_bpipe.integration import cpu, dataset_helpers
+from megatron_bpipe.integration.log import refuse
+from megatron_bpipe.integration.unusable_gpu import why_unusable
 
 
 def run_script(script: str, argv: list[str]) -> None:

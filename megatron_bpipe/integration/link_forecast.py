@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 
-from ..estimate.errors import EstimateError
-from ..estimate.flops import layer_flops
-from ..estimate.hardware import Gpu, recognised
-from ..estimate.models import Model
-from ..runtime.link_watch import too_slow
-from ..runtime.transport.link import Link
-from ..runtime.transport.speed import Speed
+from megatron_bpipe.estimate.errors import EstimateError
+from megatron_bpipe.estimate.flops import layer_flops
+from megatron_bpipe.estimate.hardware import Gpu, recognised
+from megatron_bpipe.estimate.models import Model
+from megatron_bpipe.runtime.link_watch import too_slow
+from megatron_bpipe.runtime.transport.link import Link
+from megatron_bpipe.runtime.transport.speed import Speed
 
 SHARE_OF_PEAK = 0.5
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from ..schedule.ops import Op
+from megatron_bpipe.schedule.ops import Op
 
 
 @lru_cache(maxsize=64)

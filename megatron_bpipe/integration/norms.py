@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .after_import import after_import
+from megatron_bpipe.integration.after_import import after_import
 
 
 def let_torch_norms_have_sequence_parallelism() -> None:

@@ -12,8 +12,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from ..schedule.ops import Kind, Op
-from .session import Session
+from megatron_bpipe.integration.session import Session
+from megatron_bpipe.schedule.ops import Kind, Op
 
 
 def make_observed(

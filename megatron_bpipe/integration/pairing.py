@@ -15,12 +15,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..runtime.transport import Lender, Transport, TransportError
-from ..runtime.transport.host import NothingLent, host_transport
-from ..runtime.transport.link import Link, Place, Sight, candidates, preference
-from ..runtime.transport.meeting import Meeting
-from ..runtime.transport.shared_memory import SharedMemoryLender, shared_memory_transport
-from ..runtime.transport.two_sided import TwoSidedLender, TwoSidedTransport
+from megatron_bpipe.runtime.transport import Lender, Transport, TransportError
+from megatron_bpipe.runtime.transport.host import NothingLent, host_transport
+from megatron_bpipe.runtime.transport.link import Link, Place, Sight, candidates, preference
+from megatron_bpipe.runtime.transport.meeting import Meeting
+from megatron_bpipe.runtime.transport.shared_memory import (
+    SharedMemoryLender,
+    shared_memory_transport,
+)
+from megatron_bpipe.runtime.transport.two_sided import TwoSidedLender, TwoSidedTransport
 
 NONE = "none"  # no transport is open to the pair
 
@@ -53,11 +56,11 @@ class Pair:
         if self.transport == "host":
             return host_transport(meeting.pair, wanted, self.device, meeting.deadline)
         if self.transport == "ipc":
-            from ..runtime.transport.cuda.ipc import ipc_transport
+            from megatron_bpipe.runtime.transport.cuda.ipc import ipc_transport
 
             return ipc_transport(meeting, wanted, self.device)
         if self.device.type == "cuda":
-            from ..runtime.transport.cuda.messages import NcclTransport
+            from megatron_bpipe.runtime.transport.cuda.messages import NcclTransport
 
             return NcclTransport(self.group, meeting, microbatch_bytes, slots, self.device)
         return TwoSidedTransport(self.group, meeting.pair, meeting.deadline)
@@ -70,11 +73,11 @@ class Pair:
         if self.transport == "host":
             return NothingLent()
         if self.transport == "ipc":
-            from ..runtime.transport.cuda.ipc import IpcLender
+            from megatron_bpipe.runtime.transport.cuda.ipc import IpcLender
 
             return IpcLender(meeting, self.device)
         if self.device.type == "cuda":
-            from ..runtime.transport.cuda.messages import NcclLender
+            from megatron_bpipe.runtime.transport.cuda.messages import NcclLender
 
             return NcclLender(self.group, meeting, self.device)
         return TwoSidedLender(self.group, meeting.pair, self.device, meeting.deadline)
@@ -161,15 +164,15 @@ def _choose(asked: str, sight: Sight, meeting: Meeting, device: torch.device) ->
 
 
 def _try(meeting: Meeting, device: torch.device) -> str:
-    from ..runtime.transport.cuda.ipc import try_to_open
+    from megatron_bpipe.runtime.transport.cuda.ipc import try_to_open
 
     handle, _, failed = meeting.hear("offer").partition(" ")
     return failed or try_to_open(handle, device)
 
 
 def _offer_trial(meeting: Meeting, device: torch.device) -> None:
-    from ..runtime.transport.cuda.driver import DriverError
-    from ..runtime.transport.cuda.ipc import Trial
+    from megatron_bpipe.runtime.transport.cuda.driver import DriverError
+    from megatron_bpipe.runtime.transport.cuda.ipc import Trial
 
     try:
         trial = Trial(device, meeting.pair)
@@ -185,7 +188,7 @@ def _look(meeting: Meeting, device: torch.device) -> Sight:
     """Say where this rank computes, hear where the other one does, see how they are linked."""
     on_gpu = device.type == "cuda"
     if on_gpu:
-        from ..runtime.transport.cuda.place import link_between, place_of
+        from megatron_bpipe.runtime.transport.cuda.place import link_between, place_of
     mine = place_of(device) if on_gpu else Place()
     meeting.tell("place", mine.dumps())
     theirs = Place.loads(meeting.hear("place"))

@@ -16,14 +16,14 @@ from typing import Any
 
 import torch
 
-from ..runtime.executor import Run
-from .checks import incompatible
-from .groups import GROUPS_NAMES, default_groups
-from .link_forecast import forward_flops
-from .megatron_stage import MegatronStage, StageCall, call_known
-from .plan import stage_plan
-from .session import Session
-from .stream_wait import StreamWaits
+from megatron_bpipe.integration.checks import incompatible
+from megatron_bpipe.integration.groups import GROUPS_NAMES, default_groups
+from megatron_bpipe.integration.link_forecast import forward_flops
+from megatron_bpipe.integration.megatron_stage import MegatronStage, StageCall, call_known
+from megatron_bpipe.integration.plan import stage_plan
+from megatron_bpipe.integration.session import Session
+from megatron_bpipe.integration.stream_wait import StreamWaits
+from megatron_bpipe.runtime.executor import Run
 
 
 def make_schedule(

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from ..placement import make_report
-from .log import refuse
-from .rank_environment import started
-from .ranks import STOCK, RankMap, apply, refusals, shape_of
+from megatron_bpipe.integration.log import refuse
+from megatron_bpipe.integration.rank_environment import started
+from megatron_bpipe.integration.ranks import STOCK, RankMap, apply, refusals, shape_of
+from megatron_bpipe.placement import make_report
 
 
 def place(args: Any, placement: str) -> RankMap | None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-from ..schedule.balance import balance, slots
-from ..schedule.base import one_f_one_b
-from ..schedule.lower import lower
-from ..schedule.ops import Op, default_budget, is_evictor, partner
-from ..schedule.validate import validate
+from megatron_bpipe.schedule.balance import balance, slots
+from megatron_bpipe.schedule.base import one_f_one_b
+from megatron_bpipe.schedule.lower import lower
+from megatron_bpipe.schedule.ops import Op, default_budget, is_evictor, partner
+from megatron_bpipe.schedule.validate import validate
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..placement import common_node_size
+from megatron_bpipe.placement import common_node_size
 
 PHYSICAL = "BPIPE_PHYSICAL_RANK"
 

@@ -19,7 +19,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from ..placement import (
+from megatron_bpipe.integration.rank_environment import PHYSICAL, LauncherError, Started, started
+from megatron_bpipe.placement import (
     ParallelShape,
     PlacementError,
     Report,
@@ -28,7 +29,6 @@ from ..placement import (
     slot_of_rank,
     table_text,
 )
-from .rank_environment import PHYSICAL, LauncherError, Started, started
 
 STOCK = "megatron"
 

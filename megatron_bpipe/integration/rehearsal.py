@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from .log import refuse
+from megatron_bpipe.integration.log import refuse
 
 BACKEND = "gloo"
 

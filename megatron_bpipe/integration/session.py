@@ -10,20 +10,20 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..runtime.executor import Observer
-from ..runtime.link_watch import LinkWatch, watch
-from ..runtime.memory import allocated_bytes, device_bytes, static_bytes, storage_ids
-from ..runtime.recorder import Recorder
-from ..runtime.report import merge, table, write_json
-from ..runtime.store import ActivationStore
-from ..runtime.transport import Lender, Transport
-from ..runtime.transport.speed import Speed, measure
-from .link_forecast import forecast
-from .log import say, warn
-from .options import Options
-from .pairing import Pair, open_pair
-from .plan import StagePlan
-from .ranks import RankMap, verify
+from megatron_bpipe.integration.link_forecast import forecast
+from megatron_bpipe.integration.log import say, warn
+from megatron_bpipe.integration.options import Options
+from megatron_bpipe.integration.pairing import Pair, open_pair
+from megatron_bpipe.integration.plan import StagePlan
+from megatron_bpipe.integration.ranks import RankMap, verify
+from megatron_bpipe.runtime.executor import Observer
+from megatron_bpipe.runtime.link_watch import LinkWatch, watch
+from megatron_bpipe.runtime.memory import allocated_bytes, device_bytes, static_bytes, storage_ids
+from megatron_bpipe.runtime.recorder import Recorder
+from megatron_bpipe.runtime.report import merge, table, write_json
+from megatron_bpipe.runtime.store import ActivationStore
+from megatron_bpipe.runtime.transport import Lender, Transport
+from megatron_bpipe.runtime.transport.speed import Speed, measure
 
 
 @dataclass

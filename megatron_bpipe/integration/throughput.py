@@ -13,10 +13,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ..estimate.flops import equation_1
-from ..estimate.models import gpt
-from .link_forecast import gpu_here
-from .session import Session
+from megatron_bpipe.estimate.flops import equation_1
+from megatron_bpipe.estimate.models import gpt
+from megatron_bpipe.integration.link_forecast import gpu_here
+from megatron_bpipe.integration.session import Session
 
 
 @dataclass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..runtime.transport.cuda import driver
+from megatron_bpipe.runtime.transport.cuda import driver
 
 
 def why_unusable() -> str | None:

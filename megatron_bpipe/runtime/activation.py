@@ -18,7 +18,7 @@ from weakref import ReferenceType, ref
 
 import torch
 
-from .graph import Node, saved_tensors, why_kept
+from megatron_bpipe.runtime.graph import Node, saved_tensors, why_kept
 
 # A multiple of every dtype's size, and what allocators and copy engines like.
 ALIGNMENT = 512

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from .graph import Kept, roots_of, saved_storages
+from megatron_bpipe.runtime.graph import Kept, roots_of, saved_storages
 
 LARGEST_SITES = 8
 

@@ -19,10 +19,10 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
-from ..schedule.lower import batches
-from ..schedule.ops import Kind, Op
-from .store import ActivationStore
-from .transport import Lender, Ticket
+from megatron_bpipe.runtime.store import ActivationStore
+from megatron_bpipe.runtime.transport import Lender, Ticket
+from megatron_bpipe.schedule.lower import batches
+from megatron_bpipe.schedule.ops import Kind, Op
 
 SHOWN_AROUND = 12  # ops before and after a failed one
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..schedule.ops import Kind, Op
-from .transport import Ticket
+from megatron_bpipe.runtime.transport import Ticket
+from megatron_bpipe.schedule.ops import Kind, Op
 
 MIB, GIB = 2**20, 2**30
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from .graph import roots_of, saved_tensors
+from megatron_bpipe.runtime.graph import roots_of, saved_tensors
 
 _MALLINFO2_FIELDS = (
     *("arena", "ordblks", "smblks", "hblks", "hblkhd"),

@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 
-from ..schedule.ops import Kind, Op
-from .audit import Audit, audit_forward
-from .graph import nodes_below, roots_of
-from .memory import LiveActivations
-from .transport import Ticket
+from megatron_bpipe.runtime.audit import Audit, audit_forward
+from megatron_bpipe.runtime.graph import nodes_below, roots_of
+from megatron_bpipe.runtime.memory import LiveActivations
+from megatron_bpipe.runtime.transport import Ticket
+from megatron_bpipe.schedule.ops import Kind, Op
 
 TIMELINE_ITERATIONS = 8
 CHANGES_MEMORY = frozenset(

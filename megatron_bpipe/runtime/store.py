@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .activation import Activation, State, allocate, drop, padded
-from .graph import roots_of, saved_storages, tensors_of
-from .transport import Ticket, Transport
+from megatron_bpipe.runtime.activation import Activation, State, allocate, drop, padded
+from megatron_bpipe.runtime.graph import roots_of, saved_storages, tensors_of
+from megatron_bpipe.runtime.transport import Ticket, Transport
 
 
 @dataclass

@@ -16,8 +16,17 @@ import sys
 
 import torch
 
-from . import allocator, defaults, eager, megatron_patches, memory, placement, rng, streams
-from .flags import cpu_flags
+from megatron_bpipe.integration.cpu import (
+    allocator,
+    defaults,
+    eager,
+    megatron_patches,
+    memory,
+    placement,
+    rng,
+    streams,
+)
+from megatron_bpipe.integration.cpu.flags import cpu_flags
 
 __all__ = ["announcement", "cpu_flags", "install", "installed"]
 

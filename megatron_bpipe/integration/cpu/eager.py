@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .replace import replace
+from megatron_bpipe.integration.cpu.replace import replace
 
 
 def _compile(model: Callable[..., Any] | None = None, **options: object) -> Any:

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from ..after_import import after_import
-from ..log import refuse
-from ..norms import let_torch_norms_have_sequence_parallelism
+from megatron_bpipe.integration.after_import import after_import
+from megatron_bpipe.integration.log import refuse
+from megatron_bpipe.integration.norms import let_torch_norms_have_sequence_parallelism
 
 
 def install() -> None:

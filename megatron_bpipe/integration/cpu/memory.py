@@ -12,7 +12,7 @@ import resource
 
 import torch
 
-from .replace import replace
+from megatron_bpipe.integration.cpu.replace import replace
 
 
 def _resident_bytes(device: object = None) -> int:

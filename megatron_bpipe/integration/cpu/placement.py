@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.utils._device import _device_constructors
 
-from .replace import replace
+from megatron_bpipe.integration.cpu.replace import replace
 
 CPU = torch.device("cpu")
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from .replace import replace
+from megatron_bpipe.integration.cpu.replace import replace
 
 TRACKER_LOGGER = "megatron.core.tensor_parallel.random"
 

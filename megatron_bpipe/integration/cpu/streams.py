@@ -11,7 +11,7 @@ import time
 
 import torch
 
-from .replace import replace
+from megatron_bpipe.integration.cpu.replace import replace
 
 
 class Event:

@@ -10,15 +10,15 @@ from datetime import UTC, datetime
 
 import torch
 
-from ...estimate.flops import layer_flops, mfu_percent
-from ...estimate.profile import HeadRow, Profile, StageRow
-from ...estimate.runs import Attention
-from .device import describe, give_back, memory_limited
-from .group import one_rank_of
-from .measure import measure, out_of_memory
-from .model import Share
-from .settings import ProfileError, Settings
-from .stage import Part, build_head, build_layers, how_flash
+from megatron_bpipe.estimate.flops import layer_flops, mfu_percent
+from megatron_bpipe.estimate.profile import HeadRow, Profile, StageRow
+from megatron_bpipe.estimate.runs import Attention
+from megatron_bpipe.integration.profile.device import describe, give_back, memory_limited
+from megatron_bpipe.integration.profile.group import one_rank_of
+from megatron_bpipe.integration.profile.measure import measure, out_of_memory
+from megatron_bpipe.integration.profile.model import Share
+from megatron_bpipe.integration.profile.settings import ProfileError, Settings
+from megatron_bpipe.integration.profile.stage import Part, build_head, build_layers, how_flash
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import torch
 
-from ...estimate.hardware import A100_80G, H100_80G
-from ...estimate.profile import Device
-from ...runtime.transport.host_memory import available_bytes
+from megatron_bpipe.estimate.hardware import A100_80G, H100_80G
+from megatron_bpipe.estimate.profile import Device
+from megatron_bpipe.runtime.transport.host_memory import available_bytes
 
 # torch's names of the devices whose datasheet peak estimate/hardware.py has; all A100s share one
 PUBLISHED = (

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
-from .settings import ProfileError
+from megatron_bpipe.integration.profile.settings import ProfileError
 
 
 @contextmanager

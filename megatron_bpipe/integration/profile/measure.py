@@ -12,11 +12,11 @@ from dataclasses import dataclass
 
 import torch
 
-from ...estimate.profile import Timing
-from ...runtime.memory import LiveActivations, storage_ids
-from .attention import NoFlashKernelError
-from .device import give_back
-from .stage import Part
+from megatron_bpipe.estimate.profile import Timing
+from megatron_bpipe.integration.profile.attention import NoFlashKernelError
+from megatron_bpipe.integration.profile.device import give_back
+from megatron_bpipe.integration.profile.stage import Part
+from megatron_bpipe.runtime.memory import LiveActivations, storage_ids
 
 MIB = 2**20
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from ...estimate.errors import EstimateError
-from ...estimate.models import Model, padded_vocab
-from ...estimate.runs import Attention
-from .settings import ProfileError
+from megatron_bpipe.estimate.errors import EstimateError
+from megatron_bpipe.estimate.models import Model, padded_vocab
+from megatron_bpipe.estimate.runs import Attention
+from megatron_bpipe.integration.profile.settings import ProfileError
 
 # how Megatron's recompute flags say each way to compute attention
 RECOMPUTE: dict[Attention, dict[str, Any]] = {

@@ -8,8 +8,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from ...estimate.profile import HeadRow, Profile, StageRow, Timing, write_profile
-from ...placement.columns import columns
+from megatron_bpipe.estimate.profile import HeadRow, Profile, StageRow, Timing, write_profile
+from megatron_bpipe.placement.columns import columns
 
 MIB = 2**20
 COLUMNS = ("micro-batch", "attention", "forward ms", "backward ms", "moved MiB", "MFU %")

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from ...estimate.profile import Profile
-from .flags import read_flags
-from .model import share_of
-from .settings import Settings
+from megatron_bpipe.estimate.profile import Profile
+from megatron_bpipe.integration.profile.flags import read_flags
+from megatron_bpipe.integration.profile.model import share_of
+from megatron_bpipe.integration.profile.settings import Settings
 
 if TYPE_CHECKING:
-    from .bench import Progress
+    from megatron_bpipe.integration.profile.bench import Progress
 
 
 def run_profile(
@@ -33,6 +33,8 @@ def run_profile(
             memory is a result, not an error).
     """
     share = share_of(read_flags(flags), settings.layers)
-    from .bench import measure_share  # Megatron: the CPU must stand in before it is imported
+    from megatron_bpipe.integration.profile.bench import (
+        measure_share,
+    )  # Megatron: the CPU must stand in before it is imported
 
     return measure_share(settings, share, command, progress)

@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 from typing import get_args
 
-from ...estimate.runs import Attention
+from megatron_bpipe.estimate.runs import Attention
 
 UNITS = {"": 1, "B": 1}
 UNITS |= {f"{letter}iB": 2 ** (10 * (i + 1)) for i, letter in enumerate("KMGT")}

@@ -17,9 +17,9 @@ from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.module import Float16Module
 from megatron.training.arguments import core_transformer_config_from_args
 
-from ...estimate.runs import Attention
-from .attention import SDPACoreAttention
-from .model import Share
+from megatron_bpipe.estimate.runs import Attention
+from megatron_bpipe.integration.profile.attention import SDPACoreAttention
+from megatron_bpipe.integration.profile.model import Share
 
 
 @dataclass

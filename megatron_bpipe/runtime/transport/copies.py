@@ -7,8 +7,8 @@ from typing import Protocol
 
 import torch
 
-from .base import Ticket
-from .worker import Job, Worker
+from megatron_bpipe.runtime.transport.base import Ticket
+from megatron_bpipe.runtime.transport.worker import Job, Worker
 
 
 class Copies(Protocol):
@@ -55,7 +55,7 @@ def copies_on(device: torch.device, deadline: float) -> Copies:
         deadline: seconds that a thread's copy may take; a stream has no such limit.
     """
     if device.type == "cuda":
-        from .cuda.streams import StreamCopies
+        from megatron_bpipe.runtime.transport.cuda.streams import StreamCopies
 
         return StreamCopies(device)
     return ThreadCopies(deadline)

@@ -11,9 +11,9 @@ import mmap
 
 import torch
 
-from .copies import copies_on
-from .host_memory import anonymous
-from .one_sided import OneSidedTransport
+from megatron_bpipe.runtime.transport.copies import copies_on
+from megatron_bpipe.runtime.transport.host_memory import anonymous
+from megatron_bpipe.runtime.transport.one_sided import OneSidedTransport
 
 
 class HostMemory:
@@ -47,7 +47,7 @@ class HostMemory:
         """
         segment = anonymous(max(size, mmap.PAGESIZE), self._pair)
         if self._pinned:
-            from .cuda.pinned import pin
+            from megatron_bpipe.runtime.transport.cuda.pinned import pin
 
             pin(segment, self._pair)
         self._segments.append(segment)
@@ -64,7 +64,7 @@ class HostMemory:
     def close(self) -> None:
         """See `Memory`."""
         if self._pinned:
-            from .cuda.pinned import unpin
+            from megatron_bpipe.runtime.transport.cuda.pinned import unpin
 
             for segment in self._segments:
                 unpin(segment)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from .base import TransportError
+from megatron_bpipe.runtime.transport.base import TransportError
 
 
 def available_bytes() -> int | None:

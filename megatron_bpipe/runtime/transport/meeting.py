@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from .base import TransportError
+from megatron_bpipe.runtime.transport.base import TransportError
 
 
 class KeyValueStore(Protocol):

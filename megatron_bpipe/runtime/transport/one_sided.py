@@ -14,10 +14,10 @@ from typing import Protocol
 
 import torch
 
-from ..activation import padded
-from .base import Ticket
-from .copies import Copies
-from .room import Extent, Room
+from megatron_bpipe.runtime.activation import padded
+from megatron_bpipe.runtime.transport.base import Ticket
+from megatron_bpipe.runtime.transport.copies import Copies
+from megatron_bpipe.runtime.transport.room import Extent, Room
 
 
 class Memory(Protocol):

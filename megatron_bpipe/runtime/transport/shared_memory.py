@@ -17,11 +17,11 @@ import os
 
 import torch
 
-from .base import TransportError
-from .copies import ThreadCopies
-from .host_memory import check_available, no_memory
-from .meeting import Meeting
-from .one_sided import OneSidedTransport
+from megatron_bpipe.runtime.transport.base import TransportError
+from megatron_bpipe.runtime.transport.copies import ThreadCopies
+from megatron_bpipe.runtime.transport.host_memory import check_available, no_memory
+from megatron_bpipe.runtime.transport.meeting import Meeting
+from megatron_bpipe.runtime.transport.one_sided import OneSidedTransport
 
 
 class SharedMemoryLender:

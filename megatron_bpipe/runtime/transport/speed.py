@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .base import Ticket, Transport
+from megatron_bpipe.runtime.transport.base import Ticket, Transport
 
 LARGEST = 64 * 2**20
 REPEATS = 3

@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-from .base import TransportError
-from .worker import Job, Worker
+from megatron_bpipe.runtime.transport.base import TransportError
+from megatron_bpipe.runtime.transport.worker import Job, Worker
 
 MOST_PIECES = 4096
 EVICTOR, ACCEPTOR = 0, 1  # ranks in the pair's group

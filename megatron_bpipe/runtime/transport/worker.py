@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from .base import TransportError
+from megatron_bpipe.runtime.transport.base import TransportError
 
 
 @dataclass

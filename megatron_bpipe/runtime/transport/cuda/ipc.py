@@ -18,12 +18,12 @@ import json
 
 import torch
 
-from ..base import TransportError
-from ..host import HostMemory
-from ..meeting import Meeting
-from ..one_sided import OneSidedTransport
-from . import driver
-from .streams import StreamCopies
+from megatron_bpipe.runtime.transport.base import TransportError
+from megatron_bpipe.runtime.transport.cuda import driver
+from megatron_bpipe.runtime.transport.cuda.streams import StreamCopies
+from megatron_bpipe.runtime.transport.host import HostMemory
+from megatron_bpipe.runtime.transport.meeting import Meeting
+from megatron_bpipe.runtime.transport.one_sided import OneSidedTransport
 
 GRANULE = 2 * 2**20
 SECONDS_TO_UNMAP = 10.0

@@ -20,13 +20,13 @@ from typing import Any
 
 import torch
 
-from ...activation import padded
-from ..base import TransportError
-from ..chunks import chunks, divide, overlaps
-from ..host import HostMemory
-from ..meeting import Meeting
-from ..one_sided import OneSidedTransport
-from .streams import StreamCopies, StreamTicket
+from megatron_bpipe.runtime.activation import padded
+from megatron_bpipe.runtime.transport.base import TransportError
+from megatron_bpipe.runtime.transport.chunks import chunks, divide, overlaps
+from megatron_bpipe.runtime.transport.cuda.streams import StreamCopies, StreamTicket
+from megatron_bpipe.runtime.transport.host import HostMemory
+from megatron_bpipe.runtime.transport.meeting import Meeting
+from megatron_bpipe.runtime.transport.one_sided import OneSidedTransport
 
 CHUNK = 32 * 2**20
 STAGES = 2  # chunks packed ahead of the one that is sent

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import torch
 
-from ..base import TransportError
-from . import driver
+from megatron_bpipe.runtime.transport.base import TransportError
+from megatron_bpipe.runtime.transport.cuda import driver
 
 
 def pin(segment: torch.Tensor, pair: str) -> None:

@@ -7,7 +7,14 @@ import subprocess
 
 import torch
 
-from ..link import Link, Place, classify, parse_index, parse_topology, plain_uuid
+from megatron_bpipe.runtime.transport.link import (
+    Link,
+    Place,
+    classify,
+    parse_index,
+    parse_topology,
+    plain_uuid,
+)
 
 
 def place_of(device: torch.device) -> Place:

@@ -29,7 +29,7 @@ from collections.abc import Sequence
 
 import torch
 
-from . import driver
+from megatron_bpipe.runtime.transport.cuda import driver
 
 
 class _Clock:
