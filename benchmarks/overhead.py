@@ -67,9 +67,9 @@ def main() -> int:
 
 def _be_a_rank(arguments: argparse.Namespace) -> None:
     from megatron_bpipe.integration import install
-    from megatron_bpipe.integration.after_import import after_import
+    from megatron_bpipe.integration.bootstrap.run_script import run_script
     from megatron_bpipe.integration.cpu.flags import cpu_flags
-    from megatron_bpipe.integration.launch import run_script
+    from megatron_bpipe.integration.patches.import_hook import after_import
 
     steps = arguments.block * 2 * (arguments.pairs + 1)  # the first pair warms up
     rows: list[dict[str, Any]] = []
@@ -110,7 +110,7 @@ def _be_a_rank(arguments: argparse.Namespace) -> None:
     after_import("megatron.training.training", alternate)
     flags = [*MODEL, "--bpipe", "--pipeline-model-parallel-size", str(arguments.stages)]
     flags += ["--train-iters", str(steps), *cpu_flags()]
-    run_script(str(ROOT / "scripts" / "pretrain_gpt.py"), flags)
+    run_script(str(ROOT / "scripts" / "examples" / "pretrain_gpt.py"), flags)
 
 
 def _summarise(ranks: list[list[dict[str, Any]]], arguments: argparse.Namespace) -> dict[str, Any]:

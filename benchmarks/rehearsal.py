@@ -229,8 +229,8 @@ def _speeds(rows: list[dict[str, Any]], sizes: dict[str, int]) -> dict[str, floa
 
 
 def _be_a_rank(folder: Path, flags: list[str], turns: bool, steps: int) -> None:
-    from megatron_bpipe.integration.after_import import after_import
-    from megatron_bpipe.integration.launch import run_script
+    from megatron_bpipe.integration.bootstrap.run_script import run_script
+    from megatron_bpipe.integration.patches.import_hook import after_import
 
     seconds: list[float] = []
     in_turns: list[float] = []  # seconds of this stage's turns, one entry an iteration
@@ -284,7 +284,7 @@ def _be_a_rank(folder: Path, flags: list[str], turns: bool, steps: int) -> None:
             "megatron.core.pipeline_parallel.schedules",
             lambda schedules: take_turns(schedules, folder / "turn", in_turns, captures),
         )
-    run_script(str(ROOT / "scripts" / "pretrain_gpt.py"), flags)
+    run_script(str(ROOT / "scripts" / "examples" / "pretrain_gpt.py"), flags)
 
 
 if __name__ == "__main__":

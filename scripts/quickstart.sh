@@ -4,4 +4,4 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 scripts/setup.sh
-exec .venv/bin/python scripts/quickstart.py "$@"
+exec .venv/bin/python scripts/examples/quickstart.py "$@"

@@ -84,7 +84,7 @@ def _try_release(release: str) -> Row:
         folder = overlay(release)
     except NoOverlay as why:
         return Row(release, "not run", "not run", (str(why),))
-    # the parts that scripts/pretrain_gpt.py joins are in the wheel from 0.18 on
+    # the parts that scripts/examples/pretrain_gpt.py joins are in the wheel from 0.18 on
     loop = (folder / "megatron" / "training" / "argument_utils.py").is_file()
     return _try(release, folder, SCRIPT if loop and _joins(folder) else None)
 
@@ -183,8 +183,8 @@ def _page(rows: list[Row]) -> str:
         "",
         f"- *core-only loop*: PP 4, 8 micro-batches, three iterations, {cases}: "
         f"{', '.join(MODES)} (`tests/harness/scripts/core_loop.py`).",
-        "- *training loop*: PP 4, 8 micro-batches; wheels through `scripts/pretrain_gpt.py`, a "
-        "checkout through its own `pretrain_gpt.py`.",
+        "- *training loop*: PP 4, 8 micro-batches; wheels through "
+        "`scripts/examples/pretrain_gpt.py`, a checkout through its own `pretrain_gpt.py`.",
         "",
         f"Environment: Python {platform.python_version()}, torch {torch.__version__}, "
         "no GPU (the CPU backend, gloo).",

@@ -47,7 +47,7 @@ def pytest_terminal_summary(
         "Losses, gradients and parameters of every rank after 10 steps, `torch.equal`, stock",
         "against `--bpipe`; each case asserts that activations were evicted.",
         "`test_one_flipped_bit_is_seen` is the control. What each name means:",
-        "`tests/integration/combinations.py`. A run shared with an earlier test takes no time.",
+        "`tests/training/combinations.py`. A run shared with an earlier test takes no time.",
         "",
         f"Made by `scripts/test.sh --all` on {datetime.date.today()}: Python "
         f"{platform.python_version()}, {versions}, {os.cpu_count()} CPU cores, no GPU, gloo.",

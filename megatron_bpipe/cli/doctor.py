@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
 
     warnings.simplefilter("ignore")  # Megatron warns of every optional package at import
     logging.disable(logging.WARNING)
-    from megatron_bpipe.integration.doctor import can_run, examine, fused_softmax
+    from megatron_bpipe.integration.checks.doctor import can_run, examine, fused_softmax
 
     if args.heads is not None and (args.tp < 1 or args.heads % args.tp):
         print(f"doctor: --heads {args.heads} is not divisible by --tp {args.tp}", file=sys.stderr)

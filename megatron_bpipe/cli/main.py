@@ -24,6 +24,9 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
+SHARED = ("main", "quantities")  # modules here that are no subcommand
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
@@ -54,4 +57,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _commands() -> list[str]:
     """Names of the modules beside this one."""
     names = (module.name for module in pkgutil.iter_modules([str(Path(__file__).parent)]))
-    return sorted(name for name in names if name != "main" and not name.startswith("_"))
+    return sorted(name for name in names if name not in SHARED)

@@ -11,36 +11,36 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
 
-from megatron_bpipe.estimate.calibration import outside_calibration
+from megatron_bpipe.cli.quantities import UnitError, size
 from megatron_bpipe.estimate.errors import EstimateError
 from megatron_bpipe.estimate.hardware import GPUS
+from megatron_bpipe.estimate.memory.parameters import model_parameters
 from megatron_bpipe.estimate.models import TABLE_2, Model, model_named
-from megatron_bpipe.estimate.parameters import model_parameters
-from megatron_bpipe.estimate.planner import show_measured
-from megatron_bpipe.estimate.planner.advice import advice, gain_of_bpipe
-from megatron_bpipe.estimate.planner.cluster import Cluster, preset, read_cluster
-from megatron_bpipe.estimate.planner.command import command_line, node_order
-from megatron_bpipe.estimate.planner.evaluate import Predictor
-from megatron_bpipe.estimate.planner.flags import Asked, Fixed, model_flags, read_flags
-from megatron_bpipe.estimate.planner.hugging_face import read_config
-from megatron_bpipe.estimate.planner.measured import read_report
-from megatron_bpipe.estimate.planner.search import Found, Plan, search
-from megatron_bpipe.estimate.planner.show import (
+from megatron_bpipe.estimate.paper.calibration import outside_calibration
+from megatron_bpipe.estimate.paper.tables import published_cases
+from megatron_bpipe.estimate.profile import read_profile
+from megatron_bpipe.estimate.runs import Attention
+from megatron_bpipe.estimate.time.fused_softmax_rules import softmax_trap
+from megatron_bpipe.placement import PlacementError
+from megatron_bpipe.planner.evaluate import Predictor
+from megatron_bpipe.planner.inputs.cluster import Cluster, preset, read_cluster
+from megatron_bpipe.planner.inputs.flags import Asked, Fixed, model_flags, read_flags
+from megatron_bpipe.planner.inputs.hugging_face import read_config
+from megatron_bpipe.planner.inputs.sources import from_layer_model, from_profile, from_table_5
+from megatron_bpipe.planner.measured import read_report
+from megatron_bpipe.planner.output import show_measured
+from megatron_bpipe.planner.output.advice import advice, gain_of_bpipe
+from megatron_bpipe.planner.output.command import command_line, node_order
+from megatron_bpipe.planner.output.show import (
     fallen_out,
     memory_line,
     plan_data,
     plans_table,
     too_large_data,
 )
-from megatron_bpipe.estimate.planner.sources import from_layer_model, from_profile, from_table_5
-from megatron_bpipe.estimate.planner.space import Question
-from megatron_bpipe.estimate.planner.uncertainty import Uncertainty, uncertainty
-from megatron_bpipe.estimate.profile import read_profile
-from megatron_bpipe.estimate.runs import Attention
-from megatron_bpipe.estimate.softmax_trap import softmax_trap
-from megatron_bpipe.estimate.tables import published_cases
-from megatron_bpipe.placement import PlacementError
-from megatron_bpipe.simulate.units import UnitError, size
+from megatron_bpipe.planner.search import Found, Plan, search
+from megatron_bpipe.planner.space import Question
+from megatron_bpipe.planner.uncertainty import Uncertainty, uncertainty
 
 TRIAL = ("--bf16", "--mock-data", "--tokenizer-type", "NullTokenizer", "--train-iters", "20")
 """Beside a model without data: enough for Megatron to start."""

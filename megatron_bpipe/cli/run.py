@@ -26,7 +26,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Run the script in this process; it ends the process itself if it fails."""
-    from megatron_bpipe.integration.launch import run_script
+    from megatron_bpipe.integration.bootstrap.run_script import run_script
 
     run_script(args.script, args.rest)
     return 0

@@ -9,15 +9,16 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_bpipe.estimate.calibration import outside_calibration
+from megatron_bpipe.cli.quantities import UnitError, bandwidth, seconds, size
 from megatron_bpipe.estimate.errors import EstimateError
 from megatron_bpipe.estimate.hardware import gpu_named
 from megatron_bpipe.estimate.models import model_named
-from megatron_bpipe.estimate.op_costs import Inputs, inputs_for
-from megatron_bpipe.estimate.published import EXPERIMENTS
-from megatron_bpipe.estimate.refined import Measured
+from megatron_bpipe.estimate.paper.calibration import outside_calibration
+from megatron_bpipe.estimate.paper.published import EXPERIMENTS
+from megatron_bpipe.estimate.paper.refined import Measured
+from megatron_bpipe.estimate.paper.tables import published_cases, published_constants
 from megatron_bpipe.estimate.runs import Layout, Run
-from megatron_bpipe.estimate.tables import published_cases, published_constants
+from megatron_bpipe.estimate.time.op_costs import Inputs, inputs_for
 from megatron_bpipe.schedule.bases.catalogue import CATALOGUE, build, lower_for
 from megatron_bpipe.schedule.ops import Schedule
 from megatron_bpipe.simulate import (
@@ -29,14 +30,13 @@ from megatron_bpipe.simulate import (
     exposed_seconds,
     simulate,
 )
-from megatron_bpipe.simulate.chrome_trace import chrome_trace
-from megatron_bpipe.simulate.figure import FigureError, write_figure
-from megatron_bpipe.simulate.html import page
-from megatron_bpipe.simulate.overlay import overlay
-from megatron_bpipe.simulate.picture import Panel, Picture, panel_of, time_text
+from megatron_bpipe.simulate.draw.chrome_trace import chrome_trace
+from megatron_bpipe.simulate.draw.figure import FigureError, write_figure
+from megatron_bpipe.simulate.draw.html import page
+from megatron_bpipe.simulate.draw.overlay import overlay
+from megatron_bpipe.simulate.draw.picture import Panel, Picture, panel_of, time_text
+from megatron_bpipe.simulate.draw.terminal import draw_panel
 from megatron_bpipe.simulate.recorded import ReportError, read_report
-from megatron_bpipe.simulate.terminal import draw_panel
-from megatron_bpipe.simulate.units import UnitError, bandwidth, seconds, size
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

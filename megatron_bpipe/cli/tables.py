@@ -7,8 +7,8 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict
 
-from megatron_bpipe.estimate.multipliers import multipliers_fitted, multipliers_leave_one_out
-from megatron_bpipe.estimate.tables import (
+from megatron_bpipe.estimate.paper.multipliers import multipliers_fitted, multipliers_leave_one_out
+from megatron_bpipe.estimate.paper.tables import (
     Decision,
     TableRow,
     decisions,

@@ -19,17 +19,17 @@ from typing import Any
 
 import torch
 
-from megatron_bpipe.integration import rehearsal
-from megatron_bpipe.integration.after_import import after_import
-from megatron_bpipe.integration.checks import check, check_megatron
+from megatron_bpipe.integration.checks.arguments import check, check_megatron
 from megatron_bpipe.integration.log import say
-from megatron_bpipe.integration.observe import make_observed
-from megatron_bpipe.integration.one_by_one import INSTEAD
 from megatron_bpipe.integration.options import Options, add_flags
-from megatron_bpipe.integration.pipeline import make_schedule
-from megatron_bpipe.integration.place import place
+from megatron_bpipe.integration.patches.forward_backward import make_schedule
+from megatron_bpipe.integration.patches.import_hook import after_import
+from megatron_bpipe.integration.patches.observed import make_observed
+from megatron_bpipe.integration.patches.training_log import make_logging
+from megatron_bpipe.integration.rank_mapping.apply import place
 from megatron_bpipe.integration.session import Session
-from megatron_bpipe.integration.throughput import make_logging
+from megatron_bpipe.integration.single_gpu import launch as rehearsal
+from megatron_bpipe.integration.single_gpu.uncoalesced_collectives import INSTEAD
 
 ARGUMENTS = "megatron.training.arguments"
 TRAINING = "megatron.training.training"

@@ -4,7 +4,7 @@ Bytes of one micro-batch over the link's bandwidth, against one forward's time. 
 the published one of that kind of link (or what ``--bpipe-measure-links`` measured), the forward's
 time its FLOPs at half of the GPU's peak, as the paper's runs reach (arXiv 2401.02088, table 3: 34
 to 52 % MFU). On a device without published figures nothing is said. What is measured after the
-second iteration (`runtime/link_watch.py`) is the better judgement.
+second iteration (`runtime/observe/link_watch.py`) is the better judgement.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import Any
 import torch
 
 from megatron_bpipe.estimate.errors import EstimateError
-from megatron_bpipe.estimate.flops import layer_flops
 from megatron_bpipe.estimate.hardware import Gpu, recognised
 from megatron_bpipe.estimate.models import Model
-from megatron_bpipe.runtime.link_watch import too_slow
-from megatron_bpipe.runtime.transport.link import Link
-from megatron_bpipe.runtime.transport.speed import Speed
+from megatron_bpipe.estimate.time.flops import layer_flops
+from megatron_bpipe.runtime.observe.link_watch import too_slow
+from megatron_bpipe.runtime.transport.pair.bandwidth import Speed
+from megatron_bpipe.runtime.transport.pair.links import Link
 
 SHARE_OF_PEAK = 0.5
 

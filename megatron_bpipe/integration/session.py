@@ -13,17 +13,22 @@ import torch.distributed as dist
 from megatron_bpipe.integration.link_forecast import forecast
 from megatron_bpipe.integration.log import say, warn
 from megatron_bpipe.integration.options import Options
-from megatron_bpipe.integration.pairing import Pair, open_pair
-from megatron_bpipe.integration.plan import StagePlan
-from megatron_bpipe.integration.ranks import RankMap, verify
+from megatron_bpipe.integration.rank_mapping.mapping import RankMap, verify
 from megatron_bpipe.runtime.executor import Observer
-from megatron_bpipe.runtime.link_watch import LinkWatch, watch
-from megatron_bpipe.runtime.memory import allocated_bytes, device_bytes, static_bytes, storage_ids
-from megatron_bpipe.runtime.recorder import Recorder
-from megatron_bpipe.runtime.report import merge, table, write_json
+from megatron_bpipe.runtime.observe.link_watch import LinkWatch, watch
+from megatron_bpipe.runtime.observe.memory import (
+    allocated_bytes,
+    device_bytes,
+    static_bytes,
+    storage_ids,
+)
+from megatron_bpipe.runtime.observe.recorder import Recorder
+from megatron_bpipe.runtime.observe.report import merge, table, write_json
 from megatron_bpipe.runtime.store import ActivationStore
 from megatron_bpipe.runtime.transport import Lender, Transport
-from megatron_bpipe.runtime.transport.speed import Speed, measure
+from megatron_bpipe.runtime.transport.pair.bandwidth import Speed, measure
+from megatron_bpipe.runtime.transport.pair.negotiate import Pair, open_pair
+from megatron_bpipe.schedule.stage_plan import StagePlan
 
 
 @dataclass

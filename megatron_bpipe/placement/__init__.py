@@ -17,12 +17,7 @@ from megatron_bpipe.placement.report import (
     make_report,
     table_text,
 )
-from megatron_bpipe.placement.shape import (
-    DEFAULT_ORDER,
-    Coordinates,
-    ParallelShape,
-    PlacementError,
-)
+from megatron_bpipe.placement.shape import DEFAULT_ORDER, Coordinates, ParallelShape, PlacementError
 from megatron_bpipe.placement.svg import picture_svg
 
 __all__ = [

@@ -21,7 +21,7 @@ from typing import Protocol
 
 from megatron_bpipe.runtime.store import ActivationStore
 from megatron_bpipe.runtime.transport import Lender, Ticket
-from megatron_bpipe.schedule.lower import batches
+from megatron_bpipe.schedule.lowering.lower import batches
 from megatron_bpipe.schedule.ops import Kind, Op
 
 SHOWN_AROUND = 12  # ops before and after a failed one

@@ -5,8 +5,8 @@
     schedule = lower(balance(one_f_one_b(p=8, m=32)))
     validate(schedule)
 
-Read in this order: ``ops`` (the words), ``base`` (1F1B), ``paging`` (when to evict and load),
-``balance`` (the pass), ``lower`` (messages), ``validate`` (the proof), ``text`` (CSV, drawing).
+Read in this order: ``ops`` (the words), ``base`` (1F1B), ``balancing`` (when to evict and load),
+``lowering`` (messages), ``validation`` (the proof), ``text`` (CSV, drawing).
 
 Speed: the two lines above with p = 64, m = 1024 (448,184 lowered ops) take 1.4 s, of which balance
 0.2 s, lower 0.45 s, validate 0.75 s (Python 3.12.1, one core of an AMD EPYC virtual machine)::
@@ -15,10 +15,10 @@ Speed: the two lines above with p = 64, m = 1024 (448,184 lowered ops) take 1.4 
     timeit.timeit(lambda: s.validate(s.lower(s.balance(s.one_f_one_b(64, 1024)))), number=1)
 """
 
-from megatron_bpipe.schedule.balance import BudgetError, balance, least_budget, slots
+from megatron_bpipe.schedule.balancing.balance import BudgetError, balance, least_budget, slots
 from megatron_bpipe.schedule.base import one_f_one_b
 from megatron_bpipe.schedule.errors import ScheduleError
-from megatron_bpipe.schedule.lower import batches, lower
+from megatron_bpipe.schedule.lowering.lower import batches, lower
 from megatron_bpipe.schedule.ops import (
     DOWN,
     UP,
@@ -31,7 +31,7 @@ from megatron_bpipe.schedule.ops import (
     partner,
 )
 from megatron_bpipe.schedule.text import draw, from_csv, to_csv
-from megatron_bpipe.schedule.validate import validate
+from megatron_bpipe.schedule.validation.validate import validate
 
 __all__ = [
     "DOWN",

@@ -19,18 +19,18 @@ from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from itertools import accumulate
 
-from megatron_bpipe.schedule.batches import MESSAGES, batch_size
 from megatron_bpipe.schedule.errors import ScheduleError
-from megatron_bpipe.schedule.execute import POST, Log, Program, execute
-from megatron_bpipe.schedule.live import occupancy
-from megatron_bpipe.schedule.ops import Direction, Kind, Op, Schedule, is_evictor, partner
-from megatron_bpipe.schedule.routes import (
+from megatron_bpipe.schedule.lowering.batches import MESSAGES, batch_size
+from megatron_bpipe.schedule.lowering.routes import (
     Activation,
     downstream,
     known_activations,
     peer,
     upstream,
 )
+from megatron_bpipe.schedule.ops import Direction, Kind, Op, Schedule, is_evictor, partner
+from megatron_bpipe.schedule.validation.occupancy import occupancy
+from megatron_bpipe.schedule.validation.rendezvous import POST, Log, Program, execute
 
 
 def times(schedule: Schedule, transfers: bool = True) -> list[list[int]]:

@@ -19,11 +19,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_bpipe.schedule.balance import slots
-from megatron_bpipe.schedule.live import occupancy
+from megatron_bpipe.schedule.balancing.balance import slots
 from megatron_bpipe.schedule.ops import Kind, Op, Schedule, is_evictor, partner
 from megatron_bpipe.schedule.programs import times
-from megatron_bpipe.schedule.validate import validate
+from megatron_bpipe.schedule.validation.occupancy import occupancy
+from megatron_bpipe.schedule.validation.validate import validate
 
 
 def to_csv(schedule: Schedule) -> str:

@@ -17,9 +17,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_bpipe.schedule.batches import MESSAGES, batch_size
+from megatron_bpipe.schedule.lowering.batches import MESSAGES, batch_size
+from megatron_bpipe.schedule.lowering.routes import (
+    Activation,
+    downstream,
+    known_activations,
+    upstream,
+)
 from megatron_bpipe.schedule.ops import UP, Kind, Op, Schedule, partner
-from megatron_bpipe.schedule.routes import Activation, downstream, known_activations, upstream
 from megatron_bpipe.simulate.costs import Costs, StageCosts
 from megatron_bpipe.simulate.network import Network, Path
 

@@ -18,8 +18,8 @@ from collections.abc import Callable
 from megatron_bpipe.schedule.errors import ScheduleError
 from megatron_bpipe.schedule.ops import Schedule
 from megatron_bpipe.simulate.compile import COMPUTE, MESSAGE, START, WAIT, Compiled, compile_steps
+from megatron_bpipe.simulate.contention import Traffic
 from megatron_bpipe.simulate.costs import Costs
-from megatron_bpipe.simulate.lanes import Traffic
 from megatron_bpipe.simulate.network import FREE, Network
 from megatron_bpipe.simulate.result import Simulation, Transfer
 

@@ -17,8 +17,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_bpipe.schedule.bases.pipedream import weight_versions
-from megatron_bpipe.schedule.live import occupancy
 from megatron_bpipe.schedule.ops import Kind, Op, partner
+from megatron_bpipe.schedule.validation.occupancy import occupancy
 from megatron_bpipe.simulate.result import Simulation
 
 

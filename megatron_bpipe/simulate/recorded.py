@@ -13,8 +13,7 @@ from typing import Any
 
 from megatron_bpipe.schedule.ops import Kind, Op, partner
 from megatron_bpipe.simulate.costs import Costs, StageCosts
-from megatron_bpipe.simulate.memory import StageBytes
-from megatron_bpipe.simulate.picture import (
+from megatron_bpipe.simulate.draw.picture import (
     Box,
     Curve,
     Move,
@@ -24,6 +23,7 @@ from megatron_bpipe.simulate.picture import (
     move_of,
     time_text,
 )
+from megatron_bpipe.simulate.memory import StageBytes
 
 
 class ReportError(ValueError):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_bpipe.schedule.live import occupancy
 from megatron_bpipe.schedule.ops import Kind, Op, Schedule
+from megatron_bpipe.schedule.validation.occupancy import occupancy
 from megatron_bpipe.simulate.costs import Costs
 from megatron_bpipe.simulate.network import Network
 

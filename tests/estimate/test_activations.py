@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_bpipe.estimate.activations import (
+from megatron_bpipe.estimate.memory.activations import (
     FUSED,
     MEGATRON_2023,
     layer_activations,

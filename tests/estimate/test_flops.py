@@ -4,14 +4,14 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_bpipe.estimate.flops import (
+from megatron_bpipe.estimate.models import gpt, llama, model_named
+from megatron_bpipe.estimate.time.flops import (
     equation_1,
     equation_1_corrected,
     head_flops,
     matmul_flops,
     mfu_percent,
 )
-from megatron_bpipe.estimate.models import gpt, llama, model_named
 
 
 def test_equation_1_as_printed():

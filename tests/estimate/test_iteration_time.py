@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_bpipe.estimate.iteration_time import Costs, iteration_seconds
+from megatron_bpipe.estimate.time.iteration_time import Costs, iteration_seconds
 
 
 def played(p: int, m: int, forward: float, backward: float, head: float) -> float:

@@ -4,12 +4,18 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_bpipe.estimate.activations import MEGATRON_2023, micro_batch_bytes
 from megatron_bpipe.estimate.errors import EstimateError
-from megatron_bpipe.estimate.memory import FP32, GIB, memory_by_stage, peak_gib, verdict
+from megatron_bpipe.estimate.memory.activations import MEGATRON_2023, micro_batch_bytes
+from megatron_bpipe.estimate.memory.parameters import stage_parameters
+from megatron_bpipe.estimate.memory.stages import (
+    FP32,
+    GIB,
+    memory_by_stage,
+    peak_gib,
+    verdict,
+)
 from megatron_bpipe.estimate.models import gpt, model_named
-from megatron_bpipe.estimate.parameters import stage_parameters
-from megatron_bpipe.estimate.published import EXPERIMENTS, LAYOUT
+from megatron_bpipe.estimate.paper.published import EXPERIMENTS, LAYOUT
 from megatron_bpipe.estimate.runs import Layout, Run
 
 

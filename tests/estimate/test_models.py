@@ -6,6 +6,11 @@ import pytest
 
 from megatron_bpipe.estimate.errors import EstimateError
 from megatron_bpipe.estimate.hardware import gpu_named
+from megatron_bpipe.estimate.memory.parameters import (
+    layer_parameters,
+    model_parameters,
+    stage_parameters,
+)
 from megatron_bpipe.estimate.models import (
     TABLE_2,
     gpt,
@@ -14,7 +19,6 @@ from megatron_bpipe.estimate.models import (
     padded_vocab,
     swiglu_ffn,
 )
-from megatron_bpipe.estimate.parameters import layer_parameters, model_parameters, stage_parameters
 from megatron_bpipe.estimate.runs import Layout, Run
 
 

@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_bpipe.estimate.iteration_time import Costs, iteration_seconds
-from megatron_bpipe.estimate.refined import costs
-from megatron_bpipe.estimate.simulated import simulated_seconds
-from megatron_bpipe.estimate.tables import published_cases, published_constants
+from megatron_bpipe.estimate.paper.refined import costs
+from megatron_bpipe.estimate.paper.tables import published_cases, published_constants
+from megatron_bpipe.estimate.time.iteration_time import Costs, iteration_seconds
+from megatron_bpipe.estimate.time.simulated import simulated_seconds
 from megatron_bpipe.schedule import lower, one_f_one_b
 from megatron_bpipe.simulate import simulate
 from megatron_bpipe.simulate.costs import Costs as OpCosts

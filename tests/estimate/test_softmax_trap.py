@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 
 from megatron_bpipe.estimate.models import model_named
-from megatron_bpipe.estimate.published import EXPERIMENTS
+from megatron_bpipe.estimate.paper.published import EXPERIMENTS
 from megatron_bpipe.estimate.runs import Layout, Run
-from megatron_bpipe.estimate.softmax_trap import RULES, softmax_trap, why_not_fused
+from megatron_bpipe.estimate.time.fused_softmax_rules import RULES, softmax_trap, why_not_fused
 
 
 def test_gpt_3_96b_has_26_heads_a_rank():

@@ -10,9 +10,9 @@ import sys
 import torch
 import torch.distributed as dist
 
-from megatron_bpipe.integration import pairing
 from megatron_bpipe.runtime.transport import TransportError
-from megatron_bpipe.runtime.transport.meeting import Meeting
+from megatron_bpipe.runtime.transport.pair import negotiate as pairing
+from megatron_bpipe.runtime.transport.pair.rendezvous import Meeting
 
 DEADLINE = 60.0
 

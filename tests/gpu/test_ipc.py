@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_bpipe.integration.pairing import Pair
 from megatron_bpipe.runtime.transport import TransportError
 from megatron_bpipe.runtime.transport.cuda.ipc import GRANULE
+from megatron_bpipe.runtime.transport.pair.negotiate import Pair
 from tests.gpu import NEEDS_GPU
 from tests.gpu.acceptor import meet
 from tests.harness import ROOT

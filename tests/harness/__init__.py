@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = ROOT / "scripts" / "pretrain_gpt.py"
+SCRIPT = ROOT / "scripts" / "examples" / "pretrain_gpt.py"
 IMPORT_SECONDS = 300  # a cold disk needs minutes
 
 

@@ -1,6 +1,6 @@
 """A dozen small configurations, predicted by the planner and really run.
 
-Used by tests/integration/test_planner.py and benchmarks/planner.py.
+Used by tests/training/test_planner.py and benchmarks/planner.py.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_bpipe.estimate.hardware import Gpu
-from megatron_bpipe.estimate.memory import head_saved_bytes, memory_by_stage
+from megatron_bpipe.estimate.memory.stages import head_saved_bytes, memory_by_stage
 from megatron_bpipe.estimate.models import Model
-from megatron_bpipe.estimate.planner.cluster import Cluster, Nodes
-from megatron_bpipe.estimate.planner.evaluate import Predictor, place, seconds_of
-from megatron_bpipe.estimate.planner.flags import layout_text
-from megatron_bpipe.estimate.planner.sources import from_profile
 from megatron_bpipe.estimate.profile import read_profile
 from megatron_bpipe.estimate.runs import Attention, Layout, Run
+from megatron_bpipe.planner.evaluate import Predictor, place, seconds_of
+from megatron_bpipe.planner.inputs.cluster import Cluster, Nodes
+from megatron_bpipe.planner.inputs.flags import layout_text
+from megatron_bpipe.planner.inputs.sources import from_profile
 from tests.harness import Megatron
 from tests.harness.models import gpt
 

@@ -16,7 +16,7 @@ import torch
 
 def run(job: dict[str, Any]) -> None:
     """Run the job's script as `python -m megatron_bpipe run` would."""
-    from megatron_bpipe.integration.launch import run_script
+    from megatron_bpipe.integration.bootstrap.run_script import run_script
 
     if job["dump_at"] is None:
         sys.argv = [job["script"], *job["argv"]]
@@ -99,7 +99,7 @@ def tamper_with_loads(job: dict[str, Any], byte: int) -> None:
 
 def allocator_agrees(job: dict[str, Any]) -> None:
     """Dump, per op boundary, live bytes by weak reference and the allocator's own number."""
-    from megatron_bpipe.runtime import recorder
+    from megatron_bpipe.runtime.observe import recorder
 
     rows: list[list[Any]] = []
     stock = recorder.Recorder.op_done
@@ -155,7 +155,7 @@ def fault(job: dict[str, Any], rank: int, where: str, how: str, step: int = 2) -
     """At the first ``where`` of training step ``step``, rank ``rank`` raises, dies or stops."""
     import signal
 
-    from megatron_bpipe.integration.megatron_stage import MegatronStage
+    from megatron_bpipe.integration.patches.stage import MegatronStage
     from megatron_bpipe.runtime.store import ActivationStore
 
     if int(os.environ["RANK"]) != rank:
@@ -186,7 +186,7 @@ def random_delays(job: dict[str, Any], seed: int, most: float) -> None:
     import random
     import time
 
-    from megatron_bpipe.integration.megatron_stage import MegatronStage
+    from megatron_bpipe.integration.patches.stage import MegatronStage
 
     dice = random.Random(f"{seed} {os.environ['RANK']}")
 
@@ -205,8 +205,8 @@ def as_in_a_rehearsal(job: dict[str, Any]) -> None:
     """Messages through the host and collectives one by one, as ``--bpipe-rehearsal`` has them."""
     import torch.distributed as dist
 
-    from megatron_bpipe.integration.one_by_one import INSTEAD
-    from megatron_bpipe.integration.rehearsal import staged
+    from megatron_bpipe.integration.single_gpu.launch import staged
+    from megatron_bpipe.integration.single_gpu.uncoalesced_collectives import INSTEAD
 
     used: set[str] = set()
 
@@ -227,7 +227,7 @@ def as_in_a_rehearsal(job: dict[str, Any]) -> None:
 def one_stage_at_a_time(job: dict[str, Any]) -> None:
     """As `benchmarks/rehearsal.py --turns` has it; writes the seconds of this rank's turns."""
     from benchmarks.turns import take_turns
-    from megatron_bpipe.integration.after_import import after_import
+    from megatron_bpipe.integration.patches.import_hook import after_import
 
     seconds, captures = [0.0], [0.0]
 
@@ -250,7 +250,7 @@ def every_link_is_slow(job: dict[str, Any]) -> None:
 
     from megatron_bpipe.estimate.hardware import A100_80G
     from megatron_bpipe.integration import link_forecast
-    from megatron_bpipe.runtime import link_watch
+    from megatron_bpipe.runtime.observe import link_watch
 
     stock = link_watch.too_slow
     link_watch.too_slow = lambda size, copy, forward: stock(size, 100 * forward, forward)
@@ -261,7 +261,7 @@ def watch_memory(job: dict[str, Any]) -> None:
     """Write this rank's resident memory and the allocator's bytes after every step."""
     import psutil
 
-    from megatron_bpipe.runtime.memory import allocated_bytes
+    from megatron_bpipe.runtime.observe.memory import allocated_bytes
 
     process = psutil.Process()
     rows = []

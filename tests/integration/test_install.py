@@ -20,7 +20,7 @@ def test_install_after_import_and_uninstall(megatron: Megatron) -> None:
 def test_the_command_of_the_readme(megatron: Megatron, tmp_path: Path) -> None:
     """install() before anything of Megatron is imported, as `run` does it."""
     flags = [*gpt(4), *megatron.data, "--train-iters", "3", "--bpipe"]
-    script = ROOT / "scripts" / "pretrain_gpt.py"
+    script = ROOT / "scripts" / "examples" / "pretrain_gpt.py"
     run = ["-m", "megatron_bpipe", "run", str(script), *flags, "--bpipe-report", str(tmp_path)]
     # the data loader's workers leave a socket in the folder for temporary files
     status = torchrun(run, 4, TORCHRUN_SECONDS, tmp_path / "log", {"TMPDIR": str(tmp_path)})

@@ -9,8 +9,8 @@ import pytest
 from megatron_bpipe.estimate.hardware import A100_80G, GPUS, recognised
 from megatron_bpipe.integration import link_forecast
 from megatron_bpipe.integration.link_forecast import bandwidth, forecast, forward_flops
-from megatron_bpipe.runtime.transport.link import Link
-from megatron_bpipe.runtime.transport.speed import Speed
+from megatron_bpipe.runtime.transport.pair.bandwidth import Speed
+from megatron_bpipe.runtime.transport.pair.links import Link
 
 GIB = 2**30
 H, S = 9984, 2048  # the paper's GPT-3 96B, table 2

@@ -12,11 +12,11 @@ import pytest
 
 from megatron_bpipe.cli.main import main
 from megatron_bpipe.estimate.models import llama
-from megatron_bpipe.estimate.planner.flags import model_flags, plan_flags
 from megatron_bpipe.estimate.runs import Layout, Run
 from megatron_bpipe.placement import ParallelShape, make_report
-from tests.estimate.planner.test_hugging_face import MIXTRAL_8X7B, QWEN2_72B
+from megatron_bpipe.planner.inputs.flags import model_flags, plan_flags
 from tests.harness import Megatron
+from tests.planner.test_hugging_face import MIXTRAL_8X7B, QWEN2_72B
 
 CLUSTER = ["--gpu", "H100-80GB", "--gpus", "32", "--global-batch", "128"]
 MIXED = """

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_bpipe.integration import megatron_stage
-from megatron_bpipe.integration.stream_wait import (
+from megatron_bpipe.integration.patches import stage as megatron_stage
+from megatron_bpipe.integration.patches.p2p_sync import (
     MESSAGES,
     StreamWaits,
     waits_for_this_stream_only,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_bpipe.integration.probe import KNOWN_RELEASES
+from megatron_bpipe.integration.checks.hook_points import KNOWN_RELEASES
 from tests.harness import Megatron, Result
 from tests.harness.overlays import RELEASES
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tests.harness import ROOT
 
-SLURM = ROOT / "scripts" / "slurm"
+SLURM = ROOT / "scripts" / "examples" / "slurm"
 STYLES = {"torchrun.sbatch": 1, "srun.sbatch": 4}  # tasks a node
 
 

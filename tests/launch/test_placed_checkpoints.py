@@ -30,7 +30,11 @@ def test_resume_under_the_other_placement(
         report = tmp_path / placement
         flags = [*gpt(4), *megatron.data, "--train-iters", "4", "--ckpt-format", "torch_dist"]
         flags += ["--bpipe", "--bpipe-placement", placement, "--bpipe-report", str(report), *more]
-        command = [str(SLURM / "srun.sbatch"), str(ROOT / "scripts" / "pretrain_gpt.py"), *flags]
+        command = [
+            str(SLURM / "srun.sbatch"),
+            str(ROOT / "scripts" / "examples" / "pretrain_gpt.py"),
+            *flags,
+        ]
         status, output = run(command, job("srun.sbatch", **TWO_NODES_OF_TWO), 600)
         assert status == 0, output[-6000:]
         assert output.count("2 of 2          0 of 2") == (placement == "pair-adjacent")

@@ -9,8 +9,8 @@ import pytest
 
 pytest.importorskip("torch")
 
-from megatron_bpipe.integration.rank_environment import PHYSICAL, LauncherError, started
-from megatron_bpipe.integration.ranks import _problem, apply, refusals
+from megatron_bpipe.integration.rank_mapping.launcher import PHYSICAL, LauncherError, started
+from megatron_bpipe.integration.rank_mapping.mapping import _problem, apply, refusals
 from megatron_bpipe.placement import PlacementError
 from tests.harness import Megatron
 

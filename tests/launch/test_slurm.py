@@ -105,7 +105,7 @@ def rehearsal(megatron: Megatron, tmp_path_factory: pytest.TempPathFactory) -> A
     torchrun in Megatron's order on one node, the Slurm scripts with pairs on one node of two.
     """
     folder = tmp_path_factory.mktemp("rehearsal")
-    script = str(ROOT / "scripts" / "pretrain_gpt.py")
+    script = str(ROOT / "scripts" / "examples" / "pretrain_gpt.py")
     flags = [*gpt(4, microbatches=16), *megatron.data, "--train-iters", "3", "--bpipe"]
 
     def train(

@@ -10,7 +10,7 @@ import pytest
 
 from megatron_bpipe.runtime.executor import Run
 from megatron_bpipe.schedule import lower, one_f_one_b
-from megatron_bpipe.schedule.lower import batches
+from megatron_bpipe.schedule.lowering.lower import batches
 
 
 class Stage:

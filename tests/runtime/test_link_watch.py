@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from megatron_bpipe.runtime.link_watch import LinkWatch, too_slow, watch
+from megatron_bpipe.runtime.observe.link_watch import LinkWatch, too_slow, watch
 from megatron_bpipe.runtime.transport.host import host_transport
-from megatron_bpipe.runtime.transport.speed import SCRATCH, measure
+from megatron_bpipe.runtime.transport.pair.bandwidth import SCRATCH, measure
 from megatron_bpipe.schedule import Op
 
 CPU = torch.device("cpu")

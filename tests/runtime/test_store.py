@@ -17,8 +17,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from megatron_bpipe.runtime.activation import Activation, IllegalMoveError, ModifiedInPlaceError
 from megatron_bpipe.runtime.graph import Kept, nodes_below, roots_of, saved_storages
 from megatron_bpipe.runtime.store import ActivationStore
-from megatron_bpipe.runtime.transport.meeting import Meeting
 from megatron_bpipe.runtime.transport.one_sided import OneSidedTransport
+from megatron_bpipe.runtime.transport.pair.rendezvous import Meeting
 from megatron_bpipe.runtime.transport.shared_memory import (
     SharedMemoryLender,
     shared_memory_transport,

@@ -19,7 +19,7 @@ from megatron_bpipe.schedule import (
     slots,
     validate,
 )
-from megatron_bpipe.schedule.paging import Span, fewest_evictions
+from megatron_bpipe.schedule.balancing.min_evictions import Span, fewest_evictions
 from tests.schedule import oracle
 from tests.schedule.oracle import assert_bound, evictions, exhaustive, least_cover, lives_of, words
 

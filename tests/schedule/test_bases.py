@@ -21,6 +21,7 @@ from megatron_bpipe.schedule import (
     to_csv,
     validate,
 )
+from megatron_bpipe.schedule.balancing.offload import offload
 from megatron_bpipe.schedule.bases.catalogue import CATALOGUE, build, lower_for
 from megatron_bpipe.schedule.bases.chimera import chimera
 from megatron_bpipe.schedule.bases.interleaved import interleaved
@@ -32,9 +33,8 @@ from megatron_bpipe.schedule.bases.pipedream import (
 )
 from megatron_bpipe.schedule.bases.v_shape import v_shape
 from megatron_bpipe.schedule.errors import ScheduleError
-from megatron_bpipe.schedule.live import occupancy
-from megatron_bpipe.schedule.offload import offload
-from megatron_bpipe.simulate.timetable import timetable
+from megatron_bpipe.schedule.validation.occupancy import occupancy
+from tests.schedule.timetable import timetable
 
 # As printed in the draft, columns from 0; * is a bubble, MF and MB are mini-batches.
 GPIPE = """

@@ -21,10 +21,10 @@ import torch
 import torch.distributed as dist
 
 from megatron_bpipe.runtime.executor import Run
-from megatron_bpipe.runtime.recorder import Recorder
+from megatron_bpipe.runtime.observe.recorder import Recorder
 from megatron_bpipe.runtime.store import ActivationStore
-from megatron_bpipe.runtime.transport.meeting import Meeting
 from megatron_bpipe.runtime.transport.one_sided import OneSidedTransport
+from megatron_bpipe.runtime.transport.pair.rendezvous import Meeting
 from megatron_bpipe.runtime.transport.shared_memory import (
     SharedMemoryLender,
     shared_memory_transport,

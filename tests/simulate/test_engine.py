@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_bpipe.schedule import ScheduleError, balance, lower, one_f_one_b
+from megatron_bpipe.schedule.balancing.offload import offload
 from megatron_bpipe.schedule.bases.catalogue import CATALOGUE, build, lower_for
 from megatron_bpipe.schedule.bases.gpipe import gpipe
-from megatron_bpipe.schedule.offload import offload
 from megatron_bpipe.schedule.programs import times
 from megatron_bpipe.simulate import (
     Costs,

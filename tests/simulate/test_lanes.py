@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_bpipe.simulate.lanes import Traffic
+from megatron_bpipe.simulate.contention import Traffic
 from megatron_bpipe.simulate.network import Link, Network
 
 LINK = Link(bandwidth=50.0)

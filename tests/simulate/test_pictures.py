@@ -14,12 +14,12 @@ from megatron_bpipe.cli.main import main
 from megatron_bpipe.schedule import balance, lower, one_f_one_b
 from megatron_bpipe.schedule.bases.catalogue import CATALOGUE, build, lower_for
 from megatron_bpipe.simulate import StageBytes, even_costs, simulate
-from megatron_bpipe.simulate.chrome_trace import chrome_trace
-from megatron_bpipe.simulate.html import page
-from megatron_bpipe.simulate.overlay import overlay
-from megatron_bpipe.simulate.picture import Picture, memory_text, panel_of, time_text
+from megatron_bpipe.simulate.draw.chrome_trace import chrome_trace
+from megatron_bpipe.simulate.draw.html import page
+from megatron_bpipe.simulate.draw.overlay import overlay
+from megatron_bpipe.simulate.draw.picture import Picture, memory_text, panel_of, time_text
+from megatron_bpipe.simulate.draw.terminal import draw_panel
 from megatron_bpipe.simulate.recorded import ReportError, read_report
-from megatron_bpipe.simulate.terminal import draw_panel
 
 BROWSER = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), ""

@@ -4,8 +4,8 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from megatron_bpipe.integration.after_import import after_import
 from megatron_bpipe.integration.cpu.flags import CPU_FLAGS
+from megatron_bpipe.integration.patches.import_hook import after_import
 
 
 def install() -> None:

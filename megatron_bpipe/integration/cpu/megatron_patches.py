@@ -1,6 +1,6 @@
 """The places where Megatron itself, not ``torch.cuda``, insists on a GPU.
 
-Each is changed when its module is imported (see ``integration/after_import.py``).
+Each is changed when its module is imported (see ``integration/patches/import_hook.py``).
 """
 
 import functools
@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 
-from megatron_bpipe.integration.after_import import after_import
+from megatron_bpipe.integration.bootstrap.torch_norms import (
+    let_torch_norms_have_sequence_parallelism,
+)
 from megatron_bpipe.integration.log import refuse
-from megatron_bpipe.integration.norms import let_torch_norms_have_sequence_parallelism
+from megatron_bpipe.integration.patches.import_hook import after_import
 
 
 def install() -> None:

@@ -10,9 +10,9 @@ from datetime import UTC, datetime
 
 import torch
 
-from megatron_bpipe.estimate.flops import layer_flops, mfu_percent
 from megatron_bpipe.estimate.profile import HeadRow, Profile, StageRow
 from megatron_bpipe.estimate.runs import Attention
+from megatron_bpipe.estimate.time.flops import layer_flops, mfu_percent
 from megatron_bpipe.integration.profile.device import describe, give_back, memory_limited
 from megatron_bpipe.integration.profile.group import one_rank_of
 from megatron_bpipe.integration.profile.measure import measure, out_of_memory

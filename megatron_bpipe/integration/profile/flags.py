@@ -14,10 +14,12 @@ from typing import Any
 import torch
 
 from megatron_bpipe.integration import cpu
-from megatron_bpipe.integration.norms import let_torch_norms_have_sequence_parallelism
+from megatron_bpipe.integration.bootstrap.torch_norms import (
+    let_torch_norms_have_sequence_parallelism,
+)
+from megatron_bpipe.integration.checks.driver import why_unusable
 from megatron_bpipe.integration.options import add_flags
 from megatron_bpipe.integration.profile.settings import ProfileError
-from megatron_bpipe.integration.unusable_gpu import why_unusable
 
 NEEDED = ("num_layers", "hidden_size", "num_attention_heads", "seq_length")
 

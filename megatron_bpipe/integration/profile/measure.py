@@ -16,7 +16,7 @@ from megatron_bpipe.estimate.profile import Timing
 from megatron_bpipe.integration.profile.attention import NoFlashKernelError
 from megatron_bpipe.integration.profile.device import give_back
 from megatron_bpipe.integration.profile.stage import Part
-from megatron_bpipe.runtime.memory import LiveActivations, storage_ids
+from megatron_bpipe.runtime.observe.memory import LiveActivations, storage_ids
 
 MIB = 2**20
 

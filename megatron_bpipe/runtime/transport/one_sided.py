@@ -17,7 +17,7 @@ import torch
 from megatron_bpipe.runtime.activation import padded
 from megatron_bpipe.runtime.transport.base import Ticket
 from megatron_bpipe.runtime.transport.copies import Copies
-from megatron_bpipe.runtime.transport.room import Extent, Room
+from megatron_bpipe.runtime.transport.pool_allocator import Extent, Room
 
 
 class Memory(Protocol):

@@ -20,8 +20,8 @@ import torch
 from megatron_bpipe.runtime.transport.base import TransportError
 from megatron_bpipe.runtime.transport.copies import ThreadCopies
 from megatron_bpipe.runtime.transport.host_memory import check_available, no_memory
-from megatron_bpipe.runtime.transport.meeting import Meeting
 from megatron_bpipe.runtime.transport.one_sided import OneSidedTransport
+from megatron_bpipe.runtime.transport.pair.rendezvous import Meeting
 
 
 class SharedMemoryLender:

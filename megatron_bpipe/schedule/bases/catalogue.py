@@ -9,7 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from megatron_bpipe.schedule.balance import balance, least_budget
+from megatron_bpipe.schedule.balancing.balance import balance, least_budget
+from megatron_bpipe.schedule.balancing.offload import offload
 from megatron_bpipe.schedule.base import one_f_one_b
 from megatron_bpipe.schedule.bases.chimera import chimera
 from megatron_bpipe.schedule.bases.gpipe import gpipe
@@ -18,10 +19,9 @@ from megatron_bpipe.schedule.bases.pipedream import continuous_pipe, pipedream, 
 from megatron_bpipe.schedule.bases.v_shape import v_shape
 from megatron_bpipe.schedule.bases.zero_bubble import zb_h1
 from megatron_bpipe.schedule.errors import ScheduleError
-from megatron_bpipe.schedule.lower import lower
-from megatron_bpipe.schedule.offload import offload
+from megatron_bpipe.schedule.lowering.lower import lower
 from megatron_bpipe.schedule.ops import Kind, Schedule, default_budget
-from megatron_bpipe.schedule.validate import validate
+from megatron_bpipe.schedule.validation.validate import validate
 
 
 @dataclass(frozen=True)

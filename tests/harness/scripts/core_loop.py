@@ -26,7 +26,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 
 import megatron_bpipe
-from megatron_bpipe.integration.groups import default_groups
+from megatron_bpipe.integration.patches.process_groups import default_groups
 
 STAGES, MICROBATCHES, SIZE, LONGEST, VOCABULARY = 4, 8, 2, 64, 128
 

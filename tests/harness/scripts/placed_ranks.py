@@ -9,7 +9,7 @@ import pytest
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_bpipe.integration import ranks
+from megatron_bpipe.integration.rank_mapping import mapping as ranks
 from megatron_bpipe.placement import PlacementError
 
 physical = int(os.environ["RANK"])

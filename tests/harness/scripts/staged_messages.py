@@ -7,7 +7,7 @@ import sys
 import torch
 import torch.distributed as dist
 
-from megatron_bpipe.integration.rehearsal import staged
+from megatron_bpipe.integration.single_gpu.launch import staged
 
 dist.init_process_group("gloo")
 exchange = staged(dist.batch_isend_irecv)

@@ -26,8 +26,7 @@ import pytest
 import torch
 
 from megatron_bpipe.runtime.transport.cuda import driver
-
-from . import streams
+from tests.harness.stand_in_gpu import streams
 
 NEEDS_COMPILER = pytest.mark.skipif(
     shutil.which("cc") is None, reason="the stand-in for the CUDA driver needs a C compiler"

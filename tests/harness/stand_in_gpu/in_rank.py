@@ -15,11 +15,10 @@ def instead(job: dict[str, Any], transport: str) -> None:
     nccl's messages are gloo's here: they block the host, so the run also shows that the order of
     the messages is free of deadlocks.
     """
-    from megatron_bpipe.integration.pairing import Pair
     from megatron_bpipe.runtime.transport.cuda.ipc import IpcLender, ipc_transport
     from megatron_bpipe.runtime.transport.cuda.messages import NcclLender, NcclTransport
-
-    from . import simulated_gpu
+    from megatron_bpipe.runtime.transport.pair.negotiate import Pair
+    from tests.harness.stand_in_gpu import simulated_gpu
 
     entered: list[Any] = []
 

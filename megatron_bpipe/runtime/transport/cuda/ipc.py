@@ -22,8 +22,8 @@ from megatron_bpipe.runtime.transport.base import TransportError
 from megatron_bpipe.runtime.transport.cuda import driver
 from megatron_bpipe.runtime.transport.cuda.streams import StreamCopies
 from megatron_bpipe.runtime.transport.host import HostMemory
-from megatron_bpipe.runtime.transport.meeting import Meeting
 from megatron_bpipe.runtime.transport.one_sided import OneSidedTransport
+from megatron_bpipe.runtime.transport.pair.rendezvous import Meeting
 
 GRANULE = 2 * 2**20
 SECONDS_TO_UNMAP = 10.0

@@ -25,8 +25,8 @@ from megatron_bpipe.runtime.transport.base import TransportError
 from megatron_bpipe.runtime.transport.chunks import chunks, divide, overlaps
 from megatron_bpipe.runtime.transport.cuda.streams import StreamCopies, StreamTicket
 from megatron_bpipe.runtime.transport.host import HostMemory
-from megatron_bpipe.runtime.transport.meeting import Meeting
 from megatron_bpipe.runtime.transport.one_sided import OneSidedTransport
+from megatron_bpipe.runtime.transport.pair.rendezvous import Meeting
 
 CHUNK = 32 * 2**20
 STAGES = 2  # chunks packed ahead of the one that is sent

@@ -7,7 +7,7 @@ import subprocess
 
 import torch
 
-from megatron_bpipe.runtime.transport.link import (
+from megatron_bpipe.runtime.transport.pair.links import (
     Link,
     Place,
     classify,

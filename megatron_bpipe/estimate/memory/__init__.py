@@ -1,0 +1,1 @@
+"""Bytes: parameters, activations, and each stage's peak."""

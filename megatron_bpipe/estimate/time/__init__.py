@@ -1,0 +1,1 @@
+"""Seconds and FLOPs: of a layer, of an op, of an iteration."""

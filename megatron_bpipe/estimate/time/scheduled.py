@@ -1,0 +1,79 @@
+"""The schedule that a run executes, made once: as it is, lowered, and what it holds.
+
+Units: micro-batches (activations of one chunk where a schedule has chunks).
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from megatron_bpipe.estimate.errors import EstimateError
+from megatron_bpipe.estimate.runs import Run
+from megatron_bpipe.schedule.balancing.balance import balance
+from megatron_bpipe.schedule.balancing.offload import offload
+from megatron_bpipe.schedule.base import one_f_one_b
+from megatron_bpipe.schedule.bases.catalogue import lower_for
+from megatron_bpipe.schedule.bases.interleaved import interleaved
+from megatron_bpipe.schedule.ops import Schedule, default_budget
+from megatron_bpipe.schedule.validation.occupancy import occupancy
+
+
+def schedule_of(run: Run) -> Schedule:
+    """The schedule this run executes: 1F1B, balanced or offloaded where it asks for that.
+
+    Raises EstimateError where it cannot: a budget that is too small, or interleaving with a number
+    of micro-batches that is no multiple of p.
+    """
+    return _schedule(*_shape(run))
+
+
+def lowered_of(run: Run) -> tuple[Schedule, bool]:
+    """The same lowered, and whether it runs with buffered messages; raises EstimateError."""
+    return _lowered(*_shape(run))
+
+
+def held_by_stage(run: Run) -> tuple[tuple[int, int], ...]:
+    """For each stage: most activations of its own there, and most that it has on its partner.
+
+    Raises EstimateError.
+    """
+    return _held(*_shape(run))
+
+
+def _shape(run: Run) -> tuple[int, int, bool, bool, int, int | None]:
+    """All that the schedule depends on."""
+    return run.layout.pp, run.micro_batches, run.bpipe, run.host, run.chunks, run.budget
+
+
+@lru_cache(maxsize=64)
+def _schedule(p: int, m: int, bpipe: bool, host: bool, chunks: int, budget: int | None) -> Schedule:
+    try:
+        if chunks > 1:
+            return interleaved(p, m, chunks)
+        schedule = one_f_one_b(p, m)
+        if bpipe:
+            return balance(schedule, budget)
+        return offload(schedule, budget or default_budget(p)) if host else schedule
+    except ValueError as error:
+        raise EstimateError(str(error)) from error
+
+
+@lru_cache(maxsize=64)
+def _lowered(
+    p: int, m: int, bpipe: bool, host: bool, chunks: int, budget: int | None
+) -> tuple[Schedule, bool]:
+    return lower_for(_schedule(p, m, bpipe, host, chunks, budget))
+
+
+@lru_cache(maxsize=4096)
+def _held(
+    p: int, m: int, bpipe: bool, host: bool, chunks: int, budget: int | None
+) -> tuple[tuple[int, int], ...]:
+    return held_in(_schedule(p, m, bpipe, host, chunks, budget))
+
+
+def held_in(schedule: Schedule) -> tuple[tuple[int, int], ...]:
+    """For each stage: most activations of its own there, and most that it has on its partner."""
+    counts = [occupancy(line) for line in schedule.stages]
+    remote = [0 if schedule.to_host else max(lent, default=0) for _, lent in counts]
+    return tuple((max(own, default=0), r) for (own, _), r in zip(counts, remote, strict=True))

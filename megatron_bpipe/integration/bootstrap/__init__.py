@@ -1,0 +1,1 @@
+"""Starts a Megatron script and supplies what a machine lacks."""

@@ -1,0 +1,49 @@
+"""Run a training script of Megatron with BPipe installed in its process.
+
+This is what ``python -m megatron_bpipe run pretrain_gpt.py ...`` does in each process
+that torchrun starts. The script itself is not changed.
+"""
+
+import os
+import runpy
+import sys
+from pathlib import Path
+
+import torch
+
+import megatron_bpipe
+from megatron_bpipe.integration import cpu
+from megatron_bpipe.integration.bootstrap import dataset_helpers
+from megatron_bpipe.integration.checks.driver import why_unusable
+from megatron_bpipe.integration.log import refuse
+
+
+def run_script(script: str, argv: list[str]) -> None:
+    """Run ``script`` as ``__main__`` with the arguments ``argv``.
+
+    The script's folder comes first on the path, as if Python had been started with it:
+    a checkout's own ``megatron`` is then used, not an installed wheel's. Where there is
+    no CUDA device, the CPU stands in for it.
+
+    Raises:
+        SystemExit: there is no such script, or a GPU that torch cannot use.
+    """
+    path = Path(script)
+    if not path.is_file():
+        raise refuse(
+            f"no training script at {script!r} (looked from {os.getcwd()}): give the path of "
+            "Megatron-LM's pretrain_gpt.py, or of this project's scripts/examples/pretrain_gpt.py "
+            "where only the megatron-core wheel is installed"
+        )
+    sys.path.insert(0, str(path.resolve().parent))
+    sys.argv = [script, *argv]
+    if not torch.cuda.is_available():
+        unusable = why_unusable()
+        if unusable is not None:
+            raise refuse(unusable)
+        cpu.install()
+        if int(os.environ.get("RANK", "0")) == 0:
+            sys.stderr.write(cpu.announcement() + "\n")
+    dataset_helpers.install()
+    megatron_bpipe.install()
+    runpy.run_path(script, run_name="__main__")

@@ -1,0 +1,1 @@
+"""May --bpipe run here? Hook points, arguments, the driver, and the doctor that reports them."""

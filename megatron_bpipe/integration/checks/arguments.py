@@ -1,0 +1,170 @@
+"""Checks before training that ``--bpipe`` can do what the arguments ask for."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+
+from megatron_bpipe.integration.checks.hook_points import KNOWN_RELEASES, missing, release
+from megatron_bpipe.integration.log import refuse, say
+from megatron_bpipe.integration.options import TRANSPORTS, Options
+from megatron_bpipe.runtime.transport.pair.links import Place, Sight, obstacle
+from megatron_bpipe.schedule.balancing.balance import BudgetError, balance
+from megatron_bpipe.schedule.base import one_f_one_b
+from megatron_bpipe.schedule.ops import default_budget
+
+
+def check(args: Any, options: Options) -> str | None:
+    """Look at Megatron's parsed arguments.
+
+    Returns:
+        None if BPipe can run; a sentence if there is nothing for it to do and stock should run.
+
+    Raises:
+        Refused: it cannot run; rank 0 has said which flag, its value and the remedy.
+    """
+    stages = args.pipeline_model_parallel_size
+    budget = default_budget(stages) if options.budget is None else options.budget
+    if stages == 1:
+        raise refuse(
+            "--bpipe needs pipeline stages, but --pipeline-model-parallel-size is 1; "
+            "set it to 4 or more, or leave --bpipe out"
+        )
+    if options.transport not in TRANSPORTS:
+        raise refuse(
+            f"--bpipe-transport {options.transport} is unknown; choose one of "
+            + ", ".join(TRANSPORTS)
+        )
+    _check_transport(options.transport)
+    check_megatron()
+    _check_data_paths(args)
+    for flag, given, remedy in incompatible(args):
+        raise refuse(f"--bpipe cannot run with {flag} {given}; {remedy}")
+    microbatches = _microbatches(args)
+    needed = min(stages, microbatches) if microbatches is not None else stages
+    if budget >= needed:
+        why = f"--bpipe-budget is {budget}" if options.budget is not None else f"p = {stages}"
+        return (
+            f"nothing to balance: {why} and 1F1B never holds more than {needed} micro-batches; "
+            "the stock schedule runs"
+        )
+    try:
+        balance(one_f_one_b(stages, microbatches or 4 * stages), budget)
+    except BudgetError as error:
+        raise refuse(
+            f"--bpipe-budget {budget} is too small for {stages} stages: the least is "
+            f"{error.least}; raise it or leave the flag out (default {default_budget(stages)})"
+        ) from error
+    return None
+
+
+def _check_transport(transport: str) -> None:
+    """Whether it fits the device; what only a pair can see comes when pairs meet."""
+    place = Place("here", ("here",)) if torch.cuda.is_available() else Place()
+    why = obstacle(transport, Sight(place, place, one_host=True)) if transport != "auto" else ""
+    if why:
+        raise refuse(f"--bpipe-transport {transport} cannot be used here: {why}")
+
+
+def check_megatron() -> None:
+    """Look at the Megatron at hand; say so, once, if nobody has tried its release.
+
+    Raises:
+        Refused: it lacks something; rank 0 has named it.
+    """
+    lacking = missing(training=False)
+    if lacking:
+        raise refuse(
+            f"--bpipe needs a Megatron that has {lacking[0]}; use a supported release "
+            "(python -m megatron_bpipe doctor lists all hook points)"
+        )
+    found = release()
+    if found not in KNOWN_RELEASES:
+        say(
+            f"Megatron-Core {found} has not been tried with bpipe (tried: "
+            f"{', '.join(KNOWN_RELEASES)}); everything that is needed is there, so it runs. "
+            "Compare a few steps with and without --bpipe first"
+        )
+
+
+def _microbatches(args: Any) -> int | None:
+    """Micro-batches an iteration, None where the arguments do not fix it yet."""
+    size = getattr(args, "global_batch_size", None)
+    if size is None or getattr(args, "rampup_batch_size", None) is not None:
+        return None
+    model = (
+        args.tensor_model_parallel_size
+        * args.pipeline_model_parallel_size
+        * getattr(args, "context_parallel_size", 1)
+    )
+    copies = max(1, _world_size() // model)
+    return max(1, int(size) // (args.micro_batch_size * copies)) if args.micro_batch_size else None
+
+
+def _check_data_paths(args: Any) -> None:
+    """Megatron finds out on some ranks only, after minutes of start-up."""
+    for prefix in getattr(args, "data_path", None) or []:
+        if _is_number(prefix):
+            continue  # the weight of the next path
+        for end in (".bin", ".idx"):
+            remote = "://" in prefix
+            if not remote and not os.path.isfile(prefix + end):
+                raise refuse(
+                    f"--data-path {prefix}: there is no {prefix + end}; give the path without "
+                    ".bin and .idx (scripts/examples/prepare_data.py makes a dataset)"
+                )
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def incompatible(args: Any) -> list[tuple[str, object, str]]:
+    """What BPipe cannot run with in Megatron's arguments or configuration.
+
+    Returns:
+        For each, the flag, its value and the remedy.
+    """
+    found: list[tuple[str, object, str]] = []
+    interleaving = {
+        "num_layers_per_virtual_pipeline_stage": "--num-layers-per-virtual-pipeline-stage",
+        "num_virtual_stages_per_pipeline_rank": "--num-virtual-stages-per-pipeline-rank",
+        "virtual_pipeline_model_parallel_size": "--virtual-pipeline-model-parallel-size",
+    }
+    for name, flag in interleaving.items():
+        value = getattr(args, name, None)
+        if value is not None:
+            found.append((flag, value, "BPipe balances the non-interleaved schedule: drop it"))
+    offloading = {
+        "fine_grained_activation_offloading": "--fine-grained-activation-offloading",
+        "cpu_offloading": "--cpu-offloading",
+        "cpu_offloading_num_layers": "--cpu-offloading-num-layers",
+        "moe_paged_stash": "--moe-paged-stash",
+    }
+    for name, flag in offloading.items():
+        value = getattr(args, name, None)
+        if value:
+            found.append((flag, value, "both take over saved tensors: use one of the two"))
+    graphs = getattr(args, "cuda_graph_impl", "none")
+    early = ("enable_cuda_graph", "external_cuda_graph")  # instead of cuda_graph_impl
+    if graphs not in (None, "none") or any(getattr(args, name, False) for name in early):
+        found.append(
+            ("--cuda-graph-impl", graphs, "a captured graph pins its activations: use none")
+        )
+    if getattr(args, "moe_shared_expert_overlap", False):
+        # what a load brings back belongs to the computing stream and would be given to other work
+        # of that stream while another one still reads it
+        found.append(
+            ("--moe-shared-expert-overlap", True, "it computes on a stream of its own: drop it")
+        )
+    return found

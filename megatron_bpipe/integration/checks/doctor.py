@@ -1,0 +1,222 @@
+"""Can ``--bpipe`` run here? Each thing it needs, what was found, and what to do about it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megatron_bpipe.estimate.time.fused_softmax_rules import why_not_fused
+from megatron_bpipe.integration import cpu
+from megatron_bpipe.integration.checks.driver import why_unusable
+from megatron_bpipe.integration.checks.hook_points import HOOK_POINTS, missing
+from megatron_bpipe.runtime.transport.base import TransportError
+from megatron_bpipe.runtime.transport.host_memory import available_bytes
+from megatron_bpipe.runtime.transport.pair.links import Link, classify, parse_topology
+from megatron_bpipe.runtime.transport.pair.rendezvous import Identity
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing looked at.
+
+    Attributes:
+        name: what.
+        found: what is there.
+        ok: whether that will do.
+        needed: whether ``--bpipe`` cannot run without it.
+        remedy: what to do where it will not do.
+    """
+
+    name: str
+    found: str
+    ok: bool = True
+    needed: bool = True
+    remedy: str = ""
+
+
+def examine() -> list[Finding]:
+    """Look at everything; slow only where Megatron is slow to import."""
+    findings = [_python(), _torch(), _device()]
+    findings += _megatron()
+    findings += [*_links(), *_ipc_transport(), _shm_transport(), _p2p_transport()]
+    findings += [_memory(), *_limits(), _dev_shm()]
+    findings += [_optional(name) for name in ("transformer_engine", "flash_attn", "apex")]
+    return findings
+
+
+def fused_softmax(heads: int, tp: int, micro_batch: int, seq: int) -> Finding:
+    """Whether unfused attention gets Megatron's fused softmax kernel, which BPipe's gain rests on.
+
+    The paper's rows 7 and 8 differ by this kernel as much as by BPipe; see
+    `estimate.time.fused_softmax_rules`.
+    """
+    why = why_not_fused(micro_batch, heads // tp, seq)
+    remedy = "another --tp, another micro-batch or flash attention may gain more than BPipe"
+    found = "; ".join(why) or f"runs at micro-batch {micro_batch} with {heads // tp} heads a rank"
+    return Finding("fused softmax", found, not why, needed=False, remedy=remedy)
+
+
+def can_run(findings: list[Finding]) -> bool:
+    """Whether nothing that is needed is missing."""
+    return all(f.ok for f in findings if f.needed)
+
+
+def _python() -> Finding:
+    found = sys.version.split()[0]
+    return Finding("python", found, sys.version_info >= (3, 12), remedy="use Python >= 3.12")
+
+
+def _torch() -> Finding:
+    good = hasattr(torch._C, "_storage_Use_Count")
+    remedy = "upgrade torch: its storages cannot tell how many hold them"
+    return Finding("torch", torch.__version__, good, remedy=remedy)
+
+
+def _device() -> Finding:
+    if not torch.cuda.is_available():
+        unusable = why_unusable()
+        if not cpu.installed():
+            cpu.install()
+        if unusable is not None:
+            return Finding("device", unusable, False)
+        return Finding("device", "no CUDA device: CPU ranks over gloo, for trying out")
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return Finding("device", f"{len(names)} GPU(s): {', '.join(sorted(set(names)))}")
+
+
+def _megatron() -> list[Finding]:
+    try:
+        version = importlib.metadata.version("megatron-core")
+    except importlib.metadata.PackageNotFoundError:
+        version = None
+    try:
+        import megatron.core
+    except ImportError as error:
+        remedy = "pip install megatron-core, or run inside a Megatron-LM checkout"
+        return [Finding("megatron-core", f"cannot be imported: {error}", False, remedy=remedy)]
+    version = getattr(megatron.core, "__version__", version)
+    where = Path(megatron.core.__file__).parents[2]
+    findings = [Finding("megatron-core", f"{version} in {where}")]
+    core = missing(training=False)
+    count = sum(not point.training for point in HOOK_POINTS)
+    remedy = "this Megatron lacks what is listed: use a supported release"
+    found = "; ".join(core) or f"all {count} hook points there"
+    findings.append(Finding("schedule hook points", found, not core, remedy=remedy))
+    loop = [m for m in missing(training=True) if m not in core]
+    remedy = "use a wheel from 0.18 on or a checkout for pretrain(); core-only loops can do without"
+    found = "; ".join(loop) or "all there"
+    findings.append(Finding("training loop", found, not loop, needed=False, remedy=remedy))
+    return findings
+
+
+def _links() -> list[Finding]:
+    if not torch.cuda.is_available() or torch.cuda.device_count() < 2:
+        return []
+    findings = []
+    tool = shutil.which("nvidia-smi")
+    if tool is not None:
+        shown = subprocess.run([tool, "topo", "-m"], capture_output=True, text=True, check=False)
+        cells = parse_topology(shown.stdout)
+        pairs = [cell for (a, b), cell in cells.items() if a != b and b.startswith("GPU")]
+        fast = any(classify(cell) is Link.NVLINK for cell in pairs)
+        remedy = "without NVLink between partners BPipe was seen to cost 11-17 %"
+        found = "NVLink present" if fast else "no NVLink"
+        findings.append(Finding("links", found, fast, needed=False, remedy=remedy))
+    count = torch.cuda.device_count()
+    closed = [
+        f"{a}-{b}"
+        for a in range(count)
+        for b in range(a + 1, count)
+        if not torch.cuda.can_device_access_peer(a, b)
+    ]
+    found = f"no peer access between GPUs {', '.join(closed)}" if closed else "between all GPUs"
+    findings.append(Finding("peer access", found, not closed, needed=False))
+    return findings
+
+
+def _ipc_transport() -> list[Finding]:
+    """Memory of this GPU, offered the way an acceptor would; who maps it is found out in a run."""
+    if not torch.cuda.is_available():
+        return []
+    from megatron_bpipe.runtime.transport.cuda.driver import DriverError
+    from megatron_bpipe.runtime.transport.cuda.ipc import Trial
+
+    try:
+        Trial(torch.device("cuda", torch.cuda.current_device()), "doctor").close()
+    except (DriverError, TransportError, OSError) as error:
+        remedy = "containers need --ipc=host; --bpipe-transport host does without"
+        return [Finding("transport ipc", str(error), False, needed=False, remedy=remedy)]
+    return [Finding("transport ipc", "this GPU's memory can be lent", needed=False)]
+
+
+def _shm_transport() -> Finding:
+    """A memfd of this process, opened the way a partner would."""
+    remedy = "partners must see each other's /proc: one user, one PID namespace; or take p2p"
+    try:
+        descriptor = os.memfd_create("bpipe-doctor")
+        os.posix_fallocate(descriptor, 0, 4096)
+        os.close(os.open(f"/proc/{os.getpid()}/fd/{descriptor}", os.O_RDWR))
+        os.close(descriptor)
+    except OSError as error:
+        return Finding("transport shm", str(error), False, needed=False, remedy=remedy)
+    here = Identity.mine().here()
+    found = "can lend memory" if here else "cannot see its own /proc entry"
+    return Finding("transport shm", found, here, needed=False, remedy=remedy)
+
+
+def _p2p_transport() -> Finding:
+    dist = torch.distributed
+    gloo, nccl = dist.is_gloo_available(), dist.is_nccl_available()
+    good = nccl if torch.cuda.is_available() else gloo
+    found = f"gloo {'yes' if gloo else 'no'}, NCCL {'yes' if nccl else 'no'}"
+    return Finding("transport p2p", found, good, remedy="use a torch build with this backend")
+
+
+def _memory() -> Finding:
+    available = available_bytes()
+    found = "unknown" if available is None else f"{available / GIB:.1f} GiB available"
+    return Finding("host memory", found, needed=False)
+
+
+def _limits() -> list[Finding]:
+    findings = []
+    for name, limit in (
+        ("address space", resource.RLIMIT_AS),
+        ("open files", resource.RLIMIT_NOFILE),
+    ):
+        soft, _ = resource.getrlimit(limit)
+        endless = soft == resource.RLIM_INFINITY
+        good = endless or name != "open files" or soft >= 1024
+        found = "unlimited" if endless else str(soft)
+        remedy = "raise it: ulimit -n 4096"
+        findings.append(Finding(f"limit of {name}", found, good, needed=False, remedy=remedy))
+    return findings
+
+
+def _dev_shm() -> Finding:
+    try:
+        size = shutil.disk_usage("/dev/shm").total
+    except OSError:
+        return Finding("/dev/shm", "absent; pools do not use it", needed=False)
+    remedy = "NCCL and data loaders may need more: docker run --shm-size=8g"
+    found = f"{size / GIB:.2f} GiB; pools do not use it"
+    return Finding("/dev/shm", found, size >= GIB, needed=False, remedy=remedy)
+
+
+def _optional(name: str) -> Finding:
+    distribution = {"flash_attn": "flash-attn", "transformer_engine": "transformer-engine"}
+    try:
+        version = importlib.metadata.version(distribution.get(name, name))
+    except importlib.metadata.PackageNotFoundError:
+        version = "not installed (optional)"
+    return Finding(name, version, needed=False)

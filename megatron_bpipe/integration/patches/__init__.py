@@ -1,0 +1,1 @@
+"""What Megatron sees replaced or wrapped while the patch set is installed."""

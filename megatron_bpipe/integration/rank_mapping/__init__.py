@@ -1,0 +1,1 @@
+"""Gives each process the logical rank that the placement says."""

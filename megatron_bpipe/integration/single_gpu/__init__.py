@@ -1,0 +1,1 @@
+"""All stages as processes on one GPU (--bpipe-rehearsal)."""

@@ -1,0 +1,229 @@
+"""One candidate: where its stages run, what it needs, how long it takes.
+
+Memory is ``estimate.memory.stages``'s and time the simulation of the very schedule, as for the
+published tables; only the pace of a layer comes from elsewhere (a profile, the paper's table 5, or
+``layer_model``).
+
+Units: seconds, bytes, GiB, MFU in per cent.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+from megatron_bpipe.estimate.errors import EstimateError
+from megatron_bpipe.estimate.hardware import A100_80G, Gpu
+from megatron_bpipe.estimate.memory.activations import Kernels, layer_activations
+from megatron_bpipe.estimate.memory.stages import (
+    GIB,
+    Verdict,
+    head_saved_bytes,
+    memory_by_stage,
+    verdict,
+)
+from megatron_bpipe.estimate.paper.refined import Constants, bytes_moved
+from megatron_bpipe.estimate.profile import Profile
+from megatron_bpipe.estimate.runs import Run
+from megatron_bpipe.estimate.time.flops import matmul_flops, mfu_percent
+from megatron_bpipe.estimate.time.layer_time import StageTimes
+from megatron_bpipe.estimate.time.op_costs import Machine, Stored, costs_for, network_for
+from megatron_bpipe.estimate.time.scheduled import lowered_of
+from megatron_bpipe.estimate.time.simulated import at_steady_pace
+from megatron_bpipe.placement import ParallelShape, make_report
+from megatron_bpipe.planner.inputs.cluster import Cluster
+from megatron_bpipe.simulate.engine import simulate
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """What predictions are made with.
+
+    ``times`` the pace of a layer; ``constants`` fitted ones; ``stored`` formats; ``profile`` where
+    bytes were measured too.
+    """
+
+    times: StageTimes
+    constants: Constants
+    stored: Stored
+    profile: Profile | None = None
+
+    def stored_for(self, run: Run) -> Stored:
+        """Formats, with the profile's bytes of a layer and of the output layer where it has them.
+
+        Where only one of profile and run has sequence parallelism, the formulas' difference is
+        added.
+        """
+        profile, kernels = self.profile, self.stored.kernels
+        row = profile.stage_row(run.micro_batch, run.attention) if profile else None
+        head = profile.head_row(run.micro_batch) if profile else None
+        if profile is None or row is None or head is None:
+            return self.stored
+        if row.moved is None or head.moved is None:
+            return self.stored
+        alone = replace(
+            run, layout=replace(run.layout, sequence_parallel=profile.sequence_parallel)
+        )
+        less = _layer_bytes(run, kernels) - _layer_bytes(alone, kernels)
+        head_less = head_saved_bytes(run, kernels) - head_saved_bytes(alone, kernels)
+        measured = replace(
+            kernels, layer=row.moved // profile.layers + less, head=head.moved + head_less
+        )
+        return replace(self.stored, kernels=measured)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A run on a cluster whose nodes come in this order."""
+
+    run: Run
+    cluster: Cluster
+    machine: Machine
+
+    @property
+    def gpus(self) -> tuple[Gpu, ...]:
+        """The GPU of each stage."""
+        return self.machine.gpus
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Peak of each stage and what its GPU has, in GiB."""
+
+    needed: tuple[float, ...]
+    there: tuple[float, ...]
+
+    @property
+    def fits(self) -> Verdict:
+        """The worst stage's verdict."""
+        found = {verdict(need, has) for need, has in zip(self.needed, self.there, strict=True)}
+        return "no" if "no" in found else "borderline" if "borderline" in found else "yes"
+
+    @property
+    def tightest(self) -> int:
+        """The stage with the largest share of its GPU in use."""
+        shares = [need / has for need, has in zip(self.needed, self.there, strict=True)]
+        return shares.index(max(shares))
+
+
+def place(run: Run, cluster: Cluster, times: StageTimes) -> Candidate:
+    """Where the stages of this run lie on the cluster, and at what pace they go there.
+
+    Raises EstimateError where a stage would lie on two kinds of GPU, or its pace is not known.
+    """
+    placement = "pair-adjacent" if run.bpipe else "megatron"
+    layout = run.layout
+    nodes, together = _nodes_of_stages(
+        layout.tp, layout.cp, layout.dp, layout.pp, cluster.gpus_per_node, placement
+    )
+    gpus = []
+    for stage, where in enumerate(nodes):
+        kinds = {cluster.gpu_of_node(node) for node in where}
+        if len(kinds) > 1:
+            raise EstimateError(f"stage {stage} would lie on two kinds of GPU")
+        gpus.append(kinds.pop())
+    paces = {gpu: times(run, gpu) for gpu in set(gpus)}
+    slowest = min(gpus, key=lambda gpu: gpu.network)
+    inside = layout.tp * layout.cp * layout.dp <= cluster.gpus_per_node
+    machine = Machine(
+        gpus=tuple(gpus),
+        paces=tuple(paces[gpu] for gpu in gpus),
+        pair=min(gpu.nvlink for gpu in gpus) if together else slowest.network,
+        replicas=min(gpu.nvlink for gpu in gpus) if inside else slowest.network,
+        host=min(gpu.host for gpu in gpus),
+    )
+    return Candidate(run, cluster, machine)
+
+
+@lru_cache(maxsize=1024)
+def _nodes_of_stages(
+    tp: int, cp: int, dp: int, pp: int, gpus_per_node: int, placement: str
+) -> tuple[tuple[frozenset[int], ...], bool]:
+    """The nodes of each stage, and whether every pair is on one node."""
+    report = make_report(ParallelShape(tp=tp, cp=cp, dp=dp, pp=pp), gpus_per_node, placement)
+    nodes: list[set[int]] = [set() for _ in range(pp)]
+    for slots in report.nodes:
+        for slot in slots:
+            nodes[slot.at.stage].add(slot.node)
+    return tuple(map(frozenset, nodes)), report.after.pairs.across_nodes == 0
+
+
+def _layer_bytes(run: Run, kernels: Kernels) -> int:
+    return sum(layer_activations(run, kernels).values())
+
+
+def memory_of(candidate: Candidate, predictor: Predictor) -> Memory:
+    """What each stage needs and has."""
+    stored = predictor.stored_for(candidate.run)
+    stages = memory_by_stage(candidate.run, stored.kernels, stored.state, stored.overhead)
+    return Memory(
+        tuple(stage.total / GIB for stage in stages),
+        tuple(gpu.memory_gib for gpu in candidate.gpus),
+    )
+
+
+def constants_on(cluster: Cluster, constants: Constants) -> Constants:
+    """The fitted exchange on another network: its own rate if measured, else scaled with speed."""
+    slowest = min(kind.gpu.network for kind in cluster.nodes)
+    exchange = constants.exchange * A100_80G.network / slowest
+    if cluster.messages is not None:
+        exchange = 1 / cluster.messages
+    return replace(constants, exchange=exchange)
+
+
+def least_seconds(candidate: Candidate, predictor: Predictor) -> float:
+    """A bound from below: no stage can be faster than its own work, the fill and the drain."""
+    run, paces = candidate.run, candidate.machine.paces
+    work = [run.layers_of(x) * pace.layer for x, pace in enumerate(paces)]
+    work[-1] += paces[-1].head
+    bound, before = 0.0, 0.0
+    for seconds in work:
+        bound = max(bound, before / run.chunks + run.micro_batches * seconds)
+        before += seconds
+    return bound + _penalty(run, predictor)
+
+
+def seconds_of(candidate: Candidate, predictor: Predictor) -> float:
+    """One iteration, simulated; long ones from a shorter simulation and its steady pace."""
+    constants = constants_on(candidate.cluster, predictor.constants)
+    found = _simulated(candidate, constants, predictor.stored_for(candidate.run).kernels)
+    return found + _penalty(candidate.run, predictor)
+
+
+def mfu_of(candidate: Candidate, seconds: float) -> float:
+    """MFU on all GPUs of the cluster, by the exact count of matrix products."""
+    flops = matmul_flops(candidate.run.model, candidate.run.global_batch)
+    return mfu_percent(flops, seconds, 1, candidate.cluster.peak)
+
+
+def _penalty(run: Run, predictor: Predictor) -> float:
+    """What BPipe costs beyond what the simulation shows (see ``refined``)."""
+    if not run.bpipe:
+        return 0.0
+    return predictor.constants.bpipe * bytes_moved(run, predictor.stored_for(run).kernels)
+
+
+def _simulated(candidate: Candidate, constants: Constants, kernels: Kernels) -> float:
+    run = candidate.run
+    first, step = _windows(run)
+    return at_steady_pace(
+        lambda n: _iteration(candidate, n, constants, kernels), run.micro_batches, first, step
+    )
+
+
+def _windows(run: Run) -> tuple[int, int]:
+    """Micro-batches to simulate, and how many more to see the steady pace."""
+    p = run.layout.pp
+    if run.host:
+        return 8 * p, 4 * p  # a slow link takes longer to fall as far behind as it will
+    if run.chunks > 1 or run.bpipe:
+        return 4 * p, 2 * p
+    return 2 * p, 1
+
+
+def _iteration(candidate: Candidate, m: int, constants: Constants, kernels: Kernels) -> float:
+    run = candidate.run
+    part = replace(run, global_batch=m * run.micro_batch * run.layout.dp)
+    lowered, buffered = lowered_of(part)
+    costs = costs_for(part, lowered, candidate.machine, constants, kernels)
+    return simulate(lowered, costs, network_for(candidate.machine), buffered).seconds

@@ -1,0 +1,1 @@
+"""What the planner is asked: flags, model files, cluster files, profiles."""

@@ -1,0 +1,1 @@
+"""What the planner answers: advice, tables, JSON, the command line."""

@@ -1,0 +1,1 @@
+"""Measures a run without changing it: recorder, memory books, audit, report, link watch."""

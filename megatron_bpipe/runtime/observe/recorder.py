@@ -1,0 +1,195 @@
+"""What one rank saw: every op's times and bytes, peaks of live memory, losses.
+
+Serves stock and BPipe runs alike, so that both are measured with the same rule: the live bytes at
+the boundary of every op, from weak references. It keeps the op times of the last iterations only
+(`TIMELINE_ITERATIONS`), and start, end and losses of the last `KEPT`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Collection
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+
+from megatron_bpipe.runtime.graph import nodes_below, roots_of
+from megatron_bpipe.runtime.observe.audit import Audit, audit_forward
+from megatron_bpipe.runtime.observe.memory import LiveActivations
+from megatron_bpipe.runtime.transport import Ticket
+from megatron_bpipe.schedule.ops import Kind, Op
+
+TIMELINE_ITERATIONS = 8
+CHANGES_MEMORY = frozenset(
+    (Kind.FORWARD, Kind.BACKWARD, Kind.EVICT, Kind.EVICT_WAIT, Kind.LOAD, Kind.LOAD_WAIT)
+)
+KEPT = 1000  # iterations whose times and losses are kept
+
+
+@dataclass(frozen=True)
+class Event:
+    """One op of a recorded iteration; see docs/timeline.md."""
+
+    op: str
+    start: float  # seconds since the epoch
+    end: float
+    bytes: int  # moved by E and L; 0 otherwise
+    live_bytes: int  # activations in this stage's memory when the op was over
+    live_microbatches: int
+    copy_start: float | None = None  # EW, LW: when the copy itself ran
+    copy_end: float | None = None
+    exposed: float | None = None  # EW, LW: seconds that the computation waited for the copy
+
+
+@dataclass
+class Peaks:
+    """Highest values seen at any op boundary of any training iteration.
+
+    ``allocator_bytes`` is above the level at the start of the iteration, and leaves the first one
+    out as soon as there is another: libraries allocate workspaces then that stay (cuBLAS).
+    """
+
+    activation_bytes: int = 0
+    microbatches: int = 0
+    allocator_bytes: int | None = None
+
+
+@dataclass
+class Recorder:
+    """Observer of one rank.
+
+    Args:
+        stage: pipeline stage of this rank.
+        rank: its global rank.
+        allocated: the allocator's bytes in use, or None if it cannot say.
+    """
+
+    stage: int
+    rank: int
+    allocated: Callable[[], int | None]
+    peaks: Peaks = field(default_factory=Peaks)
+    iterations: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=KEPT))
+    losses: deque[list[str]] = field(default_factory=lambda: deque(maxlen=KEPT))
+    timeline: deque[list[Event]] = field(default_factory=lambda: deque(maxlen=TIMELINE_ITERATIONS))
+    audit: Audit | None = None
+    _before_forward: int | None = None
+    _live: LiveActivations = field(default_factory=LiveActivations)
+    _excluded: Collection[int] = ()
+    _baseline: int | None = None
+    _begun: float = 0.0
+    # perf_counter to wall clock, so that the ranks of a node share one axis
+    _offset: float = field(default_factory=lambda: time.time() - time.perf_counter())
+    _transfers: list[tuple[int, Ticket]] = field(default_factory=list)  # index of its event
+
+    @property
+    def between_iterations(self) -> int | None:
+        """The allocator's bytes when the last iteration began; None if it cannot say."""
+        return self._baseline
+
+    def begin(self, excluded: Collection[int]) -> None:
+        """A training iteration begins; ``excluded`` storages are not activations."""
+        if len(self.iterations) == 1:
+            self.peaks.allocator_bytes = None
+        self._live.clear()
+        self._excluded = excluded
+        self._transfers.clear()
+        self._baseline = self.allocated()
+        self._begun = time.perf_counter()
+        self.timeline.append([])
+
+    def end(self, losses: list[Any]) -> None:
+        """The iteration is over; ``losses`` is what Megatron's schedule returned."""
+        span = self._begun + self._offset, time.perf_counter() + self._offset
+        self.iterations.append(span)
+        events = self.timeline[-1]
+        for i, ticket in self._transfers:
+            start, end = ticket.span
+            events[i] = replace(
+                events[i],
+                copy_start=start + self._offset,
+                copy_end=end + self._offset,
+                exposed=ticket.exposed,
+            )
+        self._transfers.clear()
+        if losses:
+            self.losses.append([bits for one in losses for bits in _float_bits(one)])
+
+    def forward_begins(self, op: Op) -> None:
+        """See `executor.Observer`."""
+        self._before_forward = self.allocated()
+
+    def forward_done(self, op: Op, output: object) -> None:
+        """See `executor.Observer`."""
+        if self.audit is None or (self.audit.microbatch == 0 and op.microbatch == 1):
+            # the second micro-batch if there is one: caches are filled, shared tensors known
+            now, before = self.allocated(), self._before_forward
+            allocated = None if now is None or before is None else now - before
+            known = self._live.known()
+            self.audit = audit_forward(op.microbatch, output, allocated, self._excluded, known)
+        self._live.track_graph(op.microbatch, output, self._excluded)
+        if op.microbatch == 0:  # its backward begins when the stage is fullest
+            for node in nodes_below(roots_of(output)):
+                if not node.name().endswith("AccumulateGrad"):  # outlives the micro-batch
+                    node.register_hook(self._in_backward)
+
+    def loaded(self, microbatch: int, storages: list[torch.UntypedStorage]) -> None:
+        """A load allocated ``storages``."""
+        self._live.track(microbatch, storages)
+
+    def transfer_done(self, op: Op, ticket: Ticket) -> None:
+        """See `executor.Observer`."""
+        self._transfers.append((len(self.timeline[-1]), ticket))
+
+    def op_done(self, op: Op, start: float, end: float, moved: int) -> None:
+        """See `executor.Observer`."""
+        if op.kind in CHANGES_MEMORY or not self.timeline[-1]:
+            live, present = self._live.sample()
+            self.peaks.activation_bytes = max(self.peaks.activation_bytes, live)
+            self.peaks.microbatches = max(self.peaks.microbatches, present)
+            now = self.allocated()
+        else:  # a message moves no activation
+            last = self.timeline[-1][-1]
+            live, present, now = last.live_bytes, last.live_microbatches, None
+        self._allocator_is_at(now)
+        wall = start + self._offset, end + self._offset
+        self.timeline[-1].append(Event(str(op), *wall, moved, live, present))
+
+    def _in_backward(self, *_: object) -> None:
+        """After a node's backward: what it works with is there besides what was saved."""
+        self._allocator_is_at(self.allocated())
+
+    def _allocator_is_at(self, now: int | None) -> None:
+        if now is not None and self._baseline is not None:
+            above = now - self._baseline
+            self.peaks.allocator_bytes = max(self.peaks.allocator_bytes or 0, above)
+
+    def summary(self) -> dict[str, Any]:
+        """What this rank contributes to ``memory.json``."""
+        return {
+            "stage": self.stage,
+            "rank": self.rank,
+            "peak_activation_bytes": self.peaks.activation_bytes,
+            "peak_microbatches": self.peaks.microbatches,
+            "allocator_peak_bytes": self.peaks.allocator_bytes,
+            "forward": self.audit.document() if self.audit is not None else None,
+            "iterations": [list(span) for span in self.iterations],
+            "losses": list(self.losses),
+        }
+
+    def timeline_document(self) -> dict[str, Any]:
+        """This rank's timeline file."""
+        iterations = [[asdict(event) for event in events] for events in self.timeline]
+        return {"version": 1, "stage": self.stage, "rank": self.rank, "iterations": iterations}
+
+
+def _float_bits(value: object) -> list[str]:
+    """Exact hexadecimal form of every float in a loss report."""
+    if isinstance(value, torch.Tensor):
+        return [float(x).hex() for x in value.detach().double().flatten().tolist()]
+    if isinstance(value, dict):
+        return [bits for key in sorted(value) for bits in _float_bits(value[key])]
+    if isinstance(value, (list, tuple)):
+        return [bits for one in value for bits in _float_bits(one)]
+    return []

@@ -1,0 +1,185 @@
+"""The balance pass: insert evictions and loads so that no stage exceeds the budget.
+
+Stage 0 of p = 4, m = 8 in 1F1B would hold 4 micro-batches, stage 3 only 1.  With the budget of
+ceil((4+2)/2) = 3 each line keeps its computations, and stage 0 gains transfers beside them::
+
+    F0 F1 F2 F3 B0 F4 B1 F5 B2 F6 B3 F7 B4 B5 B6 B7
+          E1    E3          E5       E6
+                   L1          L3       L5 L6
+
+The acceptor lends its slots for the whole run, whatever the relative timing of the two stages,
+so a pair must satisfy at every step: the acceptor's own peak + slots ever in use <= budget.
+The evictions are the fewest possible wherever a stage's backwards come in the order of its
+forwards (1F1B and most others); otherwise nested activations are planned after the enclosing
+ones, which keeps the bound but may take more transfers, or a larger budget, than necessary.
+
+Paper: section 2.2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import accumulate
+
+from megatron_bpipe.schedule.balancing.min_evictions import Span, Stay, fewest_evictions
+from megatron_bpipe.schedule.ops import Kind, Op, Schedule, default_budget, is_evictor
+from megatron_bpipe.schedule.validation.occupancy import live, occupancy, spans
+
+
+class BudgetError(ValueError):
+    """No plan keeps every stage within ``budget``; ``least`` is the smallest that works."""
+
+    def __init__(self, schedule: Schedule, budget: int, least: int) -> None:
+        self.budget, self.least = budget, least
+        super().__init__(
+            f"budget {budget} is too small for {schedule.name} with p={schedule.p}, "
+            f"m={schedule.microbatches}: use {least} or more"
+        )
+
+
+def balance(schedule: Schedule, budget: int | None = None) -> Schedule:
+    """The same computations with evictions and loads that keep every stage within ``budget``.
+
+    ``budget`` counts micro-batches (activations of one chunk where a schedule has chunks) and
+    defaults to the paper's ceil((p+2)/2).  With enough budget nothing is inserted.
+
+    Raises BudgetError if the budget is too small, ValueError if ``schedule`` is lowered or already
+    has evictions.
+    """
+    if budget is None:
+        budget = default_budget(schedule.p)
+    lives = _lives(schedule)
+    plans = _plan_all(schedule, lives, budget)
+    if plans is None:
+        raise BudgetError(schedule, budget, _least(schedule, lives))
+    stages = tuple(
+        insert(line, stays) if stays else line
+        for line, stays in zip(schedule.stages, plans, strict=True)
+    )
+    name = schedule.name + ("+bpipe" if any(plans) else "")
+    return replace(schedule, name=name, stages=stages, budget=budget)
+
+
+def least_budget(schedule: Schedule) -> int:
+    """The smallest budget that ``balance`` accepts for this schedule, in micro-batches."""
+    return _least(schedule, _lives(schedule))
+
+
+def slots(schedule: Schedule, evictor_stage: int) -> int:
+    """Most activations of this evictor that are ever remote or in flight: its acceptor's pool.
+
+    Raises ValueError for a stage that is no evictor.
+    """
+    if not is_evictor(evictor_stage, schedule.p):
+        raise ValueError(
+            f"stage {evictor_stage} of p = {schedule.p} does not evict: "
+            f"evictors are the stages below {schedule.p // 2}"
+        )
+    return max(occupancy(schedule.stages[evictor_stage])[1], default=0)
+
+
+def _lives(schedule: Schedule) -> list[list[Span]]:
+    """The spans of every stage of a schedule still to be balanced."""
+    for line in schedule.stages:
+        for op in line:
+            if op.kind is not Kind.FORWARD and op.kind is not Kind.BACKWARD:
+                raise ValueError(f"{schedule.name} already has {op}: balance a schedule of F and B")
+    return [spans(line) for line in schedule.stages]
+
+
+def _least(schedule: Schedule, lives: Sequence[Sequence[Span]]) -> int:
+    """The smallest feasible budget, searched upwards from half of what each pair holds."""
+    p = schedule.p
+    peaks = [max(live(spans_here), default=0) for spans_here in lives]
+    least = max((peaks[x] + peaks[p - 1 - x] + 1) // 2 for x in range(p))
+    while _plan_all(schedule, lives, least) is None:
+        least += 1
+    return least
+
+
+def _plan_all(
+    schedule: Schedule, lives: Sequence[Sequence[Span]], budget: int
+) -> list[list[Stay]] | None:
+    """What each stage evicts; None if some stage cannot keep the budget."""
+    p = schedule.p
+    counts = [live(spans_here) for spans_here in lives]
+    peaks = [max(count, default=0) for count in counts]
+    if max(peaks[p // 2 :]) > budget:  # acceptors and the middle stage cannot evict
+        return None
+    plans: list[list[Stay]] = [[] for _ in range(p)]
+    for stage in range(p // 2):
+        if peaks[stage] > budget:
+            room = budget - peaks[p - 1 - stage]
+            stays = _plan(lives[stage], [n - budget for n in counts[stage]], room)
+            if stays is None:
+                return None
+            plans[stage] = stays
+    return plans
+
+
+def _plan(lives: Sequence[Span], need: Sequence[int], room: int) -> list[Stay] | None:
+    """What one evictor evicts so that ``need`` are away at each step, in ``room`` slots.
+
+    One layer of spans after the other takes as much of the need as it can; 1F1B has one layer.
+    """
+    lent = [0] * len(need)
+    plan: list[Stay] = []
+    for layer in _layers(lives):
+        spans_here = [lives[i] for i in layer]
+        rooms = [room - n for n in lent]
+        if len(layer) == len(lives):
+            return fewest_evictions(spans_here, need, rooms)
+        reach = _profile(len(need), [(span.start + 2, span.end - 2) for span in spans_here])
+        part = [min(n, most) for n, most in zip(need, reach, strict=True)]
+        stays = fewest_evictions(spans_here, part, rooms)
+        if stays is None:
+            return None
+        plan += [Stay(layer[stay.span], stay.evict, stay.load) for stay in stays]
+        away = _profile(len(need), [(stay.evict + 1, stay.load - 1) for stay in stays])
+        more = _profile(len(need), [(stay.evict, stay.load) for stay in stays])
+        need = [n - gone for n, gone in zip(need, away, strict=True)]
+        lent = [n + slots_here for n, slots_here in zip(lent, more, strict=True)]
+        if max(need, default=0) <= 0:
+            return plan
+    return None
+
+
+def _profile(steps: int, intervals: Sequence[tuple[int, int]]) -> list[int]:
+    """For each step how many of the intervals (first, last step) contain it."""
+    change = [0] * (steps + 1)
+    for first, last in intervals:
+        if first <= last:
+            change[first] += 1
+            change[last + 1] -= 1
+    return list(accumulate(change[:steps]))
+
+
+def _layers(lives: Sequence[Span]) -> Iterator[list[int]]:
+    """Indices of spans not inside another span, then of those left not inside another, ..."""
+    left = list(range(len(lives)))
+    while left:
+        layer: list[int] = []
+        inside: list[int] = []
+        last = -1
+        for i in left:
+            (layer if lives[i].end > last else inside).append(i)
+            last = max(last, lives[i].end)
+        yield layer
+        left = inside
+
+
+def insert(line: Sequence[Op], stays: Sequence[Stay]) -> tuple[Op, ...]:
+    """The line with L and E before the computations they run beside, loads first."""
+    forwards = [op for op in line if op.kind is Kind.FORWARD]
+    before: dict[int, list[Op]] = {}
+    for step, _, span in sorted((stay.load, stay.evict, stay.span) for stay in stays):
+        before.setdefault(step, []).append(replace(forwards[span], kind=Kind.LOAD))
+    for stay in stays:
+        before.setdefault(stay.evict, []).append(replace(forwards[stay.span], kind=Kind.EVICT))
+    out: list[Op] = []
+    for step, op in enumerate(line):
+        if step in before:
+            out += before[step]
+        out.append(op)
+    return tuple(out)

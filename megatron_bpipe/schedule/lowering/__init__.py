@@ -1,0 +1,1 @@
+"""From logical ops to lowered ones: messages, ends of transfers, the acceptor's part."""

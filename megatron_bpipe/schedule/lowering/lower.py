@@ -1,0 +1,139 @@
+"""Lowering: spell out messages, the ends of transfers, and the acceptor's part.
+
+Stages 1 and 0 of p = 4 in the paper's budget, from the start::
+
+    logical 1   F0           F1           F2           B0            F3 ...
+    lowered 1   RF0,F0,SF0,  RF1,F1,SF1,  RF2,F2,SF2,  RB0,B0,SB0,   RF3,F3,SF3, ...
+
+    logical 0   F0      F1      E1,F2          F3       E3,B0           L1,F4 ...
+    lowered 0   F0,SF0, F1,SF1, E1,F2,EW1,SF2, F3,SF3,  RB0,E3,B0,EW3,  L1,F4,LW1,SF4, ...
+
+Every computation is preceded by its receive and followed by its send: for 1F1B exactly the order
+in which Megatron-LM posts its messages.  A transfer is over right after its computation, before
+that computation's sends: ``E3,F4,EW3,SF4``.
+
+The acceptor's line says when it posts the receive of an evicted micro-batch (AC) and the send that
+returns it (RT), in the order of the evictor's E and L.  They are placed by a unit-time run of the
+schedule: as late as possible, but no later than the evictor starts E or L in that run.  So neither
+delays the acceptor, every AC finds a slot and every RT its data in that run; and since what
+deadlocks does not depend on speed, they do not deadlock in any.
+
+Interleaved and other schedules are lowered by the same rule, which is not Megatron's order for
+those; ``validate`` tells whether the result deadlocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence, Set
+from dataclasses import replace
+
+from megatron_bpipe.schedule.lowering.batches import batch_size, batches
+from megatron_bpipe.schedule.lowering.routes import Activation, known_activations, peer
+from megatron_bpipe.schedule.ops import Kind, Op, Schedule
+from megatron_bpipe.schedule.programs import times
+
+__all__ = ["batches", "lower"]
+
+
+def lower(schedule: Schedule, answers: bool = True) -> Schedule:
+    """The lowered form of a logical schedule.
+
+    ``answers=False`` leaves AC and RT out, which transports that are one-sided do not need.
+
+    Raises ValueError if it is lowered already, ScheduleError if its messages deadlock so that the
+    acceptors' ops cannot be placed.
+    """
+    if schedule.lowered:
+        raise ValueError(f"{schedule.name} is lowered already: give the logical schedule")
+    known = known_activations(schedule)
+    around: _Around = {}
+    lines = [
+        _with_messages(line, stage, schedule.p, known, around)
+        for stage, line in enumerate(schedule.stages)
+    ]
+    lowered = replace(schedule, stages=tuple(lines), lowered=True)
+    evicts = any(op.kind is Kind.EVICT for line in schedule.stages for op in line)
+    if schedule.to_host or not evicts or not answers:
+        return lowered
+    over = times(lowered, transfers=False)
+    for stage in range(schedule.p // 2):
+        acceptor = schedule.p - 1 - stage
+        posted = _answers(lines[stage], over[stage])
+        lines[acceptor] = _with_answers(lines[acceptor], over[acceptor], posted)
+    return replace(lowered, stages=tuple(lines))
+
+
+# (forward, activation, version) -> the receive before and the send after that computation.
+_Around = dict[tuple[bool, Activation, int | None], tuple[Op, Op]]
+
+
+def _with_messages(
+    line: Sequence[Op], stage: int, p: int, known: Set[Activation], around: _Around
+) -> tuple[Op, ...]:
+    """One line with RF, SF, RB, SB, EW and LW; equal ops of all lines are one object."""
+    out: list[Op] = []
+    transfers: list[Op] = []
+    inner = 0 < stage < p - 1
+    for op in line:
+        if op.kind is Kind.EVICT or op.kind is Kind.LOAD:
+            transfers.append(op)
+            continue
+        if op.kind is Kind.WEIGHT:
+            out += (*transfers, op, *map(_wait, transfers))
+            transfers.clear()
+            continue
+        forward = op.kind is Kind.FORWARD
+        key = (forward, op.activation, op.version)
+        if key not in around:
+            around[key] = (
+                replace(op, kind=Kind.RECV_FORWARD if forward else Kind.RECV_BACKWARD),
+                replace(op, kind=Kind.SEND_FORWARD if forward else Kind.SEND_BACKWARD),
+            )
+        receive, send = around[key]
+        if inner or peer(receive, stage, p, known) is not None:
+            out.append(receive)
+        if transfers:
+            out += (*transfers, op, *map(_wait, transfers))
+            transfers.clear()
+        else:
+            out.append(op)
+        if inner or peer(send, stage, p, known) is not None:
+            out.append(send)
+    return tuple(out)
+
+
+def _wait(transfer: Op) -> Op:
+    return replace(
+        transfer, kind=Kind.EVICT_WAIT if transfer.kind is Kind.EVICT else Kind.LOAD_WAIT
+    )
+
+
+def _answers(evictor: Sequence[Op], over: Sequence[int]) -> list[tuple[int, Op]]:
+    """What the acceptor posts, in order, with the time at which the evictor starts its part."""
+    answers: list[tuple[int, Op]] = []
+    waiting: list[Op] = []
+    for op, end in zip(evictor, over, strict=True):
+        if op.kind is Kind.EVICT:
+            waiting.append(replace(op, kind=Kind.ACCEPT))
+        elif op.kind is Kind.LOAD:
+            waiting.append(replace(op, kind=Kind.RETURN))
+        elif waiting and op.kind.computation:
+            answers += ((end - 1, answer) for answer in waiting)
+            waiting.clear()
+    return answers
+
+
+def _with_answers(
+    line: Sequence[Op], over: Sequence[int], answers: Sequence[tuple[int, Op]]
+) -> tuple[Op, ...]:
+    """The acceptor's line with each answer before the first batch that is over after its time."""
+    out: list[Op] = []
+    placed = position = 0
+    while position < len(line):
+        size = batch_size(line, position)
+        while placed < len(answers) and answers[placed][0] < over[position + size - 1]:
+            out.append(answers[placed][1])
+            placed += 1
+        out += line[position : position + size]
+        position += size
+    return (*out, *(answer for _, answer in answers[placed:]))

@@ -1,0 +1,1 @@
+"""Proofs about a schedule: dependencies, pairing, the memory bound, freedom from deadlock."""

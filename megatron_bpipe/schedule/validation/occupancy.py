@@ -1,0 +1,87 @@
+"""What occupies a stage: the counts that the bound is about.
+
+Step t of a stage is its t-th computation (F or B).  While a computation runs, a stage holds every
+micro-batch whose forward has started and whose backward has not ended; on an evictor those are
+not counted whose copy has left and whose return has not begun.  A slot of the acceptor is
+occupied from the start of the computation beside which E runs to the end of the one beside which
+L runs.  Where a schedule splits the
+backward, an activation is held until its weight gradients (W) are computed.
+
+Units: micro-batches (activations of one chunk where a schedule has chunks).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+from megatron_bpipe.schedule.balancing.min_evictions import Span
+from megatron_bpipe.schedule.ops import Kind, Op
+
+
+def spans(line: Sequence[Op]) -> list[Span]:
+    """The life of each activation of this line, in order of the forwards.
+
+    Raises ValueError for a line that computes something twice, or backwards before forwards.
+    """
+    start: dict[tuple[int, int, bool], int] = {}
+    end: dict[tuple[int, int, bool], int] = {}
+    step = 0
+    for op in line:
+        kind = op.kind
+        if kind is not Kind.FORWARD and kind is not Kind.BACKWARD:
+            continue
+        activation = op.activation
+        if kind is Kind.FORWARD:
+            if activation in start:
+                raise ValueError(f"{op} stands twice in a line: keep one")
+            start[activation] = step
+        else:
+            if activation in end or activation not in start:
+                raise ValueError(f"{op} must stand once in a line, after its forward")
+            end[activation] = step
+        step += 1
+    if len(start) != len(end):
+        raise ValueError(f"{len(start)} forwards but {len(end)} backwards in a line: pair them")
+    return [Span(begin, end[activation]) for activation, begin in start.items()]
+
+
+def live(lives: Sequence[Span]) -> list[int]:
+    """For each step how many activations live, wherever they are."""
+    change = [1] * (2 * len(lives))
+    for span in lives:
+        change[span.end] = -1
+    return [
+        after if rise > 0 else after + 1  # a backward's own activation counts until it ended
+        for rise, after in zip(change, accumulate(change), strict=True)
+    ]
+
+
+def occupancy(line: Sequence[Op]) -> tuple[list[int], list[int]]:
+    """For each step how many activations are on this stage, and how many slots its partner lends.
+
+    Transfers in flight count on both sides.  Works on logical and lowered lines.
+    """
+    here, lent, loading, leaving = 0, 0, 0, 0
+    resident: list[int] = []
+    remote: list[int] = []
+    last = Kind.WEIGHT if any(op.kind is Kind.WEIGHT for op in line) else Kind.BACKWARD
+    for op in line:
+        if op.kind is Kind.EVICT:
+            leaving += 1
+        elif op.kind is Kind.LOAD:
+            loading += 1
+        elif op.kind.computation:
+            here += loading + (op.kind is Kind.FORWARD)
+            lent += leaving
+            resident.append(here)
+            remote.append(lent)
+            here -= leaving + (op.kind is last)
+            lent -= loading
+            loading = leaving = 0
+    return resident, remote
+
+
+def peak(line: Sequence[Op]) -> int:
+    """Most activations on this stage at any step, slots it lends not counted."""
+    return max(occupancy(line)[0], default=0)

@@ -1,0 +1,1 @@
+"""Pictures of a simulated or recorded run: page, figure, trace, text."""

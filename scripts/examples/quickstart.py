@@ -1,0 +1,255 @@
+#!/usr/bin/env python3
+"""Train one GPT twice over pipeline stages, stock 1F1B and BPipe, and show the difference.
+
+Started by scripts/quickstart.sh. Both runs are Megatron's own ``pretrain()`` under torchrun;
+everything shown here is read from what they wrote (runs/quickstart/{stock,bpipe}/memory.json).
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import re
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLES = Path(__file__).resolve().parent
+OUT = ROOT / "runs" / "quickstart"
+MIB = 2**20
+PROGRESS = re.compile(r"iteration\s+(\d+)/\s*(\d+) .*?lm loss: (\S+)")
+
+
+def main() -> int:
+    """Prepare data, run twice, report."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--stages", type=int, default=4, help="pipeline stages (default 4)")
+    parser.add_argument("--iterations", type=int, default=20, help="training steps (default 20)")
+    parser.add_argument("--text", metavar="DIR", help="text to train on (default: Python's own)")
+    arguments = parser.parse_args()
+    if arguments.stages < 2:
+        parser.error(f"--stages {arguments.stages}: a pipeline has at least 2 stages")
+    if arguments.iterations < 3:
+        parser.error(f"--iterations {arguments.iterations}: at least 3, to have a median time")
+    shutil.rmtree(OUT, ignore_errors=True)
+    OUT.mkdir(parents=True)
+    on_gpu = _gpus() >= arguments.stages
+    where = f"{arguments.stages} GPUs (NCCL)" if on_gpu else f"{arguments.stages} CPU ranks (gloo)"
+    print(f"quickstart: {where}; results go to {OUT.relative_to(ROOT)}/", flush=True)
+    data = _dataset(arguments.text)
+    command = [*_megatron_flags(arguments.stages, arguments.iterations, on_gpu), *data]
+    runs = {}
+    for name, extra in (("stock", []), ("bpipe", ["--bpipe"])):
+        runs[name] = _train(name, [*command, *extra], arguments.stages)
+    result = _compare(runs["stock"], runs["bpipe"], shlex.join(command))
+    (OUT / "result.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
+    _plot(arguments.stages, result["budget"])
+    print(_table(result))
+    return 0 if result["identical"] else 1
+
+
+def _gpus() -> int:
+    try:
+        listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return 0
+    return listing.stdout.count("GPU ")
+
+
+def _dataset(text: str | None) -> list[str]:
+    output = str(OUT / "data" / "text")
+    command = [
+        sys.executable,
+        str(EXAMPLES / "prepare_data.py"),
+        "--output",
+        output,
+    ]
+    command += ["--max-mib", "2", *(["--text", text] if text else [])]
+    made = subprocess.run(command, text=True, stdout=subprocess.PIPE, cwd=ROOT, check=False)
+    if made.returncode:
+        raise SystemExit(made.returncode)
+    print(f"quickstart: {made.stdout.splitlines()[0]}", flush=True)
+    flags = made.stdout.split("train on it with:")[1]
+    return [*shlex.split(flags), "--data-cache-path", str(OUT / "data" / "cache")]
+
+
+def _megatron_flags(stages: int, iterations: int, on_gpu: bool) -> list[str]:
+    from megatron_bpipe.integration.cpu.flags import cpu_flags
+
+    layers = stages * -(-8 // stages)
+    flags = f"""
+        --pipeline-model-parallel-size {stages} --num-layers {layers} --hidden-size 256
+        --num-attention-heads 4 --seq-length 256 --max-position-embeddings 256
+        --micro-batch-size 2 --global-batch-size 16 --train-iters {iterations}
+        --lr 1e-3 --min-lr 1e-4 --lr-warmup-iters 2 --lr-decay-iters {iterations}
+        --weight-decay 0.1 --clip-grad 1.0 --init-method-std 0.02
+        --attention-dropout 0 --hidden-dropout 0
+        --split 100,0,0 --eval-iters 0 --eval-interval 100000 --log-interval 1
+        --transformer-impl local --no-persist-layer-norm --no-gradient-accumulation-fusion
+        --seed 1234
+    """.split()
+    if on_gpu:
+        return [*flags, "--bf16", "--deterministic-mode", "--attention-backend", "unfused"]
+    return flags + [flag for flag in cpu_flags() if flag not in flags]
+
+
+def _train(name: str, flags: list[str], stages: int) -> dict[str, Any]:
+    folder = OUT / name
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--log-dir", str(OUT / "torchrun"), "--nproc-per-node", str(stages)]
+    command += ["-m", "megatron_bpipe", "run"]
+    command += [
+        str(EXAMPLES / "pretrain_gpt.py"),
+        *flags,
+        "--bpipe-report",
+        str(folder),
+    ]
+    threads = {"OMP_NUM_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+    deterministic = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NCCL_ALGO": "Ring"}
+    environment = os.environ | threads | deterministic | {"PYTHONPATH": str(ROOT)}
+    print(f"{name}: starting {stages} processes (importing Megatron takes a while)", flush=True)
+    started = time.monotonic()
+    log = OUT / f"{name}.log"
+    # the data loader's workers leave sockets in the folder for temporary files
+    with tempfile.TemporaryDirectory() as temporary, log.open("w", encoding="utf-8") as sink:
+        process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment | {"TMPDIR": temporary},
+        )
+        assert process.stdout is not None
+        for line in process.stdout:
+            sink.write(line)
+            if found := PROGRESS.search(line):
+                seconds = time.monotonic() - started
+                print(
+                    f"{name}: iteration {found[1]}/{found[2]}  loss {float(found[3]):.4f}"
+                    f"  ({seconds:.0f} s)",
+                    flush=True,
+                )
+        process.wait()
+    if process.returncode != 0:
+        print(f"{name}: failed with status {process.returncode}; the end of {log}:")
+        print("\n".join(log.read_text(encoding="utf-8").splitlines()[-30:]))
+        raise SystemExit(1)
+    report: dict[str, Any] = json.loads((folder / "memory.json").read_text(encoding="utf-8"))
+    return report
+
+
+def _seconds_per_iteration(report: dict[str, Any]) -> float:
+    """Median time from one iteration's start to the next one's; the first warms up."""
+    starts = [start for start, _ in report["iterations"]]
+    return statistics.median(b - a for a, b in itertools.pairwise(starts[1:]))
+
+
+def _mean_loss(bits: list[str]) -> float:
+    """Mean loss of one iteration: each micro-batch reports its sum and its tokens."""
+    values = [float.fromhex(b) for b in bits]
+    return sum(values[0::2]) / sum(values[1::2])
+
+
+def _compare(stock: dict[str, Any], bpipe: dict[str, Any], command: str) -> dict[str, Any]:
+    times = {"stock": _seconds_per_iteration(stock), "bpipe": _seconds_per_iteration(bpipe)}
+    return {
+        "identical": bool(stock["losses"]) and stock["losses"] == bpipe["losses"],
+        "losses": {n: [_mean_loss(b) for b in r["losses"]] for n, r in _both(stock, bpipe)},
+        "loss_bits": {n: r["losses"] for n, r in _both(stock, bpipe)},
+        "seconds_per_iteration": times,
+        "time_ratio": times["bpipe"] / times["stock"],
+        "budget": bpipe["budget"],
+        "stock": _memory(stock),
+        "bpipe": _memory(bpipe),
+        "command": command,
+    }
+
+
+def _memory(report: dict[str, Any]) -> dict[str, Any]:
+    return {key: report[key] for key in ("bpipe", "budget", "stages")}
+
+
+def _both(stock: dict[str, Any], bpipe: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    return [("stock", stock), ("bpipe", bpipe)]
+
+
+def _table(result: dict[str, Any]) -> str:
+    lines = [
+        "",
+        "stage   peak activations (MiB)   live micro-batches        evicted   loaded     pool",
+        "           stock      BPipe       stock  BPipe  bound        MiB       MiB       MiB",
+    ]
+    for a, b in zip(result["stock"]["stages"], result["bpipe"]["stages"], strict=True):
+        lines.append(
+            f"{a['stage']:5d} {a['peak_activation_bytes'] / MIB:10.1f}"
+            f" {b['peak_activation_bytes'] / MIB:10.1f} {a['peak_microbatches']:11d}"
+            f" {b['peak_microbatches']:6d} {result['budget'] or '-':>6}"
+            f" {b['evicted_bytes'] / MIB:10.1f} {b['loaded_bytes'] / MIB:9.1f}"
+            f" {b['pool_bytes'] / MIB:9.1f}"
+        )
+    times, losses = result["seconds_per_iteration"], result["losses"]["bpipe"]
+    same = "yes, bitwise" if result["identical"] else "NO"
+    lines += [
+        "",
+        "An acceptor's figures include the pool it lends; evicted and loaded: the whole run.",
+        f"time per iteration: stock {times['stock']:.3f} s, BPipe {times['bpipe']:.3f} s,"
+        f" ratio {result['time_ratio']:.3f}  (one run each: see benchmarks/overhead.py)",
+        f"loss: {losses[0]:.4f} -> {losses[-1]:.4f} in {len(losses)} iterations",
+        f"losses identical: {same}",
+        f"files: {OUT.relative_to(ROOT)}/result.json, memory.png",
+    ]
+    return "\n".join(lines)
+
+
+def _plot(stages: int, budget: int | None) -> None:
+    """Memory over the last iteration, one panel a stage."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    columns = min(4, stages)
+    rows = -(-stages // columns)
+    figure, axes = pyplot.subplots(
+        rows, columns, figsize=(3.6 * columns, 2.6 * rows), sharey=True, squeeze=False
+    )
+    reports = {n: json.loads((OUT / n / "memory.json").read_text()) for n in ("stock", "bpipe")}
+    for stage, axis in enumerate(axes.flat):
+        if stage >= stages:
+            axis.set_axis_off()
+            continue
+        for name, colour in (("stock", "#b0413e"), ("bpipe", "#2a6f97")):
+            path = min((OUT / name).glob(f"timeline-stage{stage:03d}-*.json"))
+            events = json.loads(path.read_text())["iterations"][-1]
+            pool = reports[name]["stages"][stage]["pool_bytes"]
+            zero = reports[name]["iterations"][-1][0]
+            times = [event["end"] - zero for event in events]
+            levels = [(event["live_bytes"] + pool) / MIB for event in events]
+            label = "stock 1F1B" if name == "stock" else "BPipe"
+            axis.step(times, levels, where="post", color=colour, label=label, linewidth=1.4)
+            if pool:
+                axis.axhspan(0, pool / MIB, color=colour, alpha=0.12, label="pool it lends")
+        axis.set_title(f"stage {stage}", fontsize=10)
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.25)
+        if stage % columns == 0:
+            axis.set_ylabel("activations and pool, MiB")
+        if stage >= stages - columns:
+            axis.set_xlabel("seconds of the last iteration")
+    handles, labels = axes.flat[stages - 1].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="upper center", ncol=3, frameon=False)
+    figure.tight_layout(rect=(0, 0, 1, 0.93))
+    figure.savefig(OUT / "memory.png", dpi=130)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,346 @@
+"""What is special about the transports for GPUs, on the stand-in for streams and driver."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_bpipe.integration.checks.driver import why_unusable
+from megatron_bpipe.runtime.store import ActivationStore
+from megatron_bpipe.runtime.transport import TransportError
+from megatron_bpipe.runtime.transport.cuda import ipc, messages
+from megatron_bpipe.runtime.transport.cuda.driver import DriverError, free
+from megatron_bpipe.runtime.transport.cuda.streams import StreamCopies
+from megatron_bpipe.runtime.transport.host import HostMemory
+from megatron_bpipe.runtime.transport.one_sided import OneSidedTransport
+from megatron_bpipe.runtime.transport.pair import negotiate as pairing
+from megatron_bpipe.runtime.transport.pair.bandwidth import measure
+from megatron_bpipe.runtime.transport.pair.links import Link, Place, Sight
+from megatron_bpipe.runtime.transport.pair.rendezvous import Meeting
+from tests.harness.stand_in_gpu import (
+    NEEDS_COMPILER,
+    bytes_of,
+    forbid_ipc,
+    set_capacity,
+    set_devices,
+    simulated_gpu,
+)
+from tests.harness.stand_in_gpu.ends import InProcess
+from tests.runtime.test_store import gradients, micro_batch
+from tests.runtime.transport.test_transports import groups_of_two, meetings, pieces
+
+pytestmark = NEEDS_COMPILER
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+ONE_GPU = Sight(Place("a", ("a",)), Place("a", ("a",)), one_host=True, link=Link.SAME_GPU)
+MIB = 2**20
+
+
+@pytest.fixture(autouse=True)
+def gpu() -> Iterator[None]:
+    with simulated_gpu():
+        yield
+        set_capacity(2**40)
+        forbid_ipc(False)
+        assert bytes_of("allocated") == bytes_of("mapped") == bytes_of("pinned") == 0
+
+
+class Agreement:
+    """The acceptor's part of the agreement, as a lender in another process."""
+
+    def __init__(self, asked: str, meeting: Meeting) -> None:
+        self.agreed = " ".join(pairing.agree(asked, ONE_GPU, meeting, CPU))
+        self.pool_bytes = bytes_of("allocated")
+
+    def close(self) -> None:
+        """Nothing is left."""
+
+
+def agree(asked: str, folder: Path) -> tuple[Any, InProcess]:
+    here, there = meetings(dist.FileStore(str(folder / "store"), 2))
+    other = InProcess(lambda: Agreement(asked, there))
+    try:
+        return pairing.agree(asked, ONE_GPU, here, CPU), other
+    except TransportError as error:
+        return error, other
+
+
+def test_auto_tries_ipc_and_takes_it(tmp_path: Path) -> None:
+    (transport, why), other = agree("auto", tmp_path)
+    assert (transport, why) == ("ipc", "one GPU")
+    assert other.ask("agreed") == "ipc one GPU"
+    assert other.pool_bytes == 0  # the trial is over
+    other.close()
+
+
+def test_auto_goes_on_where_ipc_is_forbidden(tmp_path: Path) -> None:
+    forbid_ipc(True)
+    (transport, why), other = agree("auto", tmp_path)
+    assert transport == "host"
+    assert "CUDA IPC was tried and failed: cuIpcOpenMemHandle_v2: operation not supported" in why
+    assert other.ask("agreed").startswith("host")
+    other.close()
+
+
+def test_asked_for_by_name_both_ends_refuse(tmp_path: Path) -> None:
+    forbid_ipc(True)
+    error, other = agree("ipc", tmp_path)
+    assert "--bpipe-transport ipc, but CUDA IPC was tried and failed" in str(error)
+    with pytest.raises(RuntimeError, match="operation not supported"):
+        other.ask("agreed")
+    other.close()
+
+
+def test_a_pool_that_does_not_fit_names_both_numbers() -> None:
+    set_capacity(10_000)
+    here, there = meetings()
+    here.tell("want", "65536")
+    wanted = r"pair 0-1: no room for a pool of 65536 bytes .* 10000 of 10000 bytes are free"
+    with pytest.raises(TransportError, match=wanted):
+        ipc.IpcLender(there, CPU)
+
+
+def test_slots_that_do_not_fit_name_both_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    here, there = meetings()
+    here.tell("slot", "[65536, 3]")
+    set_capacity(10_000)
+
+    def full(*size: object, **options: object) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch, "empty", full)
+    with pytest.raises(TransportError, match=r"1 slots of 65536 bytes .* 10000 bytes are free"):
+        messages.NcclLender(None, there, CPU)
+
+
+@pytest.fixture
+def lent() -> tuple[ipc.IpcLender, Meeting]:
+    """A lender, and the evictor's side of its meeting."""
+    here, there = meetings()
+    here.tell("want", "65536")
+    return ipc.IpcLender(there, CPU), here
+
+
+def test_the_lender_frees_after_the_evictor_has_unmapped(lent: Any) -> None:
+    lender, evictor = lent
+    closing = threading.Thread(target=lender.close)
+    closing.start()
+    closing.join(0.3)
+    assert bytes_of("allocated") == lender.pool_bytes == 65536
+    evictor.tell("unmapped", "")
+    closing.join(5)
+    assert bytes_of("allocated") == lender.pool_bytes == 0
+
+
+def test_the_lender_keeps_what_may_still_be_mapped(
+    lent: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ipc, "SECONDS_TO_UNMAP", 0.1)
+    lender, evictor = lent
+    lender.close()
+    assert bytes_of("allocated") == 65536
+    evictor.tell("unmapped", "")
+    lender.close()
+
+
+def test_it_is_unmapped_and_unpinned(tmp_path: Path) -> None:
+    here, there = meetings(dist.FileStore(str(tmp_path / "store"), 2))
+    other = InProcess(lambda: ipc.IpcLender(there, CPU))
+    transport = OneSidedTransport("0-1", ipc.IpcMemory(here, 4096, GPU), StreamCopies(CPU))
+    transport._memory._device = CPU  # pins as on a GPU, maps for tensors on the CPU
+    transport.evict(0, pieces(0, 3000)).wait()
+    transport.evict(1, pieces(1, 3 * MIB)).wait()
+    assert bytes_of("mapped") == 2 * MIB  # of whole pages
+    assert bytes_of("pinned") == transport.hosted_bytes >= 3 * MIB
+    said_at: dict[str, int] = {}  # bytes mapped when something was said
+    tell = here.tell
+
+    def noted(what: str, value: str) -> None:
+        said_at[what] = bytes_of("mapped")
+        tell(what, value)
+
+    here.tell = noted  # type: ignore[method-assign]
+    transport.close()
+    assert said_at == {"unmapped": 0}  # the lender frees the pool when it hears that
+    assert bytes_of("mapped") == bytes_of("pinned") == 0
+    other.close()
+
+
+def test_an_acceptor_that_dies_is_named(tmp_path: Path) -> None:
+    here, there = meetings(dist.FileStore(str(tmp_path / "store"), 2))
+
+    def lend() -> ipc.IpcLender:
+        there.introduce()
+        return ipc.IpcLender(there, CPU)
+
+    other = InProcess(lend)
+    here.introduce()
+    transport = ipc.ipc_transport(here, 65536, CPU)
+    transport.evict(0, pieces(0, 100)).wait()
+    pid = other.process.pid
+    other.process.kill()
+    other.process.join()
+    with pytest.raises(TransportError, match=rf"pair 0-1: the acceptor \(pid {pid}\) died"):
+        transport.evict(1, pieces(0, 100))
+    transport.close()
+
+
+def test_speed_is_measured_through_it(tmp_path: Path) -> None:
+    here, there = meetings(dist.FileStore(str(tmp_path / "store"), 2))
+    other = InProcess(lambda: ipc.IpcLender(there, CPU))
+    transport = ipc.ipc_transport(here, MIB, CPU)
+    speed = measure(transport, MIB, CPU)
+    assert speed.size == MIB
+    assert min(speed.out, speed.back) > 0
+    assert transport.occupied_bytes == 0
+    transport.close()
+    other.close()
+
+
+@pytest.fixture
+def store() -> Iterator[ActivationStore]:
+    """Over pinned host memory."""
+    made = ActivationStore(
+        lambda size: OneSidedTransport("0-1", HostMemory("0-1", size, GPU), StreamCopies(CPU))
+    )
+    yield made
+    made.close()
+
+
+def test_what_is_freed_may_be_overwritten_at_once(store: ActivationStore) -> None:
+    """Copies run as late as the events allow, so one that is not waited for copies garbage."""
+    torch.manual_seed(1)
+    weight = torch.nn.Parameter(torch.randn(12, 4))
+    expected = {i: gradients(*micro_batch(weight, i, rows=64), weight) for i in range(3)}
+    for i in range(3):
+        x, output = micro_batch(weight, i, rows=64)
+        store.forward_done(i, output, leaves=True)
+        moved = store.evict(i)
+        store.finish_evict(i)
+        garbage = [torch.full((n,), float("nan")) for n in (6144, 8192, 24576, 32768) * 4]
+        del garbage
+        store.load(i)
+        store.finish_load(i)
+        assert moved > 0
+        actual = gradients(x, output, weight)
+        store.consume(i)
+        assert all(map(torch.equal, actual, expected[i]))
+    store.check_empty()
+
+
+def test_a_load_that_is_not_waited_for_would_be_seen(
+    store: ActivationStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The control: with the wait taken away the test before would fail."""
+    from megatron_bpipe.runtime.transport.cuda.streams import StreamTicket
+
+    weight = torch.nn.Parameter(torch.ones(12, 4))
+    expected = gradients(*micro_batch(weight), weight)
+    x, output = micro_batch(weight)
+    store.forward_done(0, output, leaves=True)
+    store.evict(0)
+    store.finish_evict(0)
+    abandoned: list[StreamTicket] = []  # they keep the memory that is copied to
+    monkeypatch.setattr(StreamTicket, "wait", lambda ticket: abandoned.append(ticket))
+    store.load(0)
+    store.finish_load(0)
+    assert not all(map(torch.equal, gradients(x, output, weight), expected))
+    store.close()
+
+
+def test_nccl_slots_grow_with_a_later_iteration() -> None:
+    here, there = meetings()
+    groups = groups_of_two(here.store)
+    with ThreadPoolExecutor(1) as other, simulated_gpu(late=False):
+        lending = other.submit(messages.NcclLender, groups[1], there, CPU)
+        transport = messages.NcclTransport(groups[0], here, 4096, 1, CPU)
+        lender = lending.result(20)
+        sent = {i: pieces(i, 4096) for i in range(3)}
+        for i, parts in sent.items():
+            accepted = other.submit(lender.accept, i)
+            transport.evict(i, parts).wait()
+            accepted.result(20)
+        assert lender.pool_bytes == 3 * 4096
+        with pytest.raises(TransportError, match=r"micro-batches \[0, 1, 2\] are left"):
+            lender.finish()
+        for i in (1, 0, 2):
+            given = other.submit(lender.give_back, i)
+            back = [torch.zeros_like(part) for part in sent[i]]
+            transport.load(i, back).wait()
+            transport.release(i)
+            given.result(20)
+            assert all(map(torch.equal, back, sent[i]))
+        lender.finish()
+        transport.close()
+        lender.close()
+
+
+def test_the_driver_s_error_names_the_call() -> None:
+    with pytest.raises(DriverError, match=r"cuMemFree_v2: another error \(1\)"):
+        free(4096)
+
+
+def test_gpus_that_torch_cannot_use_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert why_unusable() is None  # the driver shows none
+    set_devices(2)
+    said = why_unusable()
+    set_devices(0)
+    assert said is not None
+    assert "2 GPU(s)" in said
+    assert "built for CUDA 13.0" in said
+    assert "the driver's CUDA is 12.4" in said
+    assert "CUDA_VISIBLE_DEVICES=" in said
+
+
+def test_a_torch_without_cuda_is_a_wish_for_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", None)
+    set_devices(2)
+    assert why_unusable() is None
+    set_devices(0)
+
+
+@pytest.fixture
+def two_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], None]:
+    """Two visible GPUs, linked as nvidia-smi says."""
+
+    def install(connection: str) -> None:
+        tool = tmp_path / "nvidia-smi"
+        matrix = f"\\tGPU0\\tGPU1\\nGPU0\\t X \\t{connection}\\nGPU1\\t{connection}\\t X \\n"
+        listing = "0, GPU-aaa\\n1, GPU-bbb\\n"
+        tool.write_text(
+            f'#!/bin/sh\ncase "$1" in topo) printf "{matrix}";; *) printf "{listing}";; esac\n'
+        )
+        tool.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+
+    from types import SimpleNamespace
+
+    uuids = [SimpleNamespace(uuid=name) for name in ("aaa", "bbb")]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: uuids[index])
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda here, there: True)
+    return install
+
+
+@pytest.mark.parametrize(
+    ("connection", "link"), [("NV18", Link.NVLINK), ("PIX", Link.PCIE), ("SYS", Link.PCIE)]
+)
+def test_a_link_is_looked_up_by_uuid(
+    two_gpus: Callable[[str], None], connection: str, link: Link
+) -> None:
+    from megatron_bpipe.runtime.transport.cuda.place import link_between, place_of
+
+    two_gpus(connection)
+    here, there = (place_of(torch.device("cuda", i)) for i in range(2))
+    assert here == Place("aaa", ("aaa", "bbb"))
+    assert link_between(here, there, one_host=True) is link
+    assert link_between(here, here, one_host=True) is Link.SAME_GPU
+    assert link_between(here, there, one_host=False) is Link.NODE

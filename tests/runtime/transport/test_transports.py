@@ -1,0 +1,250 @@
+"""What every transport must do, whichever way its bytes travel.
+
+``ipc`` and ``nccl`` run on a stand-in for the GPU (tests/harness/stand_in_gpu), nccl's messages
+over gloo.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_bpipe.runtime.observe.memory import allocated_bytes
+from megatron_bpipe.runtime.transport import Lender, Transport, TransportError, host_memory
+from megatron_bpipe.runtime.transport.cuda.ipc import IpcLender, ipc_transport
+from megatron_bpipe.runtime.transport.cuda.messages import NcclLender, NcclTransport
+from megatron_bpipe.runtime.transport.host import NothingLent, host_transport
+from megatron_bpipe.runtime.transport.pair.negotiate import two_sided_group
+from megatron_bpipe.runtime.transport.pair.rendezvous import Identity, Meeting
+from megatron_bpipe.runtime.transport.shared_memory import (
+    SharedMemoryLender,
+    shared_memory_transport,
+)
+from megatron_bpipe.runtime.transport.two_sided import TwoSidedLender, TwoSidedTransport
+from tests.harness.stand_in_gpu import NEEDS_COMPILER, simulated_gpu
+from tests.harness.stand_in_gpu.ends import OnThread
+
+CPU = torch.device("cpu")
+DEADLINE = 20.0
+MIB = 2**20
+TRANSPORTS = (
+    *("shm", "host", "p2p"),
+    *(pytest.param(name, marks=NEEDS_COMPILER) for name in ("ipc", "nccl")),
+)
+
+
+@dataclass
+class Ends:
+    """Both ends of a pair in one process."""
+
+    name: str
+    evictor: Transport
+    acceptor: Lender
+
+    def evict(self, i: int, pieces: list[torch.Tensor]) -> None:
+        self.acceptor.accept(i)
+        self.evictor.evict(i, pieces).wait()
+
+    def load(self, i: int, pieces: list[torch.Tensor]) -> None:
+        self.acceptor.give_back(i)
+        self.evictor.load(i, pieces).wait()
+        self.evictor.release(i)
+
+
+def meetings(store: Any = None) -> tuple[Meeting, Meeting]:
+    store = store if store is not None else dist.HashStore()
+    return tuple(Meeting(store, "0-1", end, DEADLINE) for end in ("evictor", "acceptor"))
+
+
+def groups_of_two(store: Any) -> list[Any]:
+    groups: list[Any] = [None, None]
+
+    def join(rank: int) -> None:
+        groups[rank] = two_sided_group(store, "0-1", rank, CPU, DEADLINE)
+
+    threads = [threading.Thread(target=join, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return groups
+
+
+def open_ends(name: str, wanted: int) -> Ends:
+    if name == "host":
+        return Ends(name, host_transport("0-1", wanted, CPU, DEADLINE), NothingLent())
+    here, there = meetings()
+    if name == "ipc":
+        transport = ipc_transport(here, wanted, CPU)
+        return Ends(name, transport, IpcLender(there, CPU))
+    if name == "shm":
+        transport = shared_memory_transport(here, wanted)
+        return Ends(name, transport, SharedMemoryLender(there))
+    groups = groups_of_two(here.store)
+    if name == "nccl":
+        lender = OnThread(lambda: NcclLender(groups[1], there, CPU))
+        return Ends(name, NcclTransport(groups[0], here, wanted // 2, 2, CPU), lender)
+    lender = TwoSidedLender(groups[1], "0-1", CPU, DEADLINE)
+    return Ends(name, TwoSidedTransport(groups[0], "0-1", DEADLINE), lender)
+
+
+@pytest.fixture(params=TRANSPORTS)
+def open_pair(request: pytest.FixtureRequest) -> Iterator[Callable[[int], Ends]]:
+    opened = []
+    gpu = request.param in ("ipc", "nccl")
+    # gloo sends when it is called, without regard to streams, so what is packed must be there
+    late = request.param == "ipc"
+    stand_in = simulated_gpu(late=late, one_process=True) if gpu else contextlib.nullcontext()
+
+    def opener(wanted: int) -> Ends:
+        opened.append(open_ends(request.param, wanted))
+        return opened[-1]
+
+    with stand_in:
+        yield opener
+        for ends in opened:
+            ends.evictor.close()
+            ends.acceptor.close()
+
+
+def pieces(seed: int, *sizes: int) -> list[torch.Tensor]:
+    dice = torch.Generator().manual_seed(seed)
+    return [torch.randint(0, 256, (n,), dtype=torch.uint8, generator=dice) for n in sizes]
+
+
+def test_bytes_come_back_as_they_left(open_pair: Callable[[int], Ends]) -> None:
+    ends = open_pair(64 * 2**10)
+    sizes = (1, 511, 512, 513, 7_000, 40_000)
+    out = pieces(0, *sizes)
+    back = [torch.zeros_like(piece) for piece in out]
+    ends.evict(3, out)
+    assert ends.evictor.occupied_bytes >= sum(sizes)
+    ends.load(3, back)
+    assert all(map(torch.equal, back, out))
+    assert ends.evictor.occupied_bytes == 0
+    ends.acceptor.finish()
+
+
+def test_any_order_and_room_is_used_again(open_pair: Callable[[int], Ends]) -> None:
+    ends = open_pair(2 * 4 * MIB)
+    expected = {i: pieces(i, MIB, 3 * MIB) for i in range(12)}
+    waiting: list[int] = []
+    for i in range(12):
+        ends.evict(i, expected[i])
+        waiting.append(i)
+        if len(waiting) == 2:
+            come = waiting.pop(i % 2)
+            back = [torch.zeros_like(piece) for piece in expected[come]]
+            ends.load(come, back)
+            assert all(map(torch.equal, back, expected[come]))
+    (last,) = waiting
+    ends.load(last, expected[last])
+    ends.acceptor.finish()
+    lent = ends.acceptor.pool_bytes + ends.evictor.hosted_bytes
+    assert 0 < lent <= 4 * 4 * MIB
+
+
+def test_a_micro_batch_larger_than_the_pool_travels_too(open_pair: Callable[[int], Ends]) -> None:
+    ends = open_pair(2 * MIB)
+    small, large = pieces(0, 3 * MIB // 2), pieces(1, 25 * MIB, 17)
+    ends.evict(0, small)
+    ends.evict(1, large)
+    back = [torch.zeros_like(piece) for piece in large]
+    ends.load(1, back)
+    assert all(map(torch.equal, back, large))
+    ends.load(0, small)
+    ends.acceptor.finish()
+
+
+def test_a_ticket_tells_when_the_copy_ran(open_pair: Callable[[int], Ends]) -> None:
+    ends = open_pair(MIB)
+    ends.acceptor.accept(0)
+    ticket = ends.evictor.evict(0, pieces(0, MIB))
+    ticket.wait()
+    start, end = ticket.span
+    assert 0 < start <= end
+    assert 0 <= ticket.exposed < DEADLINE
+
+
+def test_who_pays_for_the_memory(open_pair: Callable[[int], Ends]) -> None:
+    ends = open_pair(MIB)
+    ends.evict(0, pieces(0, MIB // 2))
+    hosted, lent = ends.evictor.hosted_bytes, ends.acceptor.pool_bytes
+    if ends.name == "host":
+        assert (hosted, lent) == (MIB, 0)
+    else:
+        assert hosted == 0
+        assert lent >= MIB // 2
+
+
+@pytest.mark.parametrize("name", ["shm", "host"])
+def test_the_pool_is_not_in_the_allocator_s_books(name: str) -> None:
+    before = allocated_bytes(CPU)
+    if before is None:
+        pytest.skip("this C library does not say what malloc gave out")
+    ends = open_ends(name, 64 * MIB)
+    ends.evict(0, pieces(0, 4096))
+    after = allocated_bytes(CPU)
+    ends.evictor.close()
+    ends.acceptor.close()
+    assert after is not None
+    assert after - before < 8 * MIB
+
+
+def test_host_memory_is_given_back() -> None:
+    def mapped() -> int:
+        with open("/proc/self/statm", encoding="ascii") as statm:
+            return int(statm.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+
+    ends = open_ends("host", 64 * MIB)
+    ends.evict(0, pieces(0, 4096))
+    during = mapped()
+    ends.evictor.close()
+    assert during - mapped() >= 60 * MIB
+
+
+@pytest.mark.parametrize("name", ["shm", "host"])
+def test_no_memory_for_the_pool_names_both_numbers(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host_memory, "available_bytes", lambda: 12_345)
+    here, there = meetings()
+
+    def ask() -> None:
+        if name == "shm":
+            shared_memory_transport(here, 65_536)
+            SharedMemoryLender(there)
+        else:
+            host_transport("0-1", 65_536, CPU, DEADLINE)
+
+    with pytest.raises(TransportError, match=r"pair 0-1.*65536 bytes.*12345 bytes available"):
+        ask()
+
+
+def test_a_dead_lender_is_named_at_the_next_eviction() -> None:
+    here, there = meetings()
+    process = subprocess.Popen(["sleep", "60"])
+    mine = Identity.mine()
+    born = partial(Identity, mine.host, process.pid)
+    from megatron_bpipe.runtime.transport.pair.rendezvous import _born
+
+    here.peer = born(_born(process.pid) or "")
+    transport = shared_memory_transport(here, 65_536)
+    lender = SharedMemoryLender(there)
+    transport.evict(0, pieces(0, 100)).wait()
+    process.kill()
+    process.wait()
+    with pytest.raises(TransportError, match=rf"pair 0-1: the acceptor \(pid {process.pid}\) died"):
+        transport.evict(1, pieces(0, 100))
+    transport.close()
+    lender.close()
