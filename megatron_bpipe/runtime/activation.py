@@ -19,6 +19,7 @@ from weakref import ReferenceType, ref
 import torch
 
 from megatron_bpipe.runtime.graph import Node, saved_tensors, why_kept
+from megatron_bpipe.schedule.ops import ActivationKey
 
 # A multiple of every dtype's size, and what allocators and copy engines like.
 ALIGNMENT = 512
@@ -95,7 +96,7 @@ class View:
 class Activation:
     """The record of one micro-batch on the evictor."""
 
-    microbatch: int
+    key: ActivationKey
     roots: list[Node]
     device: torch.device  # that computes; what was saved elsewhere stays there
     state: State = State.RESIDENT
@@ -112,7 +113,7 @@ class Activation:
         if to not in LEGAL_MOVES[self.state]:
             legal = " or ".join(s.value for s in LEGAL_MOVES[self.state]) or "nothing"
             raise IllegalMoveError(
-                f"micro-batch {self.microbatch} is {self.state.value} and can only become {legal}, "
+                f"micro-batch {self.key} is {self.state.value} and can only become {legal}, "
                 f"not {to.value}"
             )
         self.state = to

@@ -95,7 +95,7 @@ class Run:
         self._lender = lender
         self._observers = observers
         self._name = name
-        self._leaving = {op.microbatch for op in ops if op.kind is Kind.EVICT}
+        self._leaving = {op.key for op in ops if op.kind is Kind.EVICT}
         self._moved = 0
         single: Mapping[Kind, Callable[[Op], object]] = {
             Kind.RECV_FORWARD: stage.recv_forward,
@@ -157,37 +157,37 @@ class Run:
         for observer in self._observers:
             observer.forward_done(op, output)
         if self._store is not None:
-            leaves = op.microbatch in self._leaving
-            self._store.forward_done(op.microbatch, output, leaves=leaves)
+            leaves = op.key in self._leaving
+            self._store.forward_done(op.key, output, leaves=leaves)
 
     def _backward(self, op: Op) -> None:
         self._stage.backward(op)
         if self._store is not None:
-            self._store.consume(op.microbatch)
+            self._store.consume(op.key)
 
     def _evict(self, op: Op) -> None:
         assert self._store is not None
-        self._moved = self._store.evict(op.microbatch)
+        self._moved = self._store.evict(op.key)
 
     def _evict_wait(self, op: Op) -> None:
         assert self._store is not None
-        self._transfer_over(op, self._store.finish_evict(op.microbatch))
+        self._transfer_over(op, self._store.finish_evict(op.key))
 
     def _load(self, op: Op) -> None:
         assert self._store is not None
-        self._moved = self._store.load(op.microbatch)
+        self._moved = self._store.load(op.key)
 
     def _load_wait(self, op: Op) -> None:
         assert self._store is not None
-        self._transfer_over(op, self._store.finish_load(op.microbatch))
+        self._transfer_over(op, self._store.finish_load(op.key))
 
     def _accept(self, op: Op) -> None:
         assert self._lender is not None
-        self._lender.accept(op.microbatch)
+        self._lender.accept(op.key)
 
     def _give_back(self, op: Op) -> None:
         assert self._lender is not None
-        self._lender.give_back(op.microbatch)
+        self._lender.give_back(op.key)
 
     def _transfer_over(self, op: Op, ticket: Ticket) -> None:
         for observer in self._observers:
@@ -201,6 +201,6 @@ class Run:
         before = "... " if first else ""
         after = " ..." if last < len(self._ops) else ""
         return (
-            f"bpipe: {self._name} failed at {failed} (micro-batch {failed.microbatch}) of its "
+            f"bpipe: {self._name} failed at {failed} (micro-batch {failed.key}) of its "
             f"schedule: {before}{' '.join(around)}{after}"
         )

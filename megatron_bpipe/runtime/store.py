@@ -17,6 +17,7 @@ import torch
 from megatron_bpipe.runtime.activation import Activation, State, allocate, drop, padded
 from megatron_bpipe.runtime.graph import roots_of, saved_storages, tensors_of
 from megatron_bpipe.runtime.transport import Ticket, Transport
+from megatron_bpipe.schedule.ops import ActivationKey
 
 
 @dataclass
@@ -40,15 +41,15 @@ class ActivationStore:
 
     connect: Callable[[int], Transport]
     keep_local: bool = False
-    on_load: Callable[[int, list[torch.UntypedStorage]], None] | None = None
-    inspect: Callable[[int, list[torch.Tensor]], None] | None = None
+    on_load: Callable[[ActivationKey, list[torch.UntypedStorage]], None] | None = None
+    inspect: Callable[[ActivationKey, list[torch.Tensor]], None] | None = None
     totals: Totals = field(default_factory=Totals)
     transport: Transport | None = None
-    _held: dict[int, Activation] = field(default_factory=dict)
-    _tickets: dict[int, Ticket] = field(default_factory=dict)
-    _loaded: dict[int, list[torch.Tensor]] = field(default_factory=dict)
+    _held: dict[ActivationKey, Activation] = field(default_factory=dict)
+    _tickets: dict[ActivationKey, Ticket] = field(default_factory=dict)
+    _loaded: dict[ActivationKey, list[torch.Tensor]] = field(default_factory=dict)
 
-    def forward_done(self, microbatch: int, output: object, *, leaves: bool) -> None:
+    def forward_done(self, key: ActivationKey, output: object, *, leaves: bool) -> None:
         """A forward has just ended; ``leaves`` if the schedule will evict this micro-batch.
 
         The very first one shows how large a micro-batch is: the pool is asked for then, before
@@ -57,36 +58,36 @@ class ActivationStore:
         if self.transport is None:
             self.transport = self.connect(_saved_bytes(output))
         if leaves:
-            activation = Activation(microbatch, roots_of(output), tensors_of(output)[0].device)
-            self._held[microbatch] = activation
+            activation = Activation(key, roots_of(output), tensors_of(output)[0].device)
+            self._held[key] = activation
             # here, while a GPU still computes the forward; at E it would wait for the host
             activation.capture()
 
-    def evict(self, microbatch: int) -> int:
+    def evict(self, key: ActivationKey) -> int:
         """E: start the copy out; returns its bytes."""
-        activation = self._held[microbatch]
+        activation = self._held[key]
         activation.move(State.EVICTING)
         assert self.transport is not None
         leaving = activation.leaving
         pieces = [block.bytes_view() for block in leaving]
-        self._tickets[microbatch] = self.transport.evict(microbatch, pieces)
+        self._tickets[key] = self.transport.evict(key, pieces)
         size = sum(block.size for block in leaving)
         self.totals.evicted += size
         return size
 
-    def finish_evict(self, microbatch: int) -> Ticket:
+    def finish_evict(self, key: ActivationKey) -> Ticket:
         """EW: wait for the copy, free the local blocks."""
-        activation = self._held[microbatch]
-        ticket = self._tickets.pop(microbatch)
+        activation = self._held[key]
+        ticket = self._tickets.pop(key)
         ticket.wait()
         activation.move(State.REMOTE)
         if not self.keep_local:
             drop(activation.leaving)
         return ticket
 
-    def load(self, microbatch: int) -> int:
+    def load(self, key: ActivationKey) -> int:
         """L: start the copy back into fresh memory; returns its bytes."""
-        activation = self._held[microbatch]
+        activation = self._held[key]
         activation.move(State.LOADING)
         assert self.transport is not None
         leaving = activation.leaving
@@ -95,29 +96,29 @@ class ActivationStore:
         else:
             fresh = allocate(leaving)
             if self.on_load is not None:
-                self.on_load(microbatch, fresh)
+                self.on_load(key, fresh)
             pieces = [block.bytes_view() for block in leaving]
-        self._tickets[microbatch] = self.transport.load(microbatch, pieces)
+        self._tickets[key] = self.transport.load(key, pieces)
         if self.inspect is not None:
-            self._loaded[microbatch] = pieces
+            self._loaded[key] = pieces
         size = sum(block.size for block in leaving)
         self.totals.loaded += size
         return size
 
-    def finish_load(self, microbatch: int) -> Ticket:
+    def finish_load(self, key: ActivationKey) -> Ticket:
         """LW: wait for the copy; the slot in the pool is free again."""
         assert self.transport is not None
-        ticket = self._tickets.pop(microbatch)
+        ticket = self._tickets.pop(key)
         ticket.wait()
-        self._held[microbatch].move(State.RESIDENT)
-        self.transport.release(microbatch)
+        self._held[key].move(State.RESIDENT)
+        self.transport.release(key)
         if self.inspect is not None:
-            self.inspect(microbatch, self._loaded.pop(microbatch))
+            self.inspect(key, self._loaded.pop(key))
         return ticket
 
-    def consume(self, microbatch: int) -> None:
+    def consume(self, key: ActivationKey) -> None:
         """The backward is over."""
-        activation = self._held.pop(microbatch, None)
+        activation = self._held.pop(key, None)
         if activation is not None:
             activation.move(State.CONSUMED)
             activation.forget()
@@ -130,9 +131,9 @@ class ActivationStore:
         """
         occupied = self.transport.occupied_bytes if self.transport else 0
         if self._held or self._tickets or occupied or self.totals.evicted != self.totals.loaded:
-            states = {a.microbatch: a.state.value for a in self._held.values()}
+            states = ", ".join(f"{a.key}: {a.state.value!r}" for a in self._held.values())
             raise RuntimeError(
-                f"after the iteration micro-batches {states} are still held, the pool holds "
+                f"after the iteration micro-batches {{{states}}} are still held, the pool holds "
                 f"{occupied} bytes, {self.totals.evicted} bytes went out and "
                 f"{self.totals.loaded} came back"
             )

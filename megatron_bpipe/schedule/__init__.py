@@ -22,6 +22,7 @@ from megatron_bpipe.schedule.lowering.lower import batches, lower
 from megatron_bpipe.schedule.ops import (
     DOWN,
     UP,
+    ActivationKey,
     Direction,
     Kind,
     Op,
@@ -36,6 +37,7 @@ from megatron_bpipe.schedule.validation.validate import validate
 __all__ = [
     "DOWN",
     "UP",
+    "ActivationKey",
     "BudgetError",
     "Direction",
     "Kind",

@@ -18,6 +18,7 @@ from __future__ import annotations
 import enum
 import re
 from dataclasses import dataclass
+from typing import NamedTuple
 
 
 class Kind(enum.Enum):
@@ -79,6 +80,21 @@ _TEXT = re.compile(
 _KINDS = {kind.value: kind for kind in Kind}
 
 
+class ActivationKey(NamedTuple):
+    """Names what one forward saved: one micro-batch in one chunk of one stage, in one direction.
+
+    As text it is an op without its kind: ``3``, in chunk 1 ``3.1``, upwards ``3~``.
+    """
+
+    microbatch: int
+    chunk: int = 0
+    up: bool = False
+
+    def __str__(self) -> str:
+        chunk = f".{self.chunk}" if self.chunk else ""
+        return f"{self.microbatch}{chunk}{UP.value if self.up else ''}"
+
+
 @dataclass(frozen=True, slots=True)
 class Op:
     """One op of one stage.
@@ -101,6 +117,11 @@ class Op:
         hashes fast.
         """
         return self.microbatch, self.chunk, self.direction is UP
+
+    @property
+    def key(self) -> ActivationKey:
+        """`activation` with names; equal to it, and prints itself."""
+        return ActivationKey(*self.activation)
 
     def __str__(self) -> str:
         chunk = f".{self.chunk}" if self.chunk else ""

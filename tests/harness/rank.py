@@ -81,7 +81,7 @@ def tamper_with_loads(job: dict[str, Any], byte: int) -> None:
 
     done = False
 
-    def flip(microbatch: int, pieces: list[torch.Tensor]) -> None:
+    def flip(key: Any, pieces: list[torch.Tensor]) -> None:
         nonlocal done
         if not done:
             largest = max(pieces, key=torch.Tensor.numel)

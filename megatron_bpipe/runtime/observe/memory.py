@@ -13,6 +13,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from megatron_bpipe.runtime.graph import roots_of, saved_tensors
+from megatron_bpipe.schedule.ops import ActivationKey
 
 _MALLINFO2_FIELDS = (
     *("arena", "ordblks", "smblks", "hblks", "hblkhd"),
@@ -73,7 +74,7 @@ def device_bytes() -> int | None:
 class _Tracked:
     reference: StorageWeakRef
     size: int
-    microbatch: int
+    key: ActivationKey
 
 
 @dataclass
@@ -85,9 +86,9 @@ class LiveActivations:
     """
 
     _tracked: dict[int, _Tracked] = field(default_factory=dict)
-    _totals: dict[int, int] = field(default_factory=dict)
+    _totals: dict[ActivationKey, int] = field(default_factory=dict)
 
-    def track_graph(self, microbatch: int, output: object, excluded: Collection[int]) -> None:
+    def track_graph(self, key: ActivationKey, output: object, excluded: Collection[int]) -> None:
         """Track what the finished graph of ``output`` saved.
 
         ``excluded`` are ``_cdata`` of storages that are no activations: parameters, buffers.
@@ -97,27 +98,27 @@ class LiveActivations:
             storage = saved.tensor.untyped_storage()
             if storage._cdata not in excluded:
                 storages.append(storage)
-        self._totals[microbatch] = self.track(microbatch, storages)
+        self._totals[key] = self.track(key, storages)
 
-    def track(self, microbatch: int, storages: Iterable[torch.UntypedStorage]) -> int:
-        """Track ``storages`` as belonging to ``microbatch``; returns the bytes new to the books."""
+    def track(self, key: ActivationKey, storages: Iterable[torch.UntypedStorage]) -> int:
+        """Track ``storages`` as those of ``key``; returns the bytes new to the books."""
         new = 0
         for storage in storages:
             known = self._tracked.get(storage._cdata)
             if known is None or known.reference.expired():
                 size = storage.nbytes()
-                self._tracked[storage._cdata] = _Tracked(StorageWeakRef(storage), size, microbatch)
+                self._tracked[storage._cdata] = _Tracked(StorageWeakRef(storage), size, key)
                 new += size
         return new
 
     def sample(self) -> tuple[int, int]:
         """Live bytes, and how many micro-batches have at least half of their bytes alive."""
-        alive: dict[int, int] = {}
+        alive: dict[ActivationKey, int] = {}
         for key, entry in list(self._tracked.items()):
             if entry.reference.expired():
                 del self._tracked[key]
             else:
-                alive[entry.microbatch] = alive.get(entry.microbatch, 0) + entry.size
+                alive[entry.key] = alive.get(entry.key, 0) + entry.size
         present = sum(2 * size >= self._totals[i] for i, size in alive.items())
         return sum(alive.values()), present
 

@@ -19,7 +19,7 @@ from megatron_bpipe.runtime.graph import nodes_below, roots_of
 from megatron_bpipe.runtime.observe.audit import Audit, audit_forward
 from megatron_bpipe.runtime.observe.memory import LiveActivations
 from megatron_bpipe.runtime.transport import Ticket
-from megatron_bpipe.schedule.ops import Kind, Op
+from megatron_bpipe.schedule.ops import ActivationKey, Kind, Op
 
 TIMELINE_ITERATIONS = 8
 CHANGES_MEMORY = frozenset(
@@ -128,15 +128,15 @@ class Recorder:
             allocated = None if now is None or before is None else now - before
             known = self._live.known()
             self.audit = audit_forward(op.microbatch, output, allocated, self._excluded, known)
-        self._live.track_graph(op.microbatch, output, self._excluded)
+        self._live.track_graph(op.key, output, self._excluded)
         if op.microbatch == 0:  # its backward begins when the stage is fullest
             for node in nodes_below(roots_of(output)):
                 if not node.name().endswith("AccumulateGrad"):  # outlives the micro-batch
                     node.register_hook(self._in_backward)
 
-    def loaded(self, microbatch: int, storages: list[torch.UntypedStorage]) -> None:
+    def loaded(self, key: ActivationKey, storages: list[torch.UntypedStorage]) -> None:
         """A load allocated ``storages``."""
-        self._live.track(microbatch, storages)
+        self._live.track(key, storages)
 
     def transfer_done(self, op: Op, ticket: Ticket) -> None:
         """See `executor.Observer`."""

@@ -11,6 +11,8 @@ from typing import Protocol
 
 import torch
 
+from megatron_bpipe.schedule.ops import ActivationKey
+
 
 class TransportError(RuntimeError):
     """Bytes could not travel; the message names the pair and what to do."""
@@ -40,13 +42,13 @@ class Ticket(Protocol):
 class Transport(Protocol):
     """The evictor's end."""
 
-    def evict(self, microbatch: int, pieces: Sequence[torch.Tensor]) -> Ticket:
+    def evict(self, key: ActivationKey, pieces: Sequence[torch.Tensor]) -> Ticket:
         """Start to copy ``pieces`` (flat uint8 tensors) out."""
 
-    def load(self, microbatch: int, pieces: Sequence[torch.Tensor]) -> Ticket:
+    def load(self, key: ActivationKey, pieces: Sequence[torch.Tensor]) -> Ticket:
         """Start to copy a micro-batch back into ``pieces``, same order and sizes as evicted."""
 
-    def release(self, microbatch: int) -> None:
+    def release(self, key: ActivationKey) -> None:
         """Give its room in the pool back; call when its load is over."""
 
     @property
@@ -68,10 +70,10 @@ class Lender(Protocol):
     def pool_bytes(self) -> int:
         """Bytes lent now."""
 
-    def accept(self, microbatch: int) -> None:
+    def accept(self, key: ActivationKey) -> None:
         """AC: be ready for an evicted micro-batch; returns at once."""
 
-    def give_back(self, microbatch: int) -> None:
+    def give_back(self, key: ActivationKey) -> None:
         """RT: send it back; returns at once."""
 
     def finish(self) -> None:

@@ -14,6 +14,7 @@ import torch
 from megatron_bpipe.runtime.transport.copies import copies_on
 from megatron_bpipe.runtime.transport.host_memory import anonymous
 from megatron_bpipe.runtime.transport.one_sided import OneSidedTransport
+from megatron_bpipe.schedule.ops import ActivationKey
 
 
 class HostMemory:
@@ -76,10 +77,10 @@ class NothingLent:
 
     pool_bytes = 0
 
-    def accept(self, microbatch: int) -> None:
+    def accept(self, key: ActivationKey) -> None:
         """Nothing comes."""
 
-    def give_back(self, microbatch: int) -> None:
+    def give_back(self, key: ActivationKey) -> None:
         """Nothing is here."""
 
     def finish(self) -> None:

@@ -18,6 +18,7 @@ from megatron_bpipe.runtime.activation import padded
 from megatron_bpipe.runtime.transport.base import Ticket
 from megatron_bpipe.runtime.transport.copies import Copies
 from megatron_bpipe.runtime.transport.pool_allocator import Extent, Room
+from megatron_bpipe.schedule.ops import ActivationKey
 
 
 class Memory(Protocol):
@@ -56,28 +57,28 @@ class OneSidedTransport:
         self._segments: list[torch.Tensor] = []
         self._room = Room()
 
-    def evict(self, microbatch: int, pieces: Sequence[torch.Tensor]) -> Ticket:
+    def evict(self, key: ActivationKey, pieces: Sequence[torch.Tensor]) -> Ticket:
         """See `Transport`.
 
         Raises:
             TransportError: whoever lends the pool is gone, or there is no memory for more.
         """
         self._memory.check()
-        extent = self._take(microbatch, sum(padded(p.numel()) for p in pieces))
+        extent = self._take(key, sum(padded(p.numel()) for p in pieces))
         slot = self._slot(extent, pieces)
-        return self._copies.start(f"E{microbatch} to {self.pair}", slot, pieces)
+        return self._copies.start(f"E{key} to {self.pair}", slot, pieces)
 
-    def load(self, microbatch: int, pieces: Sequence[torch.Tensor]) -> Ticket:
+    def load(self, key: ActivationKey, pieces: Sequence[torch.Tensor]) -> Ticket:
         """See `Transport`."""
-        slot = self._slot(self._room.taken[microbatch], pieces)
-        return self._copies.start(f"L{microbatch} from {self.pair}", pieces, slot)
+        slot = self._slot(self._room.taken[key], pieces)
+        return self._copies.start(f"L{key} from {self.pair}", pieces, slot)
 
-    def release(self, microbatch: int) -> None:
+    def release(self, key: ActivationKey) -> None:
         """See `Transport`.
 
         Whoever gets this room next is copied after this load: copies keep their order.
         """
-        self._room.give_back(microbatch)
+        self._room.give_back(key)
 
     @property
     def occupied_bytes(self) -> int:
@@ -95,13 +96,13 @@ class OneSidedTransport:
         self._segments.clear()
         self._memory.close()
 
-    def _take(self, microbatch: int, size: int) -> Extent:
+    def _take(self, key: ActivationKey, size: int) -> Extent:
         if not self._segments:
             self._add(self._memory.first())
-        extent = self._room.take(microbatch, size)
+        extent = self._room.take(key, size)
         if extent is None:
             self._add(self._memory.more(size))
-            extent = self._room.take(microbatch, size)
+            extent = self._room.take(key, size)
         assert extent is not None
         return extent
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 
 
@@ -19,7 +20,7 @@ class Room:
     """Free extents of a pool made of segments; the evictor alone keeps the books."""
 
     free: list[Extent] = field(default_factory=list)
-    taken: dict[int, Extent] = field(default_factory=dict)
+    taken: dict[Hashable, Extent] = field(default_factory=dict)
     segments: int = 0
 
     def add_segment(self, size: int) -> int:
@@ -28,7 +29,7 @@ class Room:
         self.segments += 1
         return self.segments - 1
 
-    def take(self, key: int, size: int) -> Extent | None:
+    def take(self, key: Hashable, size: int) -> Extent | None:
         """Reserve ``size`` bytes for ``key``; None if no free extent is large enough.
 
         Raises:
@@ -44,7 +45,7 @@ class Room:
                 return self.taken[key]
         return None
 
-    def give_back(self, key: int) -> None:
+    def give_back(self, key: Hashable) -> None:
         """Free what ``key`` holds and merge it with its free neighbours."""
         merged: list[Extent] = []
         gaps = sorted([*self.free, self.taken.pop(key)], key=lambda e: (e.segment, e.start))

@@ -22,6 +22,7 @@ from megatron_bpipe.runtime.transport.copies import ThreadCopies
 from megatron_bpipe.runtime.transport.host_memory import check_available, no_memory
 from megatron_bpipe.runtime.transport.one_sided import OneSidedTransport
 from megatron_bpipe.runtime.transport.pair.rendezvous import Meeting
+from megatron_bpipe.schedule.ops import ActivationKey
 
 
 class SharedMemoryLender:
@@ -46,10 +47,10 @@ class SharedMemoryLender:
         """Bytes of the file now, the evictor's extensions included."""
         return os.fstat(self._descriptor).st_size
 
-    def accept(self, microbatch: int) -> None:
+    def accept(self, key: ActivationKey) -> None:
         """Nothing to do: the evictor writes by itself."""
 
-    def give_back(self, microbatch: int) -> None:
+    def give_back(self, key: ActivationKey) -> None:
         """Nothing to do: the evictor reads by itself."""
 
     def finish(self) -> None:

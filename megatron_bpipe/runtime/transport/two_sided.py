@@ -21,6 +21,7 @@ import torch
 
 from megatron_bpipe.runtime.transport.base import TransportError
 from megatron_bpipe.runtime.transport.worker import Job, Worker
+from megatron_bpipe.schedule.ops import ActivationKey
 
 MOST_PIECES = 4096
 EVICTOR, ACCEPTOR = 0, 1  # ranks in the pair's group
@@ -39,17 +40,17 @@ class TwoSidedTransport:
     def __init__(self, group: Any, pair: str, deadline: float) -> None:
         self._group, self._pair = group, pair
         self._worker = Worker(deadline)
-        self._sizes: dict[int, int] = {}
+        self._sizes: dict[ActivationKey, int] = {}
 
-    def evict(self, microbatch: int, pieces: Sequence[torch.Tensor]) -> Job:
+    def evict(self, key: ActivationKey, pieces: Sequence[torch.Tensor]) -> Job:
         """See `Transport`."""
         pieces = list(pieces)
         if len(pieces) > MOST_PIECES:
             raise TransportError(
-                f"pair {self._pair}: micro-batch {microbatch} has {len(pieces)} storages, "
+                f"pair {self._pair}: micro-batch {key} has {len(pieces)} storages, "
                 f"more than the {MOST_PIECES} that one message header can name"
             )
-        self._sizes[microbatch] = sum(p.numel() for p in pieces)
+        self._sizes[key] = sum(p.numel() for p in pieces)
 
         def send() -> None:
             header = torch.zeros(MOST_PIECES + 1, dtype=torch.int64)
@@ -57,20 +58,20 @@ class TwoSidedTransport:
             header[1 : len(pieces) + 1] = torch.tensor([p.numel() for p in pieces])
             _wait([self._group.send([t], ACCEPTOR, TAG) for t in (header, *pieces)])
 
-        return self._worker.start(f"E{microbatch} to {self._pair}", send)
+        return self._worker.start(f"E{key} to {self._pair}", send)
 
-    def load(self, microbatch: int, pieces: Sequence[torch.Tensor]) -> Job:
+    def load(self, key: ActivationKey, pieces: Sequence[torch.Tensor]) -> Job:
         """See `Transport`."""
         pieces = list(pieces)
 
         def receive() -> None:
             _wait([self._group.recv([p], ACCEPTOR, TAG) for p in pieces])
 
-        return self._worker.start(f"L{microbatch} from {self._pair}", receive)
+        return self._worker.start(f"L{key} from {self._pair}", receive)
 
-    def release(self, microbatch: int) -> None:
+    def release(self, key: ActivationKey) -> None:
         """See `Transport`; the acceptor freed the memory when it had sent it back."""
-        del self._sizes[microbatch]
+        del self._sizes[key]
 
     @property
     def occupied_bytes(self) -> int:
@@ -98,8 +99,8 @@ class TwoSidedLender:
         self._device = device
         self._worker = Worker(deadline)
         self._free: list[torch.Tensor] = []
-        self._held: dict[int, list[torch.Tensor]] = {}
-        self._memory: dict[int, torch.Tensor] = {}
+        self._held: dict[ActivationKey, list[torch.Tensor]] = {}
+        self._memory: dict[ActivationKey, torch.Tensor] = {}
         self._jobs: list[Job] = []
 
     @property
@@ -107,7 +108,7 @@ class TwoSidedLender:
         """All memory that lies here for the partner."""
         return sum(m.numel() for m in [*self._free, *self._memory.values()])
 
-    def accept(self, microbatch: int) -> None:
+    def accept(self, key: ActivationKey) -> None:
         """AC: be ready for an evicted micro-batch."""
 
         def receive() -> None:
@@ -115,20 +116,20 @@ class TwoSidedLender:
             _wait([self._group.recv([header], EVICTOR, TAG)])
             sizes = header[1 : int(header[0]) + 1].tolist()
             memory = self._room(sum(sizes))
-            self._memory[microbatch] = memory
-            self._held[microbatch] = list(memory[: sum(sizes)].split(sizes))
-            _wait([self._group.recv([p], EVICTOR, TAG) for p in self._held[microbatch]])
+            self._memory[key] = memory
+            self._held[key] = list(memory[: sum(sizes)].split(sizes))
+            _wait([self._group.recv([p], EVICTOR, TAG) for p in self._held[key]])
 
-        self._start(f"AC{microbatch} of {self._pair}", receive)
+        self._start(f"AC{key} of {self._pair}", receive)
 
-    def give_back(self, microbatch: int) -> None:
+    def give_back(self, key: ActivationKey) -> None:
         """RT: send it back."""
 
         def send() -> None:
-            _wait([self._group.send([p], EVICTOR, TAG) for p in self._held.pop(microbatch)])
-            self._free.append(self._memory.pop(microbatch))
+            _wait([self._group.send([p], EVICTOR, TAG) for p in self._held.pop(key)])
+            self._free.append(self._memory.pop(key))
 
-        self._start(f"RT{microbatch} of {self._pair}", send)
+        self._start(f"RT{key} of {self._pair}", send)
 
     def finish(self) -> None:
         """The iteration is over: so must all transfers be.

@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from megatron_bpipe.runtime.transport import Lender
+from megatron_bpipe.schedule.ops import ActivationKey
 
 SECONDS = 30.0
 
@@ -42,10 +43,10 @@ class InProcess:
         """See `Lender`."""
         return int(self.ask("pool_bytes"))
 
-    def accept(self, microbatch: int) -> None:
+    def accept(self, key: ActivationKey) -> None:
         """Nothing to do: the evictor writes by itself."""
 
-    def give_back(self, microbatch: int) -> None:
+    def give_back(self, key: ActivationKey) -> None:
         """Nothing to do: the evictor reads by itself."""
 
     def finish(self) -> None:
@@ -94,13 +95,13 @@ class OnThread:
         """See `Lender`."""
         return self._lender.result(SECONDS).pool_bytes
 
-    def accept(self, microbatch: int) -> None:
+    def accept(self, key: ActivationKey) -> None:
         """See `Lender`."""
-        self._later(lambda: self._lender.result().accept(microbatch))
+        self._later(lambda: self._lender.result().accept(key))
 
-    def give_back(self, microbatch: int) -> None:
+    def give_back(self, key: ActivationKey) -> None:
         """See `Lender`."""
-        self._later(lambda: self._lender.result().give_back(microbatch))
+        self._later(lambda: self._lender.result().give_back(key))
 
     def finish(self) -> None:
         """See `Lender`."""

@@ -24,6 +24,7 @@ from megatron_bpipe.runtime.transport.cuda.streams import StreamCopies
 from megatron_bpipe.runtime.transport.host import HostMemory
 from megatron_bpipe.runtime.transport.one_sided import OneSidedTransport
 from megatron_bpipe.runtime.transport.pair.rendezvous import Meeting
+from megatron_bpipe.schedule.ops import ActivationKey
 
 GRANULE = 2 * 2**20
 SECONDS_TO_UNMAP = 10.0
@@ -43,10 +44,10 @@ class IpcLender:
         handle = driver.share(self._address)
         meeting.tell("lend", json.dumps([handle.hex(), self.pool_bytes]))
 
-    def accept(self, microbatch: int) -> None:
+    def accept(self, key: ActivationKey) -> None:
         """Nothing to do: the evictor writes by itself."""
 
-    def give_back(self, microbatch: int) -> None:
+    def give_back(self, key: ActivationKey) -> None:
         """Nothing to do: the evictor reads by itself."""
 
     def finish(self) -> None:

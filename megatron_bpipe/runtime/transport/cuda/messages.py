@@ -27,6 +27,7 @@ from megatron_bpipe.runtime.transport.cuda.streams import StreamCopies, StreamTi
 from megatron_bpipe.runtime.transport.host import HostMemory
 from megatron_bpipe.runtime.transport.one_sided import OneSidedTransport
 from megatron_bpipe.runtime.transport.pair.rendezvous import Meeting
+from megatron_bpipe.schedule.ops import ActivationKey
 
 CHUNK = 32 * 2**20
 STAGES = 2  # chunks packed ahead of the one that is sent
@@ -58,10 +59,10 @@ class NcclTransport:
         self._spill = OneSidedTransport(
             meeting.pair, HostMemory(meeting.pair, 0, device), self._copies
         )
-        self._spilled: dict[int, bool] = {}
+        self._spilled: dict[ActivationKey, bool] = {}
         _wait(group.send([self._staging[0, :1]], ACCEPTOR, TAG))  # connects, before any op needs it
 
-    def evict(self, microbatch: int, pieces: Sequence[torch.Tensor]) -> StreamTicket:
+    def evict(self, key: ActivationKey, pieces: Sequence[torch.Tensor]) -> StreamTicket:
         """See `Transport`."""
         fitting, rest = divide(pieces, self._slot)
         start = self._copies.begin()
@@ -79,12 +80,12 @@ class NcclTransport:
             for request in self._sending:
                 _wait(request)
         self._sending = [None] * STAGES
-        self._spilled[microbatch] = bool(rest)
+        self._spilled[key] = bool(rest)
         if rest:
-            self._spill.evict(microbatch, rest)
+            self._spill.evict(key, rest)
         return self._copies.end(start, pieces)
 
-    def load(self, microbatch: int, pieces: Sequence[torch.Tensor]) -> StreamTicket:
+    def load(self, key: ActivationKey, pieces: Sequence[torch.Tensor]) -> StreamTicket:
         """See `Transport`."""
         fitting, rest = divide(pieces, self._slot)
         start = self._copies.begin()
@@ -98,17 +99,17 @@ class NcclTransport:
             if i + STAGES < len(spans):  # into what was just unpacked
                 coming.append(self._receive(i + STAGES, *spans[i + STAGES]))
         if rest:
-            self._spill.load(microbatch, rest)
+            self._spill.load(key, rest)
         return self._copies.end(start, pieces)
 
     def _receive(self, i: int, low: int, high: int) -> Any:
         with torch.cuda.stream(self._copies.stream):
             return self._group.recv([self._staging[i % STAGES][: high - low]], ACCEPTOR, TAG)
 
-    def release(self, microbatch: int) -> None:
+    def release(self, key: ActivationKey) -> None:
         """See `Transport`; the acceptor's slot was free when it had sent it back."""
-        if self._spilled.pop(microbatch):
-            self._spill.release(microbatch)
+        if self._spilled.pop(key):
+            self._spill.release(key)
 
     @property
     def occupied_bytes(self) -> int:
@@ -141,7 +142,7 @@ class NcclLender:
         for _ in range(slots):
             self._add_slot()
         self._free = list(range(slots))
-        self._held: dict[int, int] = {}
+        self._held: dict[ActivationKey, int] = {}
         self._under_way: dict[int, list[Any]] = {}  # messages by slot
         with torch.cuda.stream(self._stream):
             _wait(group.recv([self._slots[0][:1]], EVICTOR, TAG))
@@ -151,18 +152,18 @@ class NcclLender:
         """Bytes lent."""
         return self._size * len(self._slots)
 
-    def accept(self, microbatch: int) -> None:
+    def accept(self, key: ActivationKey) -> None:
         """AC: queue the receives; on one communicator they come after earlier sends."""
         if not self._free:  # a later iteration with more micro-batches
             self._add_slot()
             self._free.append(len(self._slots) - 1)
-        index = self._held[microbatch] = self._free.pop()
+        index = self._held[key] = self._free.pop()
         self._wait_for(index)  # what was sent from here
         self._under_way[index] = self._each_chunk(self._group.recv, index)
 
-    def give_back(self, microbatch: int) -> None:
+    def give_back(self, key: ActivationKey) -> None:
         """RT: queue the sends."""
-        index = self._held.pop(microbatch)
+        index = self._held.pop(key)
         self._wait_for(index)
         self._under_way[index] = self._each_chunk(self._group.send, index)
         self._free.append(index)

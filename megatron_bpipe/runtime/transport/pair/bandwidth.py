@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 
 from megatron_bpipe.runtime.transport.base import Ticket, Transport
+from megatron_bpipe.schedule.ops import ActivationKey
 
 LARGEST = 64 * 2**20
 REPEATS = 3
-SCRATCH = -1  # no micro-batch has this number
+SCRATCH = ActivationKey(-1)  # no micro-batch has this number
 
 
 @dataclass(frozen=True)
