@@ -1,8 +1,8 @@
 """The command line: ``python -m megatron_bpipe COMMAND``.
 
-Every other module in this folder is one command, named as its file.  It has ``add_parser(
-subparsers)`` and ``run(args) -> int``, the exit status: 0 done, 2 wrong usage.  Only the module of
-the command that is asked for is imported.
+A command has two modules named after it: ``flags/NAME.py`` with ``add_parser(subparsers)``, quick
+to import, and ``NAME.py`` beside this one with ``run(args) -> int``, the exit status: 0 done, 2
+wrong usage.  Only the command that is asked for is imported, and for ``--help`` only its flags.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import os
 import pkgutil
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NoReturn
+
+from megatron_bpipe.cli import flags
 
 
 class _Parser(argparse.ArgumentParser):
@@ -24,29 +25,26 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
-SHARED = ("main", "quantities")  # modules here that are no subcommand
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
     commands = _commands()
     asked = [words[0]] if words and words[0] in commands else commands
-    modules = {name: importlib.import_module(f"megatron_bpipe.cli.{name}") for name in asked}
     parser = _Parser(
         prog="python -m megatron_bpipe",
         description="Memory-balanced pipeline parallelism (BPipe) for Megatron-LM.",
         allow_abbrev=False,
     )
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for module in modules.values():
-        module.add_parser(subparsers)
+    for name in asked:
+        importlib.import_module(f"megatron_bpipe.cli.flags.{name}").add_parser(subparsers)
     try:
         args = parser.parse_args(words)
     except SystemExit as stop:  # after --help (0) or a wrong argument (2)
         return int(stop.code or 0)
     try:
-        status: int = modules[args.command].run(args)
+        command = importlib.import_module(f"megatron_bpipe.cli.{args.command}")
+        status: int = command.run(args)
         sys.stdout.flush()
     except BrokenPipeError:  # the reader (head, less) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -55,6 +53,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _commands() -> list[str]:
-    """Names of the modules beside this one."""
-    names = (module.name for module in pkgutil.iter_modules([str(Path(__file__).parent)]))
-    return sorted(name for name in names if name not in SHARED)
+    """Names of the modules in ``flags``."""
+    return sorted(module.name for module in pkgutil.iter_modules(flags.__path__))

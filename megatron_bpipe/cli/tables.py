@@ -26,16 +26,6 @@ fits      on 80 GiB as run / without BPipe (our inference: the paper does not sa
           is within 5 % of 80 GiB"""
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the ``tables`` subcommand."""
-    parser = subparsers.add_parser(
-        "tables",
-        help="the paper's table 3 beside the estimates",
-        description="Print every row of the paper's table 3 beside what the estimates say.",
-    )
-    parser.add_argument("--json", action="store_true", help="print the rows as JSON")
-
-
 def run(args: argparse.Namespace) -> int:
     """Print the table."""
     rows = table_rows()

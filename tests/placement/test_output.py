@@ -7,12 +7,13 @@ import xml.etree.ElementTree as ET
 import pytest
 
 from megatron_bpipe.cli import placement as command
+from megatron_bpipe.cli.flags import placement as flags
 from megatron_bpipe.placement import ParallelShape, make_report, picture_svg, picture_text
 
 
 def call(*words: str) -> int:
     parser = argparse.ArgumentParser()
-    command.add_parser(parser.add_subparsers(required=True))
+    flags.add_parser(parser.add_subparsers(required=True))
     return command.run(parser.parse_args(["placement", *words]))
 
 

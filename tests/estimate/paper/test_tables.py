@@ -4,6 +4,7 @@ import argparse
 import json
 
 from megatron_bpipe.cli import tables as command
+from megatron_bpipe.cli.flags import tables as flags
 
 TABLES_3_AND_5 = [
     (1, "LLaMA 65B", 1, False, "none", 45.3, 51.1),
@@ -21,7 +22,7 @@ TABLES_3_AND_5 = [
 
 def call(*words: str) -> int:
     parser = argparse.ArgumentParser()
-    command.add_parser(parser.add_subparsers(required=True))
+    flags.add_parser(parser.add_subparsers(required=True))
     return command.run(parser.parse_args(["tables", *words]))
 
 

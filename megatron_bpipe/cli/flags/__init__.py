@@ -1,0 +1,1 @@
+"""What each command takes: one file a command, quick to import, for ``--help``."""

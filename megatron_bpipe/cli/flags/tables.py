@@ -1,0 +1,15 @@
+"""Flags of ``tables``."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the ``tables`` subcommand."""
+    parser = subparsers.add_parser(
+        "tables",
+        help="the paper's table 3 beside the estimates",
+        description="Print every row of the paper's table 3 beside what the estimates say.",
+    )
+    parser.add_argument("--json", action="store_true", help="print the rows as JSON")
