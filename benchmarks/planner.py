@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.environment import environment  # noqa: E402
-from megatron_bpipe.integration.text_data import write_dataset  # noqa: E402
+from scripts.examples.prepare_data import write_dataset  # noqa: E402
 from tests.harness import Megatron  # noqa: E402
 from tests.harness.planner_cases import (  # noqa: E402
     CASES,

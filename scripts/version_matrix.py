@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from megatron_bpipe.integration.text_data import write_dataset  # noqa: E402
+from scripts.examples.prepare_data import write_dataset  # noqa: E402
 from tests.harness import SCRIPT, Megatron  # noqa: E402
 from tests.harness.compare import difference, evicted  # noqa: E402
 from tests.harness.core import MODES, TRANSPORTS, core_loop  # noqa: E402

@@ -17,7 +17,7 @@ pytest_plugins = ["tests.results_table"]
 @pytest.fixture(scope="session")
 def megatron(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Megatron]:
     """Runs of the real training loop on a dataset of real text."""
-    from megatron_bpipe.integration.text_data import write_dataset
+    from scripts.examples.prepare_data import write_dataset
 
     folder = tmp_path_factory.mktemp("megatron")
     data = write_dataset(folder / "text", max_bytes=512 * 2**10)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from benchmarks.torchrun import torchrun
-from megatron_bpipe.integration.text_data import write_dataset
+from scripts.examples.prepare_data import write_dataset
 from tests.gpu import NEEDS_GPU
 from tests.harness import SCRIPT, Result
 from tests.harness.compare import difference, evicted

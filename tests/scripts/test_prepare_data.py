@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("megatron.core")
 
-from megatron_bpipe.integration.text_data import END_OF_DOCUMENT, VOCABULARY, write_dataset
+from scripts.examples.prepare_data import END_OF_DOCUMENT, VOCABULARY, write_dataset
 
 ROOT = Path(__file__).parents[2]
 
