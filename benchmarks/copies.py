@@ -28,7 +28,7 @@ import torch  # noqa: E402
 
 from benchmarks.environment import NO_GPU, environment  # noqa: E402
 from megatron_bpipe.runtime.activation import ALIGNMENT  # noqa: E402
-from megatron_bpipe.runtime.transport import Ticket, Transport  # noqa: E402
+from megatron_bpipe.runtime.transport import TransferHandle, Transport  # noqa: E402
 from megatron_bpipe.runtime.transport.host import host_transport  # noqa: E402
 
 MIB, GIB = 2**20, 2**30
@@ -52,7 +52,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         pair, acceptor = _pair(Path(folder), arguments.acceptor_gpu)
         transports = {
-            pair.transport: pair.borrow(SIZES[-1] + 512 * PIECES, 1),
+            pair.transport: pair.open_evictor(SIZES[-1] + 512 * PIECES, 1),
             "host": host_transport("0-1", SIZES[-1] + 512 * PIECES, device, 60.0),
         }
         for size in SIZES:
@@ -64,7 +64,7 @@ def main() -> int:
             rows.append(row)
         for transport in transports.values():
             transport.close()
-        pair.meeting.tell("done", "")
+        pair.rendezvous.publish("done", "")
         acceptor.wait(60)
     reached = all(row["ratio"] >= 0.8 for row in rows if row["bytes"] >= 64 * MIB)
     result = {
@@ -102,13 +102,13 @@ def _through(transport: Transport, size: int, device: torch.device) -> tuple[flo
     return _gib_s(each * PIECES, out), _gib_s(each * PIECES, back)
 
 
-def _seconds(start_copy: Callable[[], Ticket]) -> float:
+def _seconds(start_copy: Callable[[], TransferHandle]) -> float:
     # the computing stream, which the copies wait for, is busy while they are queued one by one: it
     # is the link that is measured here
     torch.cuda._sleep(SLEEP_CYCLES)
-    ticket = start_copy()
-    ticket.wait()
-    start, end = ticket.span
+    transfer = start_copy()
+    transfer.wait()
+    start, end = transfer.span
     return end - start
 
 

@@ -121,9 +121,9 @@ def _open(handle: str) -> dict[str, Any]:
     ):
         seconds = []
         for _ in range(REPEATS):
-            ticket = copies.start(name, [target], [source])
-            ticket.wait()
-            start, end = ticket.span
+            transfer = copies.start(name, [target], [source])
+            transfer.wait()
+            start, end = transfer.span
             seconds.append(end - start)
         gib_s[name] = POOL / statistics.median(seconds[1:]) / GIB
     copies.close()
@@ -162,9 +162,9 @@ def _overlap() -> dict[str, Any]:
             copies.start("copy", targets, sources).wait()
 
         def both(targets: list[torch.Tensor] = targets, sources: list[torch.Tensor] = sources):
-            ticket = copies.start("copy", targets, sources)
+            transfer = copies.start("copy", targets, sources)
             products()
-            ticket.wait()
+            transfer.wait()
 
         copy_alone, together = _median(copy), _median(both)
         rows[name] = {

@@ -25,7 +25,7 @@ from megatron_bpipe.runtime.observe.memory import (
 from megatron_bpipe.runtime.observe.recorder import Recorder
 from megatron_bpipe.runtime.observe.report import merge, table, write_json
 from megatron_bpipe.runtime.store import ActivationStore
-from megatron_bpipe.runtime.transport import Lender, Transport
+from megatron_bpipe.runtime.transport import AcceptorEnd, Transport
 from megatron_bpipe.runtime.transport.pair.bandwidth import Speed, measure
 from megatron_bpipe.runtime.transport.pair.negotiate import Pair, open_pair
 from megatron_bpipe.schedule.stage_plan import StagePlan
@@ -40,7 +40,7 @@ class Session:
     plan: StagePlan | None = None
     ranks: RankMap | None = None
     _store: ActivationStore | None = None
-    lender: Lender | None = None
+    acceptor_end: AcceptorEnd | None = None
     _peak_slots_lent: int = 0
     _transport: str = ""
     _pair: str = ""
@@ -77,10 +77,10 @@ class Session:
             return
         self.plan = plan
         self._peak_slots_lent = max(self._peak_slots_lent, plan.slots_lent)
-        if plan.slots_lent and self.lender is None:
+        if plan.slots_lent and self.acceptor_end is None:
             assert plan.partner is not None
             pair = self._meet(group, evictor=plan.partner)
-            self.lender = pair.lend()
+            self.acceptor_end = pair.open_acceptor()
         if plan.slots_borrowed and self._store is None:
             self._store = self._make_store(plan, self._meet(group, evictor=group.rank()), flops)
         if not self._announced:
@@ -127,7 +127,7 @@ class Session:
         assert self.recorder is not None
         totals = self._store.totals if self._store is not None else None
         transport = self._store.transport if self._store is not None else None
-        pool = self.lender.pool_bytes if self.lender is not None else 0
+        pool = self.acceptor_end.pool_bytes if self.acceptor_end is not None else 0
         return self.recorder.summary() | {
             "pool_bytes": pool,
             "pool_slots": self._peak_slots_lent if pool else 0,
@@ -175,8 +175,8 @@ class Session:
 
     def close(self) -> None:
         """Give pools and threads back."""
-        ends = (self._store, self.lender)
-        self._store = self.lender = None
+        ends = (self._store, self.acceptor_end)
+        self._store = self.acceptor_end = None
         for end in ends:
             if end is not None:
                 # the job may be going down: a store or a driver that is gone is no news then
@@ -187,7 +187,7 @@ class Session:
         self, plan: StagePlan, pair: Pair, flops: Callable[[], float | None]
     ) -> ActivationStore:
         def connect(microbatch_bytes: int) -> Transport:
-            transport = pair.borrow(microbatch_bytes, plan.slots_borrowed)
+            transport = pair.open_evictor(microbatch_bytes, plan.slots_borrowed)
             speed = None
             if self.options.measure_links and pair.transport != "p2p":
                 speed = measure(transport, microbatch_bytes, pair.device)
@@ -197,7 +197,7 @@ class Session:
             ]
             for line in lines:
                 if line is not None:
-                    warn(f"pair {pair.meeting.pair}: {line}")
+                    warn(f"pair {pair.rendezvous.pair}: {line}")
             return transport
 
         return ActivationStore(
@@ -212,7 +212,7 @@ class Session:
         pair = open_pair(group, evictor, self.options.transport, device, self.options.deadline)
         chosen = "chosen by auto: " if self.options.transport == "auto" else ""
         self._transport = f"{pair.transport} ({chosen}{pair.why})"
-        self._pair = pair.meeting.pair
+        self._pair = pair.rendezvous.pair
         return pair
 
 

@@ -6,7 +6,7 @@
     F  B    one micro-batch's computation        Stage
     E  EW   copy out starts / is over            ActivationStore
     L  LW   copy back starts / is over           ActivationStore
-    AC RT   the acceptor's part                  Lender (nothing for a one-sided transport)
+    AC RT   the acceptor's part                  AcceptorEnd (nothing for a one-sided transport)
 
 The list decides everything: order, overlap and what leaves. A send directly followed by a receive
 from the same neighbour is one batched call, as `schedule.lower.batches` groups them.
@@ -20,7 +20,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 from megatron_bpipe.runtime.store import ActivationStore
-from megatron_bpipe.runtime.transport import Lender, Ticket
+from megatron_bpipe.runtime.transport import AcceptorEnd, TransferHandle
 from megatron_bpipe.schedule.lowering.lower import batches
 from megatron_bpipe.schedule.ops import Kind, Op
 
@@ -61,10 +61,10 @@ class Observer(Protocol):
     def op_done(self, op: Op, start: float, end: float, moved: int) -> None:
         """``op`` ran from ``start`` to ``end``; ``moved`` bytes for E and L, else 0."""
 
-    def transfer_done(self, op: Op, ticket: Ticket) -> None:
+    def transfer_done(self, op: Op, transfer: TransferHandle) -> None:
         """The computation has been made to wait for the copy that EW or LW is about.
 
-        When the copy really ran says ``ticket.span``, to be read when the iteration is over.
+        When the copy really ran says ``transfer.span``, to be read when the iteration is over.
         """
 
     def forward_begins(self, op: Op) -> None:
@@ -82,7 +82,7 @@ class Run:
         ops: Sequence[Op],
         stage: Stage,
         store: ActivationStore | None = None,
-        lender: Lender | None = None,
+        acceptor_end: AcceptorEnd | None = None,
         observers: Sequence[Observer] = (),
         name: str = "this stage",
         range_of: Callable[[str], AbstractContextManager[object]] | None = None,
@@ -92,7 +92,7 @@ class Run:
         self._range_of = range_of
         self._stage = stage
         self._store = store
-        self._lender = lender
+        self._acceptor_end = acceptor_end
         self._observers = observers
         self._name = name
         self._leaving = {op.key for op in ops if op.kind is Kind.EVICT}
@@ -134,8 +134,8 @@ class Run:
                     observer.op_done(op, start, end, self._moved)
         if self._store is not None:
             self._store.check_empty()
-        if self._lender is not None:
-            self._lender.finish()
+        if self._acceptor_end is not None:
+            self._acceptor_end.finish()
 
     def _range(self, group: Sequence[Op]) -> AbstractContextManager[object]:
         if self._range_of is None:
@@ -182,16 +182,16 @@ class Run:
         self._transfer_over(op, self._store.finish_load(op.key))
 
     def _accept(self, op: Op) -> None:
-        assert self._lender is not None
-        self._lender.accept(op.key)
+        assert self._acceptor_end is not None
+        self._acceptor_end.accept(op.key)
 
     def _give_back(self, op: Op) -> None:
-        assert self._lender is not None
-        self._lender.give_back(op.key)
+        assert self._acceptor_end is not None
+        self._acceptor_end.give_back(op.key)
 
-    def _transfer_over(self, op: Op, ticket: Ticket) -> None:
+    def _transfer_over(self, op: Op, transfer: TransferHandle) -> None:
         for observer in self._observers:
-            observer.transfer_done(op, ticket)
+            observer.transfer_done(op, transfer)
 
     def _failure_note(self, failed: Op) -> str:
         at = next(i for i, op in enumerate(self._ops) if op is failed)

@@ -16,7 +16,7 @@ import torch
 
 from megatron_bpipe.runtime.activation import Activation, State, allocate, drop, padded
 from megatron_bpipe.runtime.graph import roots_of, saved_storages, tensors_of
-from megatron_bpipe.runtime.transport import Ticket, Transport
+from megatron_bpipe.runtime.transport import TransferHandle, Transport
 from megatron_bpipe.schedule.ops import ActivationKey
 
 
@@ -46,7 +46,7 @@ class ActivationStore:
     totals: Totals = field(default_factory=Totals)
     transport: Transport | None = None
     _held: dict[ActivationKey, Activation] = field(default_factory=dict)
-    _tickets: dict[ActivationKey, Ticket] = field(default_factory=dict)
+    _transfers: dict[ActivationKey, TransferHandle] = field(default_factory=dict)
     _loaded: dict[ActivationKey, list[torch.Tensor]] = field(default_factory=dict)
 
     def forward_done(self, key: ActivationKey, output: object, *, leaves: bool) -> None:
@@ -70,20 +70,20 @@ class ActivationStore:
         assert self.transport is not None
         leaving = activation.leaving
         pieces = [block.bytes_view() for block in leaving]
-        self._tickets[key] = self.transport.evict(key, pieces)
+        self._transfers[key] = self.transport.evict(key, pieces)
         size = sum(block.size for block in leaving)
         self.totals.evicted += size
         return size
 
-    def finish_evict(self, key: ActivationKey) -> Ticket:
+    def finish_evict(self, key: ActivationKey) -> TransferHandle:
         """EW: wait for the copy, free the local blocks."""
         activation = self._held[key]
-        ticket = self._tickets.pop(key)
-        ticket.wait()
+        transfer = self._transfers.pop(key)
+        transfer.wait()
         activation.move(State.REMOTE)
         if not self.keep_local:
             drop(activation.leaving)
-        return ticket
+        return transfer
 
     def load(self, key: ActivationKey) -> int:
         """L: start the copy back into fresh memory; returns its bytes."""
@@ -98,23 +98,23 @@ class ActivationStore:
             if self.on_load is not None:
                 self.on_load(key, fresh)
             pieces = [block.bytes_view() for block in leaving]
-        self._tickets[key] = self.transport.load(key, pieces)
+        self._transfers[key] = self.transport.load(key, pieces)
         if self.inspect is not None:
             self._loaded[key] = pieces
         size = sum(block.size for block in leaving)
         self.totals.loaded += size
         return size
 
-    def finish_load(self, key: ActivationKey) -> Ticket:
+    def finish_load(self, key: ActivationKey) -> TransferHandle:
         """LW: wait for the copy; the slot in the pool is free again."""
         assert self.transport is not None
-        ticket = self._tickets.pop(key)
-        ticket.wait()
+        transfer = self._transfers.pop(key)
+        transfer.wait()
         self._held[key].move(State.RESIDENT)
         self.transport.release(key)
         if self.inspect is not None:
             self.inspect(key, self._loaded.pop(key))
-        return ticket
+        return transfer
 
     def consume(self, key: ActivationKey) -> None:
         """The backward is over."""
@@ -130,7 +130,7 @@ class ActivationStore:
             RuntimeError: with what is left.
         """
         occupied = self.transport.occupied_bytes if self.transport else 0
-        if self._held or self._tickets or occupied or self.totals.evicted != self.totals.loaded:
+        if self._held or self._transfers or occupied or self.totals.evicted != self.totals.loaded:
             states = ", ".join(f"{a.key}: {a.state.value!r}" for a in self._held.values())
             raise RuntimeError(
                 f"after the iteration micro-batches {{{states}}} are still held, the pool holds "

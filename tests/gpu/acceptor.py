@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from megatron_bpipe.runtime.transport import TransportError
 from megatron_bpipe.runtime.transport.pair import negotiate as pairing
-from megatron_bpipe.runtime.transport.pair.rendezvous import Meeting
+from megatron_bpipe.runtime.transport.pair.rendezvous import PairRendezvous
 
 DEADLINE = 60.0
 
@@ -22,25 +22,25 @@ def meet(path: str, end: str, gpu: int = 0) -> pairing.Pair:
     device = torch.device("cuda", gpu)
     torch.cuda.set_device(device)
     store = dist.FileStore(path, 2)
-    meeting = Meeting(store, "0-1", end, DEADLINE)
-    meeting.introduce()
-    sight = pairing._look(meeting, device)
-    transport, why = pairing.agree("auto", sight, meeting, device)
-    return pairing.Pair(meeting, transport, why, device, None, sight.link)
+    rendezvous = PairRendezvous(store, "0-1", end, DEADLINE)
+    rendezvous.exchange_identity()
+    topology = pairing._look(rendezvous, device)
+    transport, why = pairing.agree("auto", topology, rendezvous, device)
+    return pairing.Pair(rendezvous, transport, why, device, None, topology.link)
 
 
 def main() -> int:
     """Lend until told to close."""
     pair = meet(sys.argv[1], "acceptor", *map(int, sys.argv[2:]))
     try:
-        lender = pair.lend()
+        acceptor_end = pair.open_acceptor()
     except TransportError as error:
         sys.stderr.write(f"{error}\n")
         return 3
-    pair.meeting.tell("pool", str(lender.pool_bytes))
-    pair.meeting.hear("done")
-    lender.close()
-    pair.meeting.tell("closed", str(lender.pool_bytes))
+    pair.rendezvous.publish("pool", str(acceptor_end.pool_bytes))
+    pair.rendezvous.get("done")
+    acceptor_end.close()
+    pair.rendezvous.publish("closed", str(acceptor_end.pool_bytes))
     return 0
 
 

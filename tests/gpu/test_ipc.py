@@ -62,7 +62,7 @@ def test_auto_tries_ipc_and_takes_it(opened: Callable[[], Opened]) -> None:
 
 def test_bytes_come_back_and_the_pool_is_freed(opened: Callable[[], Opened]) -> None:
     pair, process = opened()
-    transport = pair.borrow(96 * MIB, 2)
+    transport = pair.open_evictor(96 * MIB, 2)
     sizes = (1, 511, 513, 7_000, 64 * MIB)
     expected = {i: pieces(i, *sizes) for i in range(3)}
     for i in range(3):
@@ -72,12 +72,12 @@ def test_bytes_come_back_and_the_pool_is_freed(opened: Callable[[], Opened]) -> 
         transport.release(i)
         assert all(map(torch.equal, back, expected[i]))
     assert transport.occupied_bytes == transport.hosted_bytes == 0
-    assert int(pair.meeting.hear("pool")) == 2 * 96 * MIB
+    assert int(pair.rendezvous.get("pool")) == 2 * 96 * MIB
     torch.cuda.synchronize()
     before, _ = torch.cuda.mem_get_info()
     transport.close()
-    pair.meeting.tell("done", "")
-    assert pair.meeting.hear("closed") == "0"
+    pair.rendezvous.publish("done", "")
+    assert pair.rendezvous.get("closed") == "0"
     after, _ = torch.cuda.mem_get_info()
     assert after - before >= 128 * MIB
     assert process.wait(60) == 0
@@ -85,7 +85,7 @@ def test_bytes_come_back_and_the_pool_is_freed(opened: Callable[[], Opened]) -> 
 
 def test_a_larger_micro_batch_goes_to_the_host(opened: Callable[[], Opened]) -> None:
     pair, _ = opened()
-    transport = pair.borrow(4 * MIB, 1)
+    transport = pair.open_evictor(4 * MIB, 1)
     small, large = pieces(0, 3 * MIB), pieces(1, 20 * MIB, 17)
     transport.evict(0, small).wait()
     transport.evict(1, large).wait()
@@ -101,7 +101,7 @@ def test_a_larger_micro_batch_goes_to_the_host(opened: Callable[[], Opened]) -> 
 def test_a_pool_that_does_not_fit_names_both_numbers(opened: Callable[[], Opened]) -> None:
     pair, process = opened()
     _, total = torch.cuda.mem_get_info()
-    pair.borrow(2 * total, 1)
+    pair.open_evictor(2 * total, 1)
     assert process.wait(60) == 3
     assert process.stderr is not None
     said = process.stderr.read()
@@ -112,7 +112,7 @@ def test_a_pool_that_does_not_fit_names_both_numbers(opened: Callable[[], Opened
 
 def test_an_acceptor_that_dies_is_named(opened: Callable[[], Opened]) -> None:
     pair, process = opened()
-    transport = pair.borrow(8 * MIB, 1)
+    transport = pair.open_evictor(8 * MIB, 1)
     transport.evict(0, pieces(0, MIB)).wait()
     torch.cuda.synchronize()
     process.kill()
@@ -130,7 +130,7 @@ def test_nothing_is_left_in_dev_shm(opened: Callable[[], Opened]) -> None:
 
     before = ours()
     pair, process = opened()
-    transport = pair.borrow(8 * MIB, 1)
+    transport = pair.open_evictor(8 * MIB, 1)
     transport.evict(0, pieces(0, MIB)).wait()
     process.kill()
     process.wait()

@@ -126,16 +126,16 @@ def test_an_eviction_runs_beside_the_computation(store: ActivationStore, device:
         store.evict(i)
         for _ in range(40):
             a @ a
-        ticket = store.finish_evict(i)
+        transfer = store.finish_evict(i)
         store.load(i)
         for _ in range(40):
             a @ a
         store.finish_load(i)
         gradients(x, loss, weight)
         store.consume(i)
-    start, end = ticket.span
+    start, end = transfer.span
     assert end > start
-    assert ticket.exposed < end - start  # some of it hid behind the products
+    assert transfer.exposed < end - start  # some of it hid behind the products
 
 
 def test_memory_does_not_creep(store: ActivationStore, device: torch.device):

@@ -17,7 +17,7 @@ GIB = 2**30
 
 
 @dataclass
-class Ticket:
+class TransferHandle:
     span: tuple[float, float]
     exposed: float = 0.0
 
@@ -34,7 +34,7 @@ def iteration(copy: float, forward: float, observer: LinkWatch | None = None) ->
         seen.forward_done(Op.parse(f"F{i}"), None)
         for kind in "EL":
             seen.op_done(Op.parse(f"{kind}{i}"), 0.0, 1.0, GIB)
-            seen.transfer_done(Op.parse(f"{kind}W{i}"), Ticket((3.0, 3.0 + copy)))
+            seen.transfer_done(Op.parse(f"{kind}W{i}"), TransferHandle((3.0, 3.0 + copy)))
     return seen
 
 

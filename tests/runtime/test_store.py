@@ -18,9 +18,9 @@ from megatron_bpipe.runtime.activation import Activation, IllegalMoveError, Modi
 from megatron_bpipe.runtime.graph import Kept, nodes_below, roots_of, saved_storages
 from megatron_bpipe.runtime.store import ActivationStore
 from megatron_bpipe.runtime.transport.one_sided import OneSidedTransport
-from megatron_bpipe.runtime.transport.pair.rendezvous import Meeting
+from megatron_bpipe.runtime.transport.pair.rendezvous import PairRendezvous
 from megatron_bpipe.runtime.transport.shared_memory import (
-    SharedMemoryLender,
+    SharedMemoryAcceptor,
     shared_memory_transport,
 )
 
@@ -58,20 +58,20 @@ def weight() -> torch.nn.Parameter:
 
 
 @pytest.fixture
-def ends() -> Iterator[tuple[ActivationStore, list[SharedMemoryLender]]]:
+def ends() -> Iterator[tuple[ActivationStore, list[SharedMemoryAcceptor]]]:
     handshake = dist.HashStore()
-    lenders = []
+    acceptor_ends = []
 
     def connect(size: int) -> OneSidedTransport:
-        transport = shared_memory_transport(Meeting(handshake, "0-1", "evictor", 10), size)
-        lenders.append(SharedMemoryLender(Meeting(handshake, "0-1", "acceptor", 10)))
+        transport = shared_memory_transport(PairRendezvous(handshake, "0-1", "evictor", 10), size)
+        acceptor_ends.append(SharedMemoryAcceptor(PairRendezvous(handshake, "0-1", "acceptor", 10)))
         return transport
 
     store = ActivationStore(connect)
-    yield store, lenders
+    yield store, acceptor_ends
     store.close()
-    for lender in lenders:
-        lender.close()
+    for acceptor_end in acceptor_ends:
+        acceptor_end.close()
 
 
 def micro_batch(weight: torch.nn.Parameter, seed: int = 0, rows: int = 2) -> tuple:
@@ -103,7 +103,7 @@ def there_and_back(store: ActivationStore, i: int) -> None:
 
 
 def test_gradients_are_bitwise_equal_and_the_memory_is_really_gone(weight, ends):
-    store, lenders = ends
+    store, acceptor_ends = ends
     expected = gradients(*micro_batch(weight), weight)
     x, output = micro_batch(weight)
     watched = watch(output)
@@ -115,7 +115,7 @@ def test_gradients_are_bitwise_equal_and_the_memory_is_really_gone(weight, ends)
     # what stays: the mask, shared by all micro-batches
     assert live_bytes(watched) == MASK.untyped_storage().nbytes()
     assert moved >= 0.9 * (full - live_bytes(watched))
-    assert lenders[0].pool_bytes >= moved
+    assert acceptor_ends[0].pool_bytes >= moved
     store.load(0)
     store.finish_load(0)
     actual = gradients(x, output, weight)
@@ -171,7 +171,7 @@ def test_keep_local_copies_but_drops_nothing(weight, ends):
 
 
 def test_several_micro_batches_of_unequal_size_share_the_pool(weight, ends):
-    store, lenders = ends
+    store, acceptor_ends = ends
     sizes = {0: 2, 1: 5, 2: 3}
     expected = {i: gradients(*micro_batch(weight, i, n), weight) for i, n in sizes.items()}
     live = {}
@@ -180,7 +180,7 @@ def test_several_micro_batches_of_unequal_size_share_the_pool(weight, ends):
         store.forward_done(i, live[i][1], leaves=True)
         store.evict(i)
         store.finish_evict(i)
-    lent = lenders[0].pool_bytes
+    lent = acceptor_ends[0].pool_bytes
     for i in sizes:
         store.load(i)
         store.finish_load(i)
@@ -188,7 +188,7 @@ def test_several_micro_batches_of_unequal_size_share_the_pool(weight, ends):
         store.consume(i)
         assert all(torch.equal(a, b) for a, b in zip(actual, expected[i], strict=True))
     store.check_empty()
-    assert lenders[0].pool_bytes == lent  # lengthened by the evictor, seen by the acceptor
+    assert acceptor_ends[0].pool_bytes == lent  # lengthened by the evictor, seen by the acceptor
 
 
 def test_a_micro_batch_can_leave_twice(weight, ends):
@@ -264,13 +264,13 @@ def test_a_change_in_place_after_the_evict_is_caught(ends):
 
 def test_nothing_stays_open(weight, ends):
     before = len(os.listdir("/proc/self/fd"))
-    store, lenders = ends
+    store, acceptor_ends = ends
     _, output = micro_batch(weight)
     store.forward_done(0, output, leaves=True)
     store.evict(0)
     store.finish_evict(0)
     store.close()
-    lenders.pop().close()
+    acceptor_ends.pop().close()
     assert len(os.listdir("/proc/self/fd")) == before
 
 

@@ -24,9 +24,9 @@ from megatron_bpipe.runtime.executor import Run
 from megatron_bpipe.runtime.observe.recorder import Recorder
 from megatron_bpipe.runtime.store import ActivationStore
 from megatron_bpipe.runtime.transport.one_sided import OneSidedTransport
-from megatron_bpipe.runtime.transport.pair.rendezvous import Meeting
+from megatron_bpipe.runtime.transport.pair.rendezvous import PairRendezvous
 from megatron_bpipe.runtime.transport.shared_memory import (
-    SharedMemoryLender,
+    SharedMemoryAcceptor,
     shared_memory_transport,
 )
 from megatron_bpipe.schedule import Op, Schedule, balance, is_evictor, lower, one_f_one_b, slots
@@ -136,29 +136,33 @@ class Rank:
         dist.init_process_group(
             "gloo", store=store, rank=stage, world_size=p, timeout=timedelta(seconds=DEADLINE)
         )
-        self.meetings = dist.FileStore(str(out / "meetings"), p)
+        self.rendezvous_store = dist.FileStore(str(out / "rendezvous_store"), p)
         bpipe = schedules(p)["bpipe"]
         self.borrowed = slots(bpipe, stage) if is_evictor(stage, p) else 0
         lent = slots(bpipe, p - 1 - stage) if stage >= p - p // 2 else 0
-        self.lender = None
+        self.acceptor_end = None
         self.activations = None
         self.recorder = Recorder(stage, stage, lambda: None)
         if self.borrowed:
             self.activations = ActivationStore(self._connect, on_load=self.recorder.loaded)
         if lent:
-            self.lender = SharedMemoryLender(self._meeting(p - 1 - stage, "acceptor"))
+            self.acceptor_end = SharedMemoryAcceptor(self._rendezvous(p - 1 - stage, "acceptor"))
 
-    def _meeting(self, evictor: int, role: Any) -> Meeting:
-        return Meeting(self.meetings, f"{evictor}-{self.p - 1 - evictor}", role, DEADLINE)
+    def _rendezvous(self, evictor: int, role: Any) -> PairRendezvous:
+        return PairRendezvous(
+            self.rendezvous_store, f"{evictor}-{self.p - 1 - evictor}", role, DEADLINE
+        )
 
     def _connect(self, size: int) -> OneSidedTransport:
-        return shared_memory_transport(self._meeting(self.stage, "evictor"), size * self.borrowed)
+        return shared_memory_transport(
+            self._rendezvous(self.stage, "evictor"), size * self.borrowed
+        )
 
     def run(self, ops: tuple[Op, ...]) -> list[Any]:
         """One run; its events."""
         stage = SleepingStage(self.stage, self.p)
         self.recorder.begin(())
-        Run(ops, stage, self.activations, self.lender, [self.recorder]).run()
+        Run(ops, stage, self.activations, self.acceptor_end, [self.recorder]).run()
         self.recorder.end([])
         return list(self.recorder.timeline[-1])
 
@@ -216,7 +220,7 @@ class Rank:
             }
         dist.barrier()
         (self.out / f"rank{self.stage}.json").write_text(json.dumps(result))
-        for end in (self.activations, self.lender):
+        for end in (self.activations, self.acceptor_end):
             if end is not None:
                 end.close()
 

@@ -10,7 +10,7 @@ import torch
 from megatron_bpipe.integration.checks.hook_points import KNOWN_RELEASES, missing, release
 from megatron_bpipe.integration.log import refuse, say
 from megatron_bpipe.integration.options import TRANSPORTS, Options
-from megatron_bpipe.runtime.transport.pair.links import Place, Sight, obstacle
+from megatron_bpipe.runtime.transport.pair.links import DeviceInfo, PairTopology, obstacle
 from megatron_bpipe.schedule.balancing.balance import BudgetError, balance
 from megatron_bpipe.schedule.base import one_f_one_b
 from megatron_bpipe.schedule.ops import default_budget
@@ -62,8 +62,9 @@ def check(args: Any, options: Options) -> str | None:
 
 def _check_transport(transport: str) -> None:
     """Whether it fits the device; what only a pair can see comes when pairs meet."""
-    place = Place("here", ("here",)) if torch.cuda.is_available() else Place()
-    why = obstacle(transport, Sight(place, place, one_host=True)) if transport != "auto" else ""
+    here = DeviceInfo("here", ("here",)) if torch.cuda.is_available() else DeviceInfo()
+    one_host = PairTopology(here, here, one_host=True)
+    why = obstacle(transport, one_host) if transport != "auto" else ""
     if why:
         raise refuse(f"--bpipe-transport {transport} cannot be used here: {why}")
 

@@ -54,10 +54,10 @@ def make_schedule(
         if plan.slots_borrowed or plan.slots_lent:
             call = replace(call, communicator=StreamWaits(call.communicator))
         stage = MegatronStage(call)
-        store, lender = session.store_for(plan), session.lender
+        store, acceptor_end = session.store_for(plan), session.acceptor_end
         name = f"rank {torch.distributed.get_rank()} (stage {group.rank()} of {group.size()})"
         ranges = torch.cuda.nvtx.range if torch.cuda.is_available() else None
-        Run(plan.ops, stage, store, lender, session.observers(), name, ranges).run()
+        Run(plan.ops, stage, store, acceptor_end, session.observers(), name, ranges).run()
         _finish_gradients(call, stage, embedding, arguments)
         _timer(call.config, start=False)
         session.end(stage.losses)

@@ -72,8 +72,8 @@ def _scalars(args: Any, sequences: float, seconds: float, session: Session) -> d
         scalars["bpipe/mfu_percent"] = 100 * per_gpu / gpu.flops
     if session.plan is not None:
         scalars["bpipe/budget"] = session.plan.budget
-    if session.lender is not None:
-        scalars["bpipe/pool_mib"] = session.lender.pool_bytes / 2**20
+    if session.acceptor_end is not None:
+        scalars["bpipe/pool_mib"] = session.acceptor_end.pool_bytes / 2**20
     return scalars
 
 

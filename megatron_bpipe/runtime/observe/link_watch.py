@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from megatron_bpipe.runtime.transport import Ticket
+from megatron_bpipe.runtime.transport import TransferHandle
 from megatron_bpipe.schedule.ops import Kind, Op
 
 MIB, GIB = 2**20, 2**30
@@ -32,7 +32,7 @@ class LinkWatch:
     _begun: object = None
     _forwards: list[tuple[object, object]] = field(default_factory=list)
     _sizes: list[int] = field(default_factory=list)
-    _tickets: list[Ticket] = field(default_factory=list)
+    _transfers: list[TransferHandle] = field(default_factory=list)
 
     def forward_begins(self, op: Op) -> None:
         """Note the start."""
@@ -47,21 +47,21 @@ class LinkWatch:
         if op.kind in (Kind.EVICT, Kind.LOAD):
             self._sizes.append(moved)
 
-    def transfer_done(self, op: Op, ticket: Ticket) -> None:
+    def transfer_done(self, op: Op, transfer: TransferHandle) -> None:
         """Note when it moved."""
-        self._tickets.append(ticket)
+        self._transfers.append(transfer)
 
     @property
     def saw_transfers(self) -> bool:
         """Whether anything moved."""
-        return bool(self._tickets)
+        return bool(self._transfers)
 
     def verdict(self) -> str | None:
         """What to tell the user, None if the copies can hide.
 
         Once `saw_transfers`, when the iteration is over.
         """
-        copies = [end - start for start, end in (ticket.span for ticket in self._tickets)]
+        copies = [end - start for start, end in (transfer.span for transfer in self._transfers)]
         forwards = [self.between(*marks) for marks in self._forwards]
         size = int(statistics.median(self._sizes))
         # the fastest copy: messages also wait for the other end, which is no fault of the link

@@ -18,7 +18,7 @@ import torch
 from megatron_bpipe.runtime.graph import nodes_below, roots_of
 from megatron_bpipe.runtime.observe.audit import Audit, audit_forward
 from megatron_bpipe.runtime.observe.memory import LiveActivations
-from megatron_bpipe.runtime.transport import Ticket
+from megatron_bpipe.runtime.transport import TransferHandle
 from megatron_bpipe.schedule.ops import ActivationKey, Kind, Op
 
 TIMELINE_ITERATIONS = 8
@@ -81,7 +81,7 @@ class Recorder:
     _begun: float = 0.0
     # perf_counter to wall clock, so that the ranks of a node share one axis
     _offset: float = field(default_factory=lambda: time.time() - time.perf_counter())
-    _transfers: list[tuple[int, Ticket]] = field(default_factory=list)  # index of its event
+    _transfers: list[tuple[int, TransferHandle]] = field(default_factory=list)  # index of its event
 
     @property
     def between_iterations(self) -> int | None:
@@ -104,13 +104,13 @@ class Recorder:
         span = self._begun + self._offset, time.perf_counter() + self._offset
         self.iterations.append(span)
         events = self.timeline[-1]
-        for i, ticket in self._transfers:
-            start, end = ticket.span
+        for i, transfer in self._transfers:
+            start, end = transfer.span
             events[i] = replace(
                 events[i],
                 copy_start=start + self._offset,
                 copy_end=end + self._offset,
-                exposed=ticket.exposed,
+                exposed=transfer.exposed,
             )
         self._transfers.clear()
         if losses:
@@ -138,9 +138,9 @@ class Recorder:
         """A load allocated ``storages``."""
         self._live.track(key, storages)
 
-    def transfer_done(self, op: Op, ticket: Ticket) -> None:
+    def transfer_done(self, op: Op, transfer: TransferHandle) -> None:
         """See `executor.Observer`."""
-        self._transfers.append((len(self.timeline[-1]), ticket))
+        self._transfers.append((len(self.timeline[-1]), transfer))
 
     def op_done(self, op: Op, start: float, end: float, moved: int) -> None:
         """See `executor.Observer`."""

@@ -1,5 +1,10 @@
 """How activation bytes travel between an evictor and its acceptor."""
 
-from megatron_bpipe.runtime.transport.base import Lender, Ticket, Transport, TransportError
+from megatron_bpipe.runtime.transport.base import (
+    AcceptorEnd,
+    TransferHandle,
+    Transport,
+    TransportError,
+)
 
-__all__ = ["Lender", "Ticket", "Transport", "TransportError"]
+__all__ = ["AcceptorEnd", "TransferHandle", "Transport", "TransportError"]

@@ -1,7 +1,7 @@
 """What the activation store asks of a transport.
 
-A transport has two ends. The evictor's `Transport` moves bytes; the acceptor's `Lender` holds the
-memory. One-sided transports need nothing of the acceptor after the pool is lent.
+A transport has two ends. The evictor's `Transport` moves bytes; the acceptor's `AcceptorEnd` holds
+the memory. One-sided transports need nothing of the acceptor after the pool is lent.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class TransportError(RuntimeError):
     """Bytes could not travel; the message names the pair and what to do."""
 
 
-class Ticket(Protocol):
+class TransferHandle(Protocol):
     """One transfer under way."""
 
     def wait(self) -> None:
@@ -42,10 +42,10 @@ class Ticket(Protocol):
 class Transport(Protocol):
     """The evictor's end."""
 
-    def evict(self, key: ActivationKey, pieces: Sequence[torch.Tensor]) -> Ticket:
+    def evict(self, key: ActivationKey, pieces: Sequence[torch.Tensor]) -> TransferHandle:
         """Start to copy ``pieces`` (flat uint8 tensors) out."""
 
-    def load(self, key: ActivationKey, pieces: Sequence[torch.Tensor]) -> Ticket:
+    def load(self, key: ActivationKey, pieces: Sequence[torch.Tensor]) -> TransferHandle:
         """Start to copy a micro-batch back into ``pieces``, same order and sizes as evicted."""
 
     def release(self, key: ActivationKey) -> None:
@@ -63,7 +63,7 @@ class Transport(Protocol):
         """Stop threads and unmap memory."""
 
 
-class Lender(Protocol):
+class AcceptorEnd(Protocol):
     """The acceptor's end."""
 
     @property

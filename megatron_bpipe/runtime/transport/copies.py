@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from megatron_bpipe.runtime.transport.base import Ticket
+from megatron_bpipe.runtime.transport.base import TransferHandle
 from megatron_bpipe.runtime.transport.worker import Job, Worker
 
 
@@ -16,7 +16,7 @@ class Copies(Protocol):
 
     def start(
         self, label: str, targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]
-    ) -> Ticket:
+    ) -> TransferHandle:
         """Start to copy each source to its target (flat uint8 tensors of equal sizes)."""
 
     def close(self) -> None:

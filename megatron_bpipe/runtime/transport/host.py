@@ -72,8 +72,8 @@ class HostMemory:
         self._segments.clear()
 
 
-class NothingLent:
-    """The acceptor's end; see `Lender`."""
+class NoPool:
+    """The acceptor's end; see `AcceptorEnd`."""
 
     pool_bytes = 0
 

@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 
 from megatron_bpipe.runtime.activation import padded
-from megatron_bpipe.runtime.transport.base import Ticket
+from megatron_bpipe.runtime.transport.base import TransferHandle
 from megatron_bpipe.runtime.transport.copies import Copies
 from megatron_bpipe.runtime.transport.pool_allocator import Extent, Room
 from megatron_bpipe.schedule.ops import ActivationKey
@@ -57,7 +57,7 @@ class OneSidedTransport:
         self._segments: list[torch.Tensor] = []
         self._room = Room()
 
-    def evict(self, key: ActivationKey, pieces: Sequence[torch.Tensor]) -> Ticket:
+    def evict(self, key: ActivationKey, pieces: Sequence[torch.Tensor]) -> TransferHandle:
         """See `Transport`.
 
         Raises:
@@ -68,7 +68,7 @@ class OneSidedTransport:
         slot = self._slot(extent, pieces)
         return self._copies.start(f"E{key} to {self.pair}", slot, pieces)
 
-    def load(self, key: ActivationKey, pieces: Sequence[torch.Tensor]) -> Ticket:
+    def load(self, key: ActivationKey, pieces: Sequence[torch.Tensor]) -> TransferHandle:
         """See `Transport`."""
         slot = self._slot(self._room.taken[key], pieces)
         return self._copies.start(f"L{key} from {self.pair}", pieces, slot)

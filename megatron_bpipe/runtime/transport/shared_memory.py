@@ -21,26 +21,26 @@ from megatron_bpipe.runtime.transport.base import TransportError
 from megatron_bpipe.runtime.transport.copies import ThreadCopies
 from megatron_bpipe.runtime.transport.host_memory import check_available, no_memory
 from megatron_bpipe.runtime.transport.one_sided import OneSidedTransport
-from megatron_bpipe.runtime.transport.pair.rendezvous import Meeting
+from megatron_bpipe.runtime.transport.pair.rendezvous import PairRendezvous
 from megatron_bpipe.schedule.ops import ActivationKey
 
 
-class SharedMemoryLender:
+class SharedMemoryAcceptor:
     """The acceptor's end: allocates the pool, touches its pages, keeps it until closed.
 
     Raises:
         TransportError: the evictor does not ask in time, or there is no memory for the pool.
     """
 
-    def __init__(self, meeting: Meeting) -> None:
-        wanted = int(meeting.hear("want"))
-        check_available(wanted, meeting.pair)
+    def __init__(self, rendezvous: PairRendezvous) -> None:
+        wanted = int(rendezvous.get("want"))
+        check_available(wanted, rendezvous.pair)
         try:
-            self._descriptor = os.memfd_create(f"bpipe-{meeting.pair}")
+            self._descriptor = os.memfd_create(f"bpipe-{rendezvous.pair}")
             os.posix_fallocate(self._descriptor, 0, wanted)  # raises now, not SIGBUS later
         except OSError as error:
-            raise no_memory(meeting.pair, wanted, str(error)) from error
-        meeting.tell("lend", json.dumps([os.getpid(), self._descriptor, wanted]))
+            raise no_memory(rendezvous.pair, wanted, str(error)) from error
+        rendezvous.publish("lend", json.dumps([os.getpid(), self._descriptor, wanted]))
 
     @property
     def pool_bytes(self) -> int:
@@ -67,14 +67,14 @@ class SharedMemory:
     """The evictor's view of the lent pool; see `Memory`.
 
     Args:
-        meeting: with the acceptor, which must be on this host.
+        rendezvous: with the acceptor, which must be on this host.
         wanted: bytes of the pool to ask for.
     """
 
-    def __init__(self, meeting: Meeting, wanted: int) -> None:
-        self._meeting = meeting
+    def __init__(self, rendezvous: PairRendezvous, wanted: int) -> None:
+        self._rendezvous = rendezvous
         self._descriptor = -1
-        meeting.tell("want", str(max(wanted, mmap.PAGESIZE)))
+        rendezvous.publish("want", str(max(wanted, mmap.PAGESIZE)))
 
     def first(self) -> torch.Tensor:
         """Map what is lent.
@@ -82,15 +82,15 @@ class SharedMemory:
         Raises:
             TransportError: nothing is lent in time, or it cannot be opened from here.
         """
-        pid, descriptor, size = json.loads(self._meeting.hear("lend"))
+        pid, descriptor, size = json.loads(self._rendezvous.get("lend"))
         path = f"/proc/{pid}/fd/{descriptor}"
         try:
             self._descriptor = os.open(path, os.O_RDWR)
         except OSError as error:
             raise TransportError(
-                f"pair {self._meeting.pair}: cannot open the pool lent at {path} ({error}); both "
-                "ranks must run on one host, as one user, in one PID namespace (one container per "
-                "node); or use --bpipe-transport p2p"
+                f"pair {self._rendezvous.pair}: cannot open the pool lent at {path} ({error}); "
+                "both ranks must run on one host, as one user, in one PID namespace (one container "
+                "per node); or use --bpipe-transport p2p"
             ) from error
         return self._map(0, size)
 
@@ -100,7 +100,7 @@ class SharedMemory:
         Raises:
             TransportError: the host has no memory left.
         """
-        pair = self._meeting.pair
+        pair = self._rendezvous.pair
         old = os.fstat(self._descriptor).st_size
         start = -(-old // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
         check_available(size, pair)
@@ -112,7 +112,7 @@ class SharedMemory:
 
     def check(self) -> None:
         """See `Memory`."""
-        self._meeting.check_peer()
+        self._rendezvous.check_peer()
 
     @property
     def hosted_bytes(self) -> int:
@@ -131,12 +131,12 @@ class SharedMemory:
         return torch.frombuffer(memory, dtype=torch.uint8)
 
 
-def shared_memory_transport(meeting: Meeting, wanted: int) -> OneSidedTransport:
+def shared_memory_transport(rendezvous: PairRendezvous, wanted: int) -> OneSidedTransport:
     """The evictor's end.
 
     Args:
-        meeting: with the acceptor, which must be on this host.
+        rendezvous: with the acceptor, which must be on this host.
         wanted: bytes of the pool to ask for.
     """
-    memory = SharedMemory(meeting, wanted)
-    return OneSidedTransport(meeting.pair, memory, ThreadCopies(meeting.deadline))
+    memory = SharedMemory(rendezvous, wanted)
+    return OneSidedTransport(rendezvous.pair, memory, ThreadCopies(rendezvous.deadline))

@@ -88,8 +88,8 @@ class TwoSidedTransport:
         self._worker.close()
 
 
-class TwoSidedLender:
-    """The acceptor's end; see `Lender`.
+class TwoSidedAcceptor:
+    """The acceptor's end; see `AcceptorEnd`.
 
     Memory is kept between transfers and used again for one that is not larger.
     """

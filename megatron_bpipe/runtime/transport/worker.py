@@ -13,7 +13,7 @@ from megatron_bpipe.runtime.transport.base import TransportError
 
 @dataclass
 class Job:
-    """A transfer on a worker thread; see `Ticket`."""
+    """A transfer on a worker thread; see `TransferHandle`."""
 
     label: str
     action: Callable[[], None] | None

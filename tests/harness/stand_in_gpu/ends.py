@@ -8,16 +8,16 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from megatron_bpipe.runtime.transport import Lender
+from megatron_bpipe.runtime.transport import AcceptorEnd
 from megatron_bpipe.schedule.ops import ActivationKey
 
 SECONDS = 30.0
 
 
 class InProcess:
-    """A lender in a forked process, as IPC needs; see `Lender`."""
+    """An acceptor's end in a forked process, as IPC needs; see `AcceptorEnd`."""
 
-    def __init__(self, make: Callable[[], Lender]) -> None:
+    def __init__(self, make: Callable[[], AcceptorEnd]) -> None:
         context = multiprocessing.get_context("fork")
         self._line, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(make, theirs), daemon=True)
@@ -25,10 +25,10 @@ class InProcess:
         theirs.close()
 
     def ask(self, name: str) -> Any:
-        """An attribute of the lender, or what its method returns.
+        """An attribute of the acceptor, or what its method returns.
 
         Raises:
-            RuntimeError: what the lender raised, as text.
+            RuntimeError: what the acceptor raised, as text.
         """
         self._line.send(name)
         if not self._line.poll(SECONDS):
@@ -40,7 +40,7 @@ class InProcess:
 
     @property
     def pool_bytes(self) -> int:
-        """See `Lender`."""
+        """See `AcceptorEnd`."""
         return int(self.ask("pool_bytes"))
 
     def accept(self, key: ActivationKey) -> None:
@@ -50,11 +50,11 @@ class InProcess:
         """Nothing to do: the evictor reads by itself."""
 
     def finish(self) -> None:
-        """See `Lender`."""
+        """See `AcceptorEnd`."""
         self.ask("finish")
 
     def close(self) -> None:
-        """See `Lender`; ends the process."""
+        """See `AcceptorEnd`; ends the process."""
         try:
             self.ask("close")
         except (OSError, EOFError, RuntimeError):  # the test has killed it, or it refused
@@ -65,11 +65,11 @@ class InProcess:
             self._line.close()
 
 
-def _serve(make: Callable[[], Lender], line: Any) -> None:
-    lender: Any = None
+def _serve(make: Callable[[], AcceptorEnd], line: Any) -> None:
+    acceptor_end: Any = None
     failed: RuntimeError | None = None
     try:
-        lender = make()
+        acceptor_end = make()
     except RuntimeError as error:
         failed = RuntimeError(str(error))
     name, parent = "", os.getppid()
@@ -78,40 +78,40 @@ def _serve(make: Callable[[], Lender], line: Any) -> None:
             if os.getppid() != parent:  # the tests died: nobody will ask
                 return
         name = line.recv()
-        found = None if failed else getattr(lender, name)
+        found = None if failed else getattr(acceptor_end, name)
         line.send(failed or (found() if callable(found) else found))
 
 
 class OnThread:
-    """A lender whose calls may block, on a thread; see `Lender`."""
+    """An acceptor's end whose calls may block, on a thread; see `AcceptorEnd`."""
 
-    def __init__(self, make: Callable[[], Lender]) -> None:
+    def __init__(self, make: Callable[[], AcceptorEnd]) -> None:
         self._thread = ThreadPoolExecutor(1)
-        self._lender = self._thread.submit(make)
+        self._acceptor_end = self._thread.submit(make)
         self._calls: list[Future[None]] = []
 
     @property
     def pool_bytes(self) -> int:
-        """See `Lender`."""
-        return self._lender.result(SECONDS).pool_bytes
+        """See `AcceptorEnd`."""
+        return self._acceptor_end.result(SECONDS).pool_bytes
 
     def accept(self, key: ActivationKey) -> None:
-        """See `Lender`."""
-        self._later(lambda: self._lender.result().accept(key))
+        """See `AcceptorEnd`."""
+        self._later(lambda: self._acceptor_end.result().accept(key))
 
     def give_back(self, key: ActivationKey) -> None:
-        """See `Lender`."""
-        self._later(lambda: self._lender.result().give_back(key))
+        """See `AcceptorEnd`."""
+        self._later(lambda: self._acceptor_end.result().give_back(key))
 
     def finish(self) -> None:
-        """See `Lender`."""
+        """See `AcceptorEnd`."""
         for call in self._calls:
             call.result(SECONDS)
-        self._lender.result(SECONDS).finish()
+        self._acceptor_end.result(SECONDS).finish()
 
     def close(self) -> None:
-        """See `Lender`."""
-        self._later(lambda: self._lender.result().close())
+        """See `AcceptorEnd`."""
+        self._later(lambda: self._acceptor_end.result().close())
         self._thread.shutdown()
 
     def _later(self, call: Callable[[], None]) -> None:

@@ -15,8 +15,8 @@ def instead(job: dict[str, Any], transport: str) -> None:
     nccl's messages are gloo's here: they block the host, so the run also shows that the order of
     the messages is free of deadlocks.
     """
-    from megatron_bpipe.runtime.transport.cuda.ipc import IpcLender, ipc_transport
-    from megatron_bpipe.runtime.transport.cuda.messages import NcclLender, NcclTransport
+    from megatron_bpipe.runtime.transport.cuda.ipc import IpcAcceptor, ipc_transport
+    from megatron_bpipe.runtime.transport.cuda.messages import NcclAcceptor, NcclTransport
     from megatron_bpipe.runtime.transport.pair.negotiate import Pair
     from tests.harness.stand_in_gpu import simulated_gpu
 
@@ -28,16 +28,16 @@ def instead(job: dict[str, Any], transport: str) -> None:
             entered.append(simulated_gpu(late=transport == "ipc"))
             entered[0].__enter__()  # until the rank ends
 
-    def borrow(pair: Pair, microbatch_bytes: int, slots: int) -> Any:
+    def open_evictor(pair: Pair, microbatch_bytes: int, slots: int) -> Any:
         stand_in()
         if transport == "ipc":
-            return ipc_transport(pair.meeting, microbatch_bytes * slots, CPU)
-        return NcclTransport(pair.group, pair.meeting, microbatch_bytes, slots, CPU)
+            return ipc_transport(pair.rendezvous, microbatch_bytes * slots, CPU)
+        return NcclTransport(pair.group, pair.rendezvous, microbatch_bytes, slots, CPU)
 
-    def lend(pair: Pair) -> Any:
+    def open_acceptor(pair: Pair) -> Any:
         stand_in()
         if transport == "ipc":
-            return IpcLender(pair.meeting, CPU)
-        return NcclLender(pair.group, pair.meeting, CPU)
+            return IpcAcceptor(pair.rendezvous, CPU)
+        return NcclAcceptor(pair.group, pair.rendezvous, CPU)
 
-    Pair.borrow, Pair.lend = borrow, lend  # type: ignore[method-assign]
+    Pair.open_evictor, Pair.open_acceptor = open_evictor, open_acceptor  # type: ignore[method-assign]

@@ -104,7 +104,7 @@ class Event:
         self.stream, at = stream or current_stream(), []
         self._at = at
         self.stream.put(lambda: at.append(time.perf_counter()))
-        if self._timed:  # a ticket's end; those of messages between copies are not
+        if self._timed:  # a transfer's end; those of messages between copies are not
             self.stream.batch_ends()
 
     def mark(self) -> Callable[[], None]:

@@ -23,8 +23,8 @@ from megatron_bpipe.runtime.transport.host import HostMemory
 from megatron_bpipe.runtime.transport.one_sided import OneSidedTransport
 from megatron_bpipe.runtime.transport.pair import negotiate as pairing
 from megatron_bpipe.runtime.transport.pair.bandwidth import measure
-from megatron_bpipe.runtime.transport.pair.links import Link, Place, Sight
-from megatron_bpipe.runtime.transport.pair.rendezvous import Meeting
+from megatron_bpipe.runtime.transport.pair.links import DeviceInfo, Link, PairTopology
+from megatron_bpipe.runtime.transport.pair.rendezvous import PairRendezvous
 from tests.harness.stand_in_gpu import (
     NEEDS_COMPILER,
     bytes_of,
@@ -35,11 +35,13 @@ from tests.harness.stand_in_gpu import (
 )
 from tests.harness.stand_in_gpu.ends import InProcess
 from tests.runtime.test_store import gradients, micro_batch
-from tests.runtime.transport.test_transports import groups_of_two, meetings, pieces
+from tests.runtime.transport.test_transports import groups_of_two, pieces, rendezvous_of_both
 
 pytestmark = NEEDS_COMPILER
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
-ONE_GPU = Sight(Place("a", ("a",)), Place("a", ("a",)), one_host=True, link=Link.SAME_GPU)
+ONE_GPU = PairTopology(
+    DeviceInfo("a", ("a",)), DeviceInfo("a", ("a",)), one_host=True, link=Link.SAME_GPU
+)
 MIB = 2**20
 
 
@@ -53,10 +55,10 @@ def gpu() -> Iterator[None]:
 
 
 class Agreement:
-    """The acceptor's part of the agreement, as a lender in another process."""
+    """The acceptor's part of the agreement, in another process."""
 
-    def __init__(self, asked: str, meeting: Meeting) -> None:
-        self.agreed = " ".join(pairing.agree(asked, ONE_GPU, meeting, CPU))
+    def __init__(self, asked: str, rendezvous: PairRendezvous) -> None:
+        self.agreed = " ".join(pairing.agree(asked, ONE_GPU, rendezvous, CPU))
         self.pool_bytes = bytes_of("allocated")
 
     def close(self) -> None:
@@ -64,7 +66,7 @@ class Agreement:
 
 
 def agree(asked: str, folder: Path) -> tuple[Any, InProcess]:
-    here, there = meetings(dist.FileStore(str(folder / "store"), 2))
+    here, there = rendezvous_of_both(dist.FileStore(str(folder / "store"), 2))
     other = InProcess(lambda: Agreement(asked, there))
     try:
         return pairing.agree(asked, ONE_GPU, here, CPU), other
@@ -100,16 +102,16 @@ def test_asked_for_by_name_both_ends_refuse(tmp_path: Path) -> None:
 
 def test_a_pool_that_does_not_fit_names_both_numbers() -> None:
     set_capacity(10_000)
-    here, there = meetings()
-    here.tell("want", "65536")
+    here, there = rendezvous_of_both()
+    here.publish("want", "65536")
     wanted = r"pair 0-1: no room for a pool of 65536 bytes .* 10000 of 10000 bytes are free"
     with pytest.raises(TransportError, match=wanted):
-        ipc.IpcLender(there, CPU)
+        ipc.IpcAcceptor(there, CPU)
 
 
 def test_slots_that_do_not_fit_name_both_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    here, there = meetings()
-    here.tell("slot", "[65536, 3]")
+    here, there = rendezvous_of_both()
+    here.publish("slot", "[65536, 3]")
     set_capacity(10_000)
 
     def full(*size: object, **options: object) -> torch.Tensor:
@@ -117,42 +119,42 @@ def test_slots_that_do_not_fit_name_both_numbers(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(torch, "empty", full)
     with pytest.raises(TransportError, match=r"1 slots of 65536 bytes .* 10000 bytes are free"):
-        messages.NcclLender(None, there, CPU)
+        messages.NcclAcceptor(None, there, CPU)
 
 
 @pytest.fixture
-def lent() -> tuple[ipc.IpcLender, Meeting]:
-    """A lender, and the evictor's side of its meeting."""
-    here, there = meetings()
-    here.tell("want", "65536")
-    return ipc.IpcLender(there, CPU), here
+def lent() -> tuple[ipc.IpcAcceptor, PairRendezvous]:
+    """An acceptor's end, and the evictor's side of its rendezvous."""
+    here, there = rendezvous_of_both()
+    here.publish("want", "65536")
+    return ipc.IpcAcceptor(there, CPU), here
 
 
-def test_the_lender_frees_after_the_evictor_has_unmapped(lent: Any) -> None:
-    lender, evictor = lent
-    closing = threading.Thread(target=lender.close)
+def test_the_acceptor_frees_after_the_evictor_has_unmapped(lent: Any) -> None:
+    acceptor_end, evictor = lent
+    closing = threading.Thread(target=acceptor_end.close)
     closing.start()
     closing.join(0.3)
-    assert bytes_of("allocated") == lender.pool_bytes == 65536
-    evictor.tell("unmapped", "")
+    assert bytes_of("allocated") == acceptor_end.pool_bytes == 65536
+    evictor.publish("unmapped", "")
     closing.join(5)
-    assert bytes_of("allocated") == lender.pool_bytes == 0
+    assert bytes_of("allocated") == acceptor_end.pool_bytes == 0
 
 
-def test_the_lender_keeps_what_may_still_be_mapped(
+def test_the_acceptor_keeps_what_may_still_be_mapped(
     lent: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ipc, "SECONDS_TO_UNMAP", 0.1)
-    lender, evictor = lent
-    lender.close()
+    acceptor_end, evictor = lent
+    acceptor_end.close()
     assert bytes_of("allocated") == 65536
-    evictor.tell("unmapped", "")
-    lender.close()
+    evictor.publish("unmapped", "")
+    acceptor_end.close()
 
 
 def test_it_is_unmapped_and_unpinned(tmp_path: Path) -> None:
-    here, there = meetings(dist.FileStore(str(tmp_path / "store"), 2))
-    other = InProcess(lambda: ipc.IpcLender(there, CPU))
+    here, there = rendezvous_of_both(dist.FileStore(str(tmp_path / "store"), 2))
+    other = InProcess(lambda: ipc.IpcAcceptor(there, CPU))
     transport = OneSidedTransport("0-1", ipc.IpcMemory(here, 4096, GPU), StreamCopies(CPU))
     transport._memory._device = CPU  # pins as on a GPU, maps for tensors on the CPU
     transport.evict(0, pieces(0, 3000)).wait()
@@ -160,28 +162,28 @@ def test_it_is_unmapped_and_unpinned(tmp_path: Path) -> None:
     assert bytes_of("mapped") == 2 * MIB  # of whole pages
     assert bytes_of("pinned") == transport.hosted_bytes >= 3 * MIB
     said_at: dict[str, int] = {}  # bytes mapped when something was said
-    tell = here.tell
+    tell = here.publish
 
     def noted(what: str, value: str) -> None:
         said_at[what] = bytes_of("mapped")
         tell(what, value)
 
-    here.tell = noted  # type: ignore[method-assign]
+    here.publish = noted  # type: ignore[method-assign]
     transport.close()
-    assert said_at == {"unmapped": 0}  # the lender frees the pool when it hears that
+    assert said_at == {"unmapped": 0}  # the acceptor frees the pool when it hears that
     assert bytes_of("mapped") == bytes_of("pinned") == 0
     other.close()
 
 
 def test_an_acceptor_that_dies_is_named(tmp_path: Path) -> None:
-    here, there = meetings(dist.FileStore(str(tmp_path / "store"), 2))
+    here, there = rendezvous_of_both(dist.FileStore(str(tmp_path / "store"), 2))
 
-    def lend() -> ipc.IpcLender:
-        there.introduce()
-        return ipc.IpcLender(there, CPU)
+    def lend() -> ipc.IpcAcceptor:
+        there.exchange_identity()
+        return ipc.IpcAcceptor(there, CPU)
 
     other = InProcess(lend)
-    here.introduce()
+    here.exchange_identity()
     transport = ipc.ipc_transport(here, 65536, CPU)
     transport.evict(0, pieces(0, 100)).wait()
     pid = other.process.pid
@@ -193,8 +195,8 @@ def test_an_acceptor_that_dies_is_named(tmp_path: Path) -> None:
 
 
 def test_speed_is_measured_through_it(tmp_path: Path) -> None:
-    here, there = meetings(dist.FileStore(str(tmp_path / "store"), 2))
-    other = InProcess(lambda: ipc.IpcLender(there, CPU))
+    here, there = rendezvous_of_both(dist.FileStore(str(tmp_path / "store"), 2))
+    other = InProcess(lambda: ipc.IpcAcceptor(there, CPU))
     transport = ipc.ipc_transport(here, MIB, CPU)
     speed = measure(transport, MIB, CPU)
     assert speed.size == MIB
@@ -239,7 +241,7 @@ def test_a_load_that_is_not_waited_for_would_be_seen(
     store: ActivationStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The control: with the wait taken away the test before would fail."""
-    from megatron_bpipe.runtime.transport.cuda.streams import StreamTicket
+    from megatron_bpipe.runtime.transport.cuda.streams import StreamTransferHandle
 
     weight = torch.nn.Parameter(torch.ones(12, 4))
     expected = gradients(*micro_batch(weight), weight)
@@ -247,8 +249,8 @@ def test_a_load_that_is_not_waited_for_would_be_seen(
     store.forward_done(0, output, leaves=True)
     store.evict(0)
     store.finish_evict(0)
-    abandoned: list[StreamTicket] = []  # they keep the memory that is copied to
-    monkeypatch.setattr(StreamTicket, "wait", lambda ticket: abandoned.append(ticket))
+    abandoned: list[StreamTransferHandle] = []  # they keep the memory that is copied to
+    monkeypatch.setattr(StreamTransferHandle, "wait", lambda transfer: abandoned.append(transfer))
     store.load(0)
     store.finish_load(0)
     assert not all(map(torch.equal, gradients(x, output, weight), expected))
@@ -256,30 +258,30 @@ def test_a_load_that_is_not_waited_for_would_be_seen(
 
 
 def test_nccl_slots_grow_with_a_later_iteration() -> None:
-    here, there = meetings()
+    here, there = rendezvous_of_both()
     groups = groups_of_two(here.store)
     with ThreadPoolExecutor(1) as other, simulated_gpu(late=False):
-        lending = other.submit(messages.NcclLender, groups[1], there, CPU)
+        lending = other.submit(messages.NcclAcceptor, groups[1], there, CPU)
         transport = messages.NcclTransport(groups[0], here, 4096, 1, CPU)
-        lender = lending.result(20)
+        acceptor_end = lending.result(20)
         sent = {i: pieces(i, 4096) for i in range(3)}
         for i, parts in sent.items():
-            accepted = other.submit(lender.accept, i)
+            accepted = other.submit(acceptor_end.accept, i)
             transport.evict(i, parts).wait()
             accepted.result(20)
-        assert lender.pool_bytes == 3 * 4096
+        assert acceptor_end.pool_bytes == 3 * 4096
         with pytest.raises(TransportError, match=r"micro-batches \[0, 1, 2\] are left"):
-            lender.finish()
+            acceptor_end.finish()
         for i in (1, 0, 2):
-            given = other.submit(lender.give_back, i)
+            given = other.submit(acceptor_end.give_back, i)
             back = [torch.zeros_like(part) for part in sent[i]]
             transport.load(i, back).wait()
             transport.release(i)
             given.result(20)
             assert all(map(torch.equal, back, sent[i]))
-        lender.finish()
+        acceptor_end.finish()
         transport.close()
-        lender.close()
+        acceptor_end.close()
 
 
 def test_the_driver_s_error_names_the_call() -> None:
@@ -336,11 +338,11 @@ def two_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str],
 def test_a_link_is_looked_up_by_uuid(
     two_gpus: Callable[[str], None], connection: str, link: Link
 ) -> None:
-    from megatron_bpipe.runtime.transport.cuda.place import link_between, place_of
+    from megatron_bpipe.runtime.transport.cuda.device_info import device_info, link_between
 
     two_gpus(connection)
-    here, there = (place_of(torch.device("cuda", i)) for i in range(2))
-    assert here == Place("aaa", ("aaa", "bbb"))
+    here, there = (device_info(torch.device("cuda", i)) for i in range(2))
+    assert here == DeviceInfo("aaa", ("aaa", "bbb"))
     assert link_between(here, there, one_host=True) is link
     assert link_between(here, here, one_host=True) is Link.SAME_GPU
     assert link_between(here, there, one_host=False) is Link.NODE

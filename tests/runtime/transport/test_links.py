@@ -7,9 +7,9 @@ import itertools
 import pytest
 
 from megatron_bpipe.runtime.transport.pair.links import (
+    DeviceInfo,
     Link,
-    Place,
-    Sight,
+    PairTopology,
     candidates,
     classify,
     obstacle,
@@ -32,12 +32,12 @@ EIGHT = (
 PCIE = "        GPU0    GPU1    GPU2\nGPU0     X      PHB     NODE\nGPU1    PHB      X      NODE\n"
 
 GPUS = ("a", "b")
-CPU = Sight(Place(), Place(), one_host=True)
-FAR_CPU = Sight(Place(), Place(), one_host=False)
+CPU = PairTopology(DeviceInfo(), DeviceInfo(), one_host=True)
+FAR_CPU = PairTopology(DeviceInfo(), DeviceInfo(), one_host=False)
 
 
-def gpus(link: Link, *, theirs: str = "b", one_host: bool = True) -> Sight:
-    return Sight(Place("a", GPUS), Place(theirs, GPUS), one_host, link)
+def gpus(link: Link, *, theirs: str = "b", one_host: bool = True) -> PairTopology:
+    return PairTopology(DeviceInfo("a", GPUS), DeviceInfo(theirs, GPUS), one_host, link)
 
 
 def test_names_by_uuid() -> None:
@@ -69,7 +69,7 @@ def test_an_unknown_connection_is_said_to_be_unknown() -> None:
 
 
 @pytest.mark.parametrize(
-    ("sight", "order"),
+    ("topology", "order"),
     [
         (CPU, ["shm", "p2p"]),
         (FAR_CPU, ["p2p"]),
@@ -82,12 +82,12 @@ def test_an_unknown_connection_is_said_to_be_unknown() -> None:
         (gpus(Link.NODE, one_host=False), ["p2p", "host"]),
     ],
 )
-def test_what_auto_tries_in_which_order(sight: Sight, order: list[str]) -> None:
-    assert candidates("auto", sight)[0] == order
+def test_what_auto_tries_in_which_order(topology: PairTopology, order: list[str]) -> None:
+    assert candidates("auto", topology)[0] == order
 
 
 @pytest.mark.parametrize(
-    ("asked", "sight", "words"),
+    ("asked", "topology", "words"),
     [
         ("shm", FAR_CPU, "share no host"),
         ("shm", gpus(Link.NVLINK), "host is the same for GPUs"),
@@ -99,28 +99,28 @@ def test_what_auto_tries_in_which_order(sight: Sight, order: list[str]) -> None:
     ],
 )
 def test_asked_for_by_name_it_is_refused_with_the_reason(
-    asked: str, sight: Sight, words: str
+    asked: str, topology: PairTopology, words: str
 ) -> None:
-    order, out = candidates(asked, sight)
+    order, out = candidates(asked, topology)
     assert order == []
     assert words in out[asked]
 
 
 def test_what_is_asked_for_by_name_is_tried_alone() -> None:
-    sights = [CPU, FAR_CPU, *(gpus(link) for link in Link)]
-    for asked, sight in itertools.product(("ipc", "shm", "p2p", "host"), sights):
-        order, out = candidates(asked, sight)
-        assert order == ([] if obstacle(asked, sight) else [asked])
+    topologies = [CPU, FAR_CPU, *(gpus(link) for link in Link)]
+    for asked, topology in itertools.product(("ipc", "shm", "p2p", "host"), topologies):
+        order, out = candidates(asked, topology)
+        assert order == ([] if obstacle(asked, topology) else [asked])
         assert set(out) <= {asked}
 
 
 def test_host_is_always_open() -> None:
-    for sight in (CPU, FAR_CPU, *(gpus(link) for link in Link)):
-        assert obstacle("host", sight) == ""
+    for topology in (CPU, FAR_CPU, *(gpus(link) for link in Link)):
+        assert obstacle("host", topology) == ""
 
 
 def test_places_travel_as_text() -> None:
-    place = Place("a", GPUS)
-    assert Place.loads(place.dumps()) == place
+    place = DeviceInfo("a", GPUS)
+    assert DeviceInfo.loads(place.dumps()) == place
     assert place.on_gpu
-    assert not Place.loads(Place().dumps()).on_gpu
+    assert not DeviceInfo.loads(DeviceInfo().dumps()).on_gpu

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_bpipe.runtime.transport.cuda import messages
-from megatron_bpipe.runtime.transport.pair.rendezvous import Meeting
+from megatron_bpipe.runtime.transport.pair.rendezvous import PairRendezvous
 from tests.harness.stand_in_gpu import NEEDS_COMPILER, simulated_gpu, streams
 
 pytestmark = NEEDS_COMPILER
@@ -61,14 +61,16 @@ def exchange(seed: int, slot: int, beyond: int = 0) -> bool:
     there, back = queue.SimpleQueue(), queue.SimpleQueue()
     store = dist.HashStore()
     evictor, acceptor = Group(there, back), Group(back, there)
-    transport = messages.NcclTransport(evictor, Meeting(store, "0-1", "evictor", 5), slot, 2, CPU)
+    transport = messages.NcclTransport(
+        evictor, PairRendezvous(store, "0-1", "evictor", 5), slot, 2, CPU
+    )
     evictor.stream.synchronize()
-    lender = messages.NcclLender(acceptor, Meeting(store, "0-1", "acceptor", 5), CPU)
+    acceptor_end = messages.NcclAcceptor(acceptor, PairRendezvous(store, "0-1", "acceptor", 5), CPU)
     held: dict[int, list[torch.Tensor]] = {}
 
     def come_back(i: int) -> bool:
         expected = held.pop(i)
-        lender.give_back(i)
+        acceptor_end.give_back(i)
         acceptor.stream.synchronize()
         found = [torch.zeros_like(piece) for piece in expected]
         transport.load(i, found).wait()
@@ -81,7 +83,7 @@ def exchange(seed: int, slot: int, beyond: int = 0) -> bool:
         sizes = [dice.randrange(1, slot // 2 + beyond) for _ in range(3)]
         leaving = [torch.randint(0, 256, (n,), dtype=torch.uint8) for n in sizes]
         held[i] = [piece.clone() for piece in leaving]
-        lender.accept(i)
+        acceptor_end.accept(i)
         transport.evict(i, leaving).wait()
         for piece in leaving:
             piece.fill_(7)  # as if its memory went to other work
@@ -89,9 +91,9 @@ def exchange(seed: int, slot: int, beyond: int = 0) -> bool:
             acceptor.stream.synchronize()
     while held:
         right &= come_back(next(iter(held)))
-    lender.finish()
+    acceptor_end.finish()
     transport.close()
-    lender.close()
+    acceptor_end.close()
     return right and not evictor.stream.queued() and not acceptor.stream.queued()
 
 

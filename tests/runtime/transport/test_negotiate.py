@@ -10,21 +10,23 @@ import torch.distributed as dist
 
 from megatron_bpipe.runtime.transport import TransportError
 from megatron_bpipe.runtime.transport.pair import negotiate as pairing
-from megatron_bpipe.runtime.transport.pair.links import Link, Place, Sight
-from megatron_bpipe.runtime.transport.pair.rendezvous import Meeting
+from megatron_bpipe.runtime.transport.pair.links import DeviceInfo, Link, PairTopology
+from megatron_bpipe.runtime.transport.pair.rendezvous import PairRendezvous
 
 CPU = torch.device("cpu")
-ONE_HOST = Sight(Place(), Place(), one_host=True)
-TWO_HOSTS = Sight(Place(), Place(), one_host=False)
-NVLINK = Sight(Place("a", ("a", "b")), Place("b", ("a", "b")), one_host=True, link=Link.NVLINK)
+ONE_HOST = PairTopology(DeviceInfo(), DeviceInfo(), one_host=True)
+TWO_HOSTS = PairTopology(DeviceInfo(), DeviceInfo(), one_host=False)
+NVLINK = PairTopology(
+    DeviceInfo("a", ("a", "b")), DeviceInfo("b", ("a", "b")), one_host=True, link=Link.NVLINK
+)
 
 
-def agree(asked: str, sight: Sight) -> list[tuple[str, str] | TransportError]:
+def agree(asked: str, topology: PairTopology) -> list[tuple[str, str] | TransportError]:
     store = dist.HashStore()
 
     def one(end: str) -> tuple[str, str] | TransportError:
         try:
-            return pairing.agree(asked, sight, Meeting(store, "0-3", end, 10), CPU)
+            return pairing.agree(asked, topology, PairRendezvous(store, "0-3", end, 10), CPU)
         except TransportError as error:
             return error
 
@@ -33,7 +35,7 @@ def agree(asked: str, sight: Sight) -> list[tuple[str, str] | TransportError]:
 
 
 @pytest.mark.parametrize(
-    ("asked", "sight", "chosen"),
+    ("asked", "topology", "chosen"),
     [
         ("auto", ONE_HOST, "shm"),
         ("auto", TWO_HOSTS, "p2p"),
@@ -41,8 +43,8 @@ def agree(asked: str, sight: Sight) -> list[tuple[str, str] | TransportError]:
         ("host", TWO_HOSTS, "host"),
     ],
 )
-def test_both_ends_agree(asked: str, sight: Sight, chosen: str) -> None:
-    here, there = agree(asked, sight)
+def test_both_ends_agree(asked: str, topology: PairTopology, chosen: str) -> None:
+    here, there = agree(asked, topology)
     assert here == there
     assert here[0] == chosen
 
@@ -59,7 +61,9 @@ def test_auto_says_what_it_passed_over_and_why() -> None:
 def forbidden(monkeypatch: pytest.MonkeyPatch) -> None:
     """The driver says no, as in a container that may not use IPC."""
     monkeypatch.setattr(
-        pairing, "_offer_trial", lambda meeting, device: meeting.tell("offer", " not permitted")
+        pairing,
+        "_offer_trial",
+        lambda rendezvous, device: rendezvous.publish("offer", " not permitted"),
     )
 
 

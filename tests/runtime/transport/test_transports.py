@@ -20,17 +20,17 @@ import torch
 import torch.distributed as dist
 
 from megatron_bpipe.runtime.observe.memory import allocated_bytes
-from megatron_bpipe.runtime.transport import Lender, Transport, TransportError, host_memory
-from megatron_bpipe.runtime.transport.cuda.ipc import IpcLender, ipc_transport
-from megatron_bpipe.runtime.transport.cuda.messages import NcclLender, NcclTransport
-from megatron_bpipe.runtime.transport.host import NothingLent, host_transport
+from megatron_bpipe.runtime.transport import AcceptorEnd, Transport, TransportError, host_memory
+from megatron_bpipe.runtime.transport.cuda.ipc import IpcAcceptor, ipc_transport
+from megatron_bpipe.runtime.transport.cuda.messages import NcclAcceptor, NcclTransport
+from megatron_bpipe.runtime.transport.host import NoPool, host_transport
 from megatron_bpipe.runtime.transport.pair.negotiate import two_sided_group
-from megatron_bpipe.runtime.transport.pair.rendezvous import Identity, Meeting
+from megatron_bpipe.runtime.transport.pair.rendezvous import Identity, PairRendezvous
 from megatron_bpipe.runtime.transport.shared_memory import (
-    SharedMemoryLender,
+    SharedMemoryAcceptor,
     shared_memory_transport,
 )
-from megatron_bpipe.runtime.transport.two_sided import TwoSidedLender, TwoSidedTransport
+from megatron_bpipe.runtime.transport.two_sided import TwoSidedAcceptor, TwoSidedTransport
 from tests.harness.stand_in_gpu import NEEDS_COMPILER, simulated_gpu
 from tests.harness.stand_in_gpu.ends import OnThread
 
@@ -49,7 +49,7 @@ class Ends:
 
     name: str
     evictor: Transport
-    acceptor: Lender
+    acceptor: AcceptorEnd
 
     def evict(self, i: int, pieces: list[torch.Tensor]) -> None:
         self.acceptor.accept(i)
@@ -61,9 +61,9 @@ class Ends:
         self.evictor.release(i)
 
 
-def meetings(store: Any = None) -> tuple[Meeting, Meeting]:
+def rendezvous_of_both(store: Any = None) -> tuple[PairRendezvous, PairRendezvous]:
     store = store if store is not None else dist.HashStore()
-    return tuple(Meeting(store, "0-1", end, DEADLINE) for end in ("evictor", "acceptor"))
+    return tuple(PairRendezvous(store, "0-1", end, DEADLINE) for end in ("evictor", "acceptor"))
 
 
 def groups_of_two(store: Any) -> list[Any]:
@@ -82,20 +82,20 @@ def groups_of_two(store: Any) -> list[Any]:
 
 def open_ends(name: str, wanted: int) -> Ends:
     if name == "host":
-        return Ends(name, host_transport("0-1", wanted, CPU, DEADLINE), NothingLent())
-    here, there = meetings()
+        return Ends(name, host_transport("0-1", wanted, CPU, DEADLINE), NoPool())
+    here, there = rendezvous_of_both()
     if name == "ipc":
         transport = ipc_transport(here, wanted, CPU)
-        return Ends(name, transport, IpcLender(there, CPU))
+        return Ends(name, transport, IpcAcceptor(there, CPU))
     if name == "shm":
         transport = shared_memory_transport(here, wanted)
-        return Ends(name, transport, SharedMemoryLender(there))
+        return Ends(name, transport, SharedMemoryAcceptor(there))
     groups = groups_of_two(here.store)
     if name == "nccl":
-        lender = OnThread(lambda: NcclLender(groups[1], there, CPU))
-        return Ends(name, NcclTransport(groups[0], here, wanted // 2, 2, CPU), lender)
-    lender = TwoSidedLender(groups[1], "0-1", CPU, DEADLINE)
-    return Ends(name, TwoSidedTransport(groups[0], "0-1", DEADLINE), lender)
+        acceptor_end = OnThread(lambda: NcclAcceptor(groups[1], there, CPU))
+        return Ends(name, NcclTransport(groups[0], here, wanted // 2, 2, CPU), acceptor_end)
+    acceptor_end = TwoSidedAcceptor(groups[1], "0-1", CPU, DEADLINE)
+    return Ends(name, TwoSidedTransport(groups[0], "0-1", DEADLINE), acceptor_end)
 
 
 @pytest.fixture(params=TRANSPORTS)
@@ -166,14 +166,14 @@ def test_a_micro_batch_larger_than_the_pool_travels_too(open_pair: Callable[[int
     ends.acceptor.finish()
 
 
-def test_a_ticket_tells_when_the_copy_ran(open_pair: Callable[[int], Ends]) -> None:
+def test_a_handle_tells_when_the_copy_ran(open_pair: Callable[[int], Ends]) -> None:
     ends = open_pair(MIB)
     ends.acceptor.accept(0)
-    ticket = ends.evictor.evict(0, pieces(0, MIB))
-    ticket.wait()
-    start, end = ticket.span
+    transfer = ends.evictor.evict(0, pieces(0, MIB))
+    transfer.wait()
+    start, end = transfer.span
     assert 0 < start <= end
-    assert 0 <= ticket.exposed < DEADLINE
+    assert 0 <= transfer.exposed < DEADLINE
 
 
 def test_who_pays_for_the_memory(open_pair: Callable[[int], Ends]) -> None:
@@ -218,12 +218,12 @@ def test_no_memory_for_the_pool_names_both_numbers(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(host_memory, "available_bytes", lambda: 12_345)
-    here, there = meetings()
+    here, there = rendezvous_of_both()
 
     def ask() -> None:
         if name == "shm":
             shared_memory_transport(here, 65_536)
-            SharedMemoryLender(there)
+            SharedMemoryAcceptor(there)
         else:
             host_transport("0-1", 65_536, CPU, DEADLINE)
 
@@ -231,8 +231,8 @@ def test_no_memory_for_the_pool_names_both_numbers(
         ask()
 
 
-def test_a_dead_lender_is_named_at_the_next_eviction() -> None:
-    here, there = meetings()
+def test_a_dead_acceptor_is_named_at_the_next_eviction() -> None:
+    here, there = rendezvous_of_both()
     process = subprocess.Popen(["sleep", "60"])
     mine = Identity.mine()
     born = partial(Identity, mine.host, process.pid)
@@ -240,11 +240,11 @@ def test_a_dead_lender_is_named_at_the_next_eviction() -> None:
 
     here.peer = born(_born(process.pid) or "")
     transport = shared_memory_transport(here, 65_536)
-    lender = SharedMemoryLender(there)
+    acceptor_end = SharedMemoryAcceptor(there)
     transport.evict(0, pieces(0, 100)).wait()
     process.kill()
     process.wait()
     with pytest.raises(TransportError, match=rf"pair 0-1: the acceptor \(pid {process.pid}\) died"):
         transport.evict(1, pieces(0, 100))
     transport.close()
-    lender.close()
+    acceptor_end.close()

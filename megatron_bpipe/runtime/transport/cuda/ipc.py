@@ -23,26 +23,26 @@ from megatron_bpipe.runtime.transport.cuda import driver
 from megatron_bpipe.runtime.transport.cuda.streams import StreamCopies
 from megatron_bpipe.runtime.transport.host import HostMemory
 from megatron_bpipe.runtime.transport.one_sided import OneSidedTransport
-from megatron_bpipe.runtime.transport.pair.rendezvous import Meeting
+from megatron_bpipe.runtime.transport.pair.rendezvous import PairRendezvous
 from megatron_bpipe.schedule.ops import ActivationKey
 
 GRANULE = 2 * 2**20
 SECONDS_TO_UNMAP = 10.0
 
 
-class IpcLender:
+class IpcAcceptor:
     """The acceptor's end: allocates the pool and keeps it until the evictor has unmapped it.
 
     Raises:
         TransportError: the evictor does not ask in time, or the GPU has no memory for the pool.
     """
 
-    def __init__(self, meeting: Meeting, device: torch.device) -> None:
-        self._meeting = meeting
-        self.pool_bytes = int(meeting.hear("want"))
-        self._address = allocate(self.pool_bytes, device, meeting.pair)
+    def __init__(self, rendezvous: PairRendezvous, device: torch.device) -> None:
+        self._rendezvous = rendezvous
+        self.pool_bytes = int(rendezvous.get("want"))
+        self._address = allocate(self.pool_bytes, device, rendezvous.pair)
         handle = driver.share(self._address)
-        meeting.tell("lend", json.dumps([handle.hex(), self.pool_bytes]))
+        rendezvous.publish("lend", json.dumps([handle.hex(), self.pool_bytes]))
 
     def accept(self, key: ActivationKey) -> None:
         """Nothing to do: the evictor writes by itself."""
@@ -61,11 +61,11 @@ class IpcLender:
         """
         if not self._address:
             return
-        self._meeting.deadline = SECONDS_TO_UNMAP
+        self._rendezvous.deadline = SECONDS_TO_UNMAP
         try:
-            self._meeting.hear("unmapped")
+            self._rendezvous.get("unmapped")
         except TransportError:
-            if self._meeting.peer is None or not self._meeting.peer.died():
+            if self._rendezvous.peer is None or not self._rendezvous.peer.died():
                 return
         driver.free(self._address)
         self._address = self.pool_bytes = 0
@@ -75,18 +75,18 @@ class IpcMemory:
     """The evictor's view of the lent pool; see `Memory`.
 
     Args:
-        meeting: with the acceptor, which must be on this node.
+        rendezvous: with the acceptor, which must be on this node.
         wanted: bytes of the pool to ask for.
         device: where this rank computes.
     """
 
-    def __init__(self, meeting: Meeting, wanted: int, device: torch.device) -> None:
-        self._meeting = meeting
+    def __init__(self, rendezvous: PairRendezvous, wanted: int, device: torch.device) -> None:
+        self._rendezvous = rendezvous
         self._device = device
         self._address = 0
-        self._spill = HostMemory(meeting.pair, 0, device)
+        self._spill = HostMemory(rendezvous.pair, 0, device)
         # CUDA shares whole 2 MiB pages: a smaller pool would show its neighbours too
-        meeting.tell("want", str(max(1, -(-wanted // GRANULE)) * GRANULE))
+        rendezvous.publish("want", str(max(1, -(-wanted // GRANULE)) * GRANULE))
 
     def first(self) -> torch.Tensor:
         """Map what is lent.
@@ -94,13 +94,13 @@ class IpcMemory:
         Raises:
             TransportError: nothing is lent in time, or it cannot be mapped.
         """
-        handle, size = json.loads(self._meeting.hear("lend"))
+        handle, size = json.loads(self._rendezvous.get("lend"))
         try:
             with torch.cuda.device(self._device):
                 self._address = driver.open_shared(bytes.fromhex(handle))
         except driver.DriverError as error:
             raise TransportError(
-                f"pair {self._meeting.pair}: the pool lent by the acceptor cannot be mapped "
+                f"pair {self._rendezvous.pair}: the pool lent by the acceptor cannot be mapped "
                 f"({error}); use --bpipe-transport host"
             ) from error
         return tensor_at(self._address, size, self._device)
@@ -111,7 +111,7 @@ class IpcMemory:
 
     def check(self) -> None:
         """See `Memory`."""
-        self._meeting.check_peer()
+        self._rendezvous.check_peer()
 
     @property
     def hosted_bytes(self) -> int:
@@ -123,13 +123,17 @@ class IpcMemory:
         if self._address:
             driver.close_shared(self._address)
             self._address = 0
-        self._meeting.tell("unmapped", "")
+        self._rendezvous.publish("unmapped", "")
         self._spill.close()
 
 
-def ipc_transport(meeting: Meeting, wanted: int, device: torch.device) -> OneSidedTransport:
+def ipc_transport(
+    rendezvous: PairRendezvous, wanted: int, device: torch.device
+) -> OneSidedTransport:
     """The evictor's end; arguments as for `IpcMemory`."""
-    return OneSidedTransport(meeting.pair, IpcMemory(meeting, wanted, device), StreamCopies(device))
+    return OneSidedTransport(
+        rendezvous.pair, IpcMemory(rendezvous, wanted, device), StreamCopies(device)
+    )
 
 
 def allocate(size: int, device: torch.device, pair: str) -> int:

@@ -23,10 +23,10 @@ import torch
 from megatron_bpipe.runtime.activation import padded
 from megatron_bpipe.runtime.transport.base import TransportError
 from megatron_bpipe.runtime.transport.chunks import chunks, divide, overlaps
-from megatron_bpipe.runtime.transport.cuda.streams import StreamCopies, StreamTicket
+from megatron_bpipe.runtime.transport.cuda.streams import StreamCopies, StreamTransferHandle
 from megatron_bpipe.runtime.transport.host import HostMemory
 from megatron_bpipe.runtime.transport.one_sided import OneSidedTransport
-from megatron_bpipe.runtime.transport.pair.rendezvous import Meeting
+from megatron_bpipe.runtime.transport.pair.rendezvous import PairRendezvous
 from megatron_bpipe.schedule.ops import ActivationKey
 
 CHUNK = 32 * 2**20
@@ -39,17 +39,17 @@ class NcclTransport:
 
     Args:
         group: a process group of this pair, evictor 0 and acceptor 1.
-        meeting: with the acceptor.
+        rendezvous: with the acceptor.
         slot: bytes of one message: what a micro-batch of usual size needs.
         slots: messages the acceptor holds at once.
         device: where this rank computes.
     """
 
     def __init__(
-        self, group: Any, meeting: Meeting, slot: int, slots: int, device: torch.device
+        self, group: Any, rendezvous: PairRendezvous, slot: int, slots: int, device: torch.device
     ) -> None:
         slot = max(padded(slot), padded(1))
-        meeting.tell("slot", json.dumps([slot, slots]))
+        rendezvous.publish("slot", json.dumps([slot, slots]))
         self._group, self._slot = group, slot
         self._copies = StreamCopies(device)
         size = min(CHUNK, slot)
@@ -57,12 +57,12 @@ class NcclTransport:
         self._staging = torch.empty(shape, dtype=torch.uint8, device=device)
         self._sending: list[Any] = [None] * STAGES
         self._spill = OneSidedTransport(
-            meeting.pair, HostMemory(meeting.pair, 0, device), self._copies
+            rendezvous.pair, HostMemory(rendezvous.pair, 0, device), self._copies
         )
         self._spilled: dict[ActivationKey, bool] = {}
         _wait(group.send([self._staging[0, :1]], ACCEPTOR, TAG))  # connects, before any op needs it
 
-    def evict(self, key: ActivationKey, pieces: Sequence[torch.Tensor]) -> StreamTicket:
+    def evict(self, key: ActivationKey, pieces: Sequence[torch.Tensor]) -> StreamTransferHandle:
         """See `Transport`."""
         fitting, rest = divide(pieces, self._slot)
         start = self._copies.begin()
@@ -85,7 +85,7 @@ class NcclTransport:
             self._spill.evict(key, rest)
         return self._copies.end(start, pieces)
 
-    def load(self, key: ActivationKey, pieces: Sequence[torch.Tensor]) -> StreamTicket:
+    def load(self, key: ActivationKey, pieces: Sequence[torch.Tensor]) -> StreamTransferHandle:
         """See `Transport`."""
         fitting, rest = divide(pieces, self._slot)
         start = self._copies.begin()
@@ -127,16 +127,16 @@ class NcclTransport:
         _leave(self._group)
 
 
-class NcclLender:
-    """The acceptor's end; see `Lender`. Slots are allocated once and used again.
+class NcclAcceptor:
+    """The acceptor's end; see `AcceptorEnd`. Slots are allocated once and used again.
 
     Raises:
         TransportError: the evictor does not ask in time, or the GPU has no room for the slots.
     """
 
-    def __init__(self, group: Any, meeting: Meeting, device: torch.device) -> None:
-        self._size, slots = json.loads(meeting.hear("slot"))
-        self._group, self._pair, self._device = group, meeting.pair, device
+    def __init__(self, group: Any, rendezvous: PairRendezvous, device: torch.device) -> None:
+        self._size, slots = json.loads(rendezvous.get("slot"))
+        self._group, self._pair, self._device = group, rendezvous.pair, device
         self._stream = torch.cuda.Stream(device)
         self._slots: list[torch.Tensor] = []
         for _ in range(slots):
@@ -182,7 +182,7 @@ class NcclLender:
                 _wait(request)
 
     def finish(self) -> None:
-        """See `Lender`; NCCL's watchdog ends a job whose messages do not get through."""
+        """See `AcceptorEnd`; NCCL's watchdog ends a job whose messages do not get through."""
         if self._held:
             raise TransportError(f"pair {self._pair}: micro-batches {sorted(self._held)} are left")
 

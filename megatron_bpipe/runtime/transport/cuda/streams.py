@@ -5,8 +5,8 @@
 
 Why freed memory may be used again at once. A block that an eviction frees was allocated on the
 compute stream, so the caching allocator gives it only to work of that stream (or, through
-``record_stream``, later still). `StreamTicket.wait` has made the compute stream wait for the copy
-*before* the store drops the block: whatever uses the memory next comes after the copy.
+``record_stream``, later still). `StreamTransferHandle.wait` has made the compute stream wait for
+the copy *before* the store drops the block: whatever uses the memory next comes after the copy.
 ``record_stream`` would instead hold the block back until the allocator next looks at its events,
 which is a peak that the schedule does not know of.
 
@@ -51,8 +51,8 @@ class _Clock:
         return tuple(self._at - event.elapsed_time(reference) / 1e3 for event in events)
 
 
-class StreamTicket:
-    """One micro-batch's copies; see `Ticket`."""
+class StreamTransferHandle:
+    """One micro-batch's copies; see `TransferHandle`."""
 
     def __init__(
         self,
@@ -80,13 +80,13 @@ class StreamTicket:
 
     @property
     def span(self) -> tuple[float, float]:
-        """See `Ticket`; waits for the device."""
+        """See `TransferHandle`; waits for the device."""
         start, end = self._clock.times(self._queued, self._start, self._end)
         return start, end
 
     @property
     def exposed(self) -> float:
-        """See `Ticket`; waits for the device."""
+        """See `TransferHandle`; waits for the device."""
         assert self._waited is not None
         before, after = self._waited
         after.synchronize()
@@ -107,7 +107,7 @@ class StreamCopies:
 
     def start(
         self, label: str, targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]
-    ) -> StreamTicket:
+    ) -> StreamTransferHandle:
         """See `Copies`; ``label`` is a range in a profile."""
         with torch.cuda.nvtx.range(label):
             start = self.begin()
@@ -128,11 +128,11 @@ class StreamCopies:
         if size:
             driver.copy(target.data_ptr(), source.data_ptr(), size, self.stream.cuda_stream)
 
-    def end(self, start: torch.cuda.Event, held: Sequence[torch.Tensor]) -> StreamTicket:
-        """The ticket of all that has been queued since ``start``."""
+    def end(self, start: torch.cuda.Event, held: Sequence[torch.Tensor]) -> StreamTransferHandle:
+        """The transfer of all that has been queued since ``start``."""
         end = torch.cuda.Event(enable_timing=True)
         end.record(self.stream)
-        return StreamTicket(start, end, self._clock, held)
+        return StreamTransferHandle(start, end, self._clock, held)
 
     def close(self) -> None:
         """See `Copies`."""

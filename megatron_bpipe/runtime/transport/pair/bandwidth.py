@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_bpipe.runtime.transport.base import Ticket, Transport
+from megatron_bpipe.runtime.transport.base import TransferHandle, Transport
 from megatron_bpipe.schedule.ops import ActivationKey
 
 LARGEST = 64 * 2**20
@@ -39,7 +39,7 @@ def measure(transport: Transport, microbatch_bytes: int, device: torch.device) -
     return Speed(size, size / statistics.median(out[1:]), size / statistics.median(back[1:]))
 
 
-def _seconds(ticket: Ticket) -> float:
-    ticket.wait()
-    start, end = ticket.span
+def _seconds(transfer: TransferHandle) -> float:
+    transfer.wait()
+    start, end = transfer.span
     return max(end - start, 1e-9)

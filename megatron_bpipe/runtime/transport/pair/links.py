@@ -20,7 +20,7 @@ class Link(enum.Enum):
 
 
 @dataclass(frozen=True)
-class Place:
+class DeviceInfo:
     """Where a rank computes.
 
     Attributes:
@@ -41,7 +41,7 @@ class Place:
         return json.dumps(asdict(self))
 
     @classmethod
-    def loads(cls, text: str) -> Place:
+    def loads(cls, text: str) -> DeviceInfo:
         """What `dumps` wrote."""
         found = json.loads(text)
         return cls(found["uuid"], tuple(found["visible"]))
@@ -94,7 +94,7 @@ def classify(connection: str | None) -> Link:
 
 
 @dataclass(frozen=True)
-class Sight:
+class PairTopology:
     """What one end of a pair knows about both.
 
     Attributes:
@@ -104,61 +104,61 @@ class Sight:
         link: how the GPUs are linked; None on CPUs.
     """
 
-    mine: Place
-    theirs: Place
+    mine: DeviceInfo
+    theirs: DeviceInfo
     one_host: bool
     link: Link | None = None
 
 
-ORDER = {True: ("ipc", "host", "p2p"), False: ("shm", "p2p")}  # by Place.on_gpu
+ORDER = {True: ("ipc", "host", "p2p"), False: ("shm", "p2p")}  # by DeviceInfo.on_gpu
 
 
-def obstacle(transport: str, sight: Sight) -> str:
+def obstacle(transport: str, topology: PairTopology) -> str:
     """What keeps a pair from using ``transport``, with the remedy; "" if nothing does."""
-    on_gpu = sight.mine.on_gpu
+    on_gpu = topology.mine.on_gpu
     if transport == "host":
         return ""
     if transport == "shm":
         if on_gpu:
             return "it is for ranks that compute on CPUs; host is the same for GPUs"
-        if not sight.one_host:
+        if not topology.one_host:
             return (
                 "its ranks share no host (or no PID namespace); place pairs on one node, or use p2p"
             )
         return ""
     if transport == "p2p":
-        same = on_gpu and sight.link is Link.SAME_GPU
+        same = on_gpu and topology.link is Link.SAME_GPU
         return "NCCL refuses two ranks on one GPU; use ipc or host" if same else ""
     if not on_gpu:
         return "it is for GPUs; use shm"
-    if not sight.one_host:
+    if not topology.one_host:
         return "its ranks are on two hosts; place pairs on one node, or use p2p"
-    if sight.theirs.uuid not in sight.mine.visible:
+    if topology.theirs.uuid not in topology.mine.visible:
         return (
             "the acceptor's GPU is hidden from the evictor; let every rank see all GPUs of its "
             "node (srun --gpus-per-task hides them: use --gpus-per-node)"
         )
-    if sight.link is Link.HOST:
+    if topology.link is Link.HOST:
         return "the GPUs have no peer access to each other; use host"
     return ""
 
 
-def preference(asked: str, sight: Sight) -> list[str]:
+def preference(asked: str, topology: PairTopology) -> list[str]:
     """Transports to look at, best first.
 
     Args:
         asked: a transport, or ``auto``.
-        sight: of the evictor.
+        topology: of the evictor.
     """
     if asked != "auto":
         return [asked]
-    if sight.mine.on_gpu and not sight.one_host:
+    if topology.mine.on_gpu and not topology.one_host:
         return ["p2p", "host"]  # the network before the host's memory: that is for both ends
-    return list(ORDER[sight.mine.on_gpu])
+    return list(ORDER[topology.mine.on_gpu])
 
 
-def candidates(asked: str, sight: Sight) -> tuple[list[str], dict[str, str]]:
+def candidates(asked: str, topology: PairTopology) -> tuple[list[str], dict[str, str]]:
     """Transports to try, best first; and why the others are out. Arguments as for `preference`."""
-    order = preference(asked, sight)
-    out = {name: why for name in order if (why := obstacle(name, sight))}
+    order = preference(asked, topology)
+    out = {name: why for name in order if (why := obstacle(name, topology))}
     return [name for name in order if name not in out], out

@@ -15,15 +15,21 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_bpipe.runtime.transport import Lender, Transport, TransportError
-from megatron_bpipe.runtime.transport.host import NothingLent, host_transport
-from megatron_bpipe.runtime.transport.pair.links import Link, Place, Sight, candidates, preference
-from megatron_bpipe.runtime.transport.pair.rendezvous import Meeting
+from megatron_bpipe.runtime.transport import AcceptorEnd, Transport, TransportError
+from megatron_bpipe.runtime.transport.host import NoPool, host_transport
+from megatron_bpipe.runtime.transport.pair.links import (
+    DeviceInfo,
+    Link,
+    PairTopology,
+    candidates,
+    preference,
+)
+from megatron_bpipe.runtime.transport.pair.rendezvous import PairRendezvous
 from megatron_bpipe.runtime.transport.shared_memory import (
-    SharedMemoryLender,
+    SharedMemoryAcceptor,
     shared_memory_transport,
 )
-from megatron_bpipe.runtime.transport.two_sided import TwoSidedLender, TwoSidedTransport
+from megatron_bpipe.runtime.transport.two_sided import TwoSidedAcceptor, TwoSidedTransport
 
 NONE = "none"  # no transport is open to the pair
 
@@ -33,7 +39,7 @@ class Pair:
     """This rank's end of its pair, after both ends have agreed on a transport.
 
     Attributes:
-        meeting: the line to the other end.
+        rendezvous: the line to the other end.
         transport: ``ipc``, ``shm``, ``p2p`` or ``host``.
         why: for people: the link, and what was passed over.
         device: where this rank computes.
@@ -41,46 +47,46 @@ class Pair:
         link: between the two GPUs; None on CPUs.
     """
 
-    meeting: Meeting
+    rendezvous: PairRendezvous
     transport: str
     why: str
     device: torch.device
     group: Any
     link: Link | None = None
 
-    def borrow(self, microbatch_bytes: int, slots: int) -> Transport:
+    def open_evictor(self, microbatch_bytes: int, slots: int) -> Transport:
         """The evictor's end."""
-        meeting, wanted = self.meeting, microbatch_bytes * slots
+        rendezvous, wanted = self.rendezvous, microbatch_bytes * slots
         if self.transport == "shm":
-            return shared_memory_transport(meeting, wanted)
+            return shared_memory_transport(rendezvous, wanted)
         if self.transport == "host":
-            return host_transport(meeting.pair, wanted, self.device, meeting.deadline)
+            return host_transport(rendezvous.pair, wanted, self.device, rendezvous.deadline)
         if self.transport == "ipc":
             from megatron_bpipe.runtime.transport.cuda.ipc import ipc_transport
 
-            return ipc_transport(meeting, wanted, self.device)
+            return ipc_transport(rendezvous, wanted, self.device)
         if self.device.type == "cuda":
             from megatron_bpipe.runtime.transport.cuda.messages import NcclTransport
 
-            return NcclTransport(self.group, meeting, microbatch_bytes, slots, self.device)
-        return TwoSidedTransport(self.group, meeting.pair, meeting.deadline)
+            return NcclTransport(self.group, rendezvous, microbatch_bytes, slots, self.device)
+        return TwoSidedTransport(self.group, rendezvous.pair, rendezvous.deadline)
 
-    def lend(self) -> Lender:
+    def open_acceptor(self) -> AcceptorEnd:
         """The acceptor's end."""
-        meeting = self.meeting
+        rendezvous = self.rendezvous
         if self.transport == "shm":
-            return SharedMemoryLender(meeting)
+            return SharedMemoryAcceptor(rendezvous)
         if self.transport == "host":
-            return NothingLent()
+            return NoPool()
         if self.transport == "ipc":
-            from megatron_bpipe.runtime.transport.cuda.ipc import IpcLender
+            from megatron_bpipe.runtime.transport.cuda.ipc import IpcAcceptor
 
-            return IpcLender(meeting, self.device)
+            return IpcAcceptor(rendezvous, self.device)
         if self.device.type == "cuda":
-            from megatron_bpipe.runtime.transport.cuda.messages import NcclLender
+            from megatron_bpipe.runtime.transport.cuda.messages import NcclAcceptor
 
-            return NcclLender(self.group, meeting, self.device)
-        return TwoSidedLender(self.group, meeting.pair, self.device, meeting.deadline)
+            return NcclAcceptor(self.group, rendezvous, self.device)
+        return TwoSidedAcceptor(self.group, rendezvous.pair, self.device, rendezvous.deadline)
 
 
 def open_pair(group: Any, evictor: int, asked: str, device: torch.device, deadline: float) -> Pair:
@@ -102,31 +108,33 @@ def open_pair(group: Any, evictor: int, asked: str, device: torch.device, deadli
     end = "evictor" if group.rank() == evictor else "acceptor"
     pair = f"{ranks[0]}-{ranks[1]}"
     store = _store(pair, end, deadline)
-    meeting = Meeting(store, pair, end, deadline)
-    meeting.introduce()
-    sight = _look(meeting, device)
-    transport, why = agree(asked, sight, meeting, device)
+    rendezvous = PairRendezvous(store, pair, end, deadline)
+    rendezvous.exchange_identity()
+    topology = _look(rendezvous, device)
+    transport, why = agree(asked, topology, rendezvous, device)
     messages = None
     if transport == "p2p":
         messages = two_sided_group(store, pair, int(end == "acceptor"), device, deadline)
-    return Pair(meeting, transport, why, device, messages, sight.link)
+    return Pair(rendezvous, transport, why, device, messages, topology.link)
 
 
-def agree(asked: str, sight: Sight, meeting: Meeting, device: torch.device) -> tuple[str, str]:
+def agree(
+    asked: str, topology: PairTopology, rendezvous: PairRendezvous, device: torch.device
+) -> tuple[str, str]:
     """The transport of a pair and why; both ends call it.
 
     Raises:
         TransportError: nothing that was asked for is open to the pair; on both ends.
     """
-    if meeting.end == "acceptor":
-        if meeting.hear("trial") == "ipc":
-            _offer_trial(meeting, device)
-        transport, _, why = meeting.hear("transport").partition(" ")
+    if rendezvous.end == "acceptor":
+        if rendezvous.get("trial") == "ipc":
+            _offer_trial(rendezvous, device)
+        transport, _, why = rendezvous.get("transport").partition(" ")
     else:
-        transport, why = _choose(asked, sight, meeting, device)
-        meeting.tell("transport", f"{transport} {why}")
+        transport, why = _choose(asked, topology, rendezvous, device)
+        rendezvous.publish("transport", f"{transport} {why}")
     if transport == NONE:
-        raise TransportError(f"pair {meeting.pair}: --bpipe-transport {asked}, but {why}")
+        raise TransportError(f"pair {rendezvous.pair}: --bpipe-transport {asked}, but {why}")
     return transport, why
 
 
@@ -146,63 +154,65 @@ def two_sided_group(store: Any, pair: str, rank: int, device: torch.device, dead
     return dist.ProcessGroupGloo(own, rank, 2, timeout)
 
 
-def _choose(asked: str, sight: Sight, meeting: Meeting, device: torch.device) -> tuple[str, str]:
+def _choose(
+    asked: str, topology: PairTopology, rendezvous: PairRendezvous, device: torch.device
+) -> tuple[str, str]:
     """The evictor's choice: what is open, tried where it may be forbidden all the same."""
-    order, out = candidates(asked, sight)
+    order, out = candidates(asked, topology)
     trial = order[:1] == ["ipc"]
-    meeting.tell("trial", "ipc" if trial else "")
+    rendezvous.publish("trial", "ipc" if trial else "")
     if trial:
-        failed = _try(meeting, device)
+        failed = _try(rendezvous, device)
         if failed:
             out["ipc"] = f"CUDA IPC was tried and failed: {failed}"
             order.remove("ipc")
     if not order:
         return NONE, "; ".join(out.values())
-    link = sight.link.value if sight.link is not None else _of_cpus(sight)
-    better = itertools.takewhile(lambda name: name != order[0], preference(asked, sight))
+    link = topology.link.value if topology.link is not None else _of_cpus(topology)
+    better = itertools.takewhile(lambda name: name != order[0], preference(asked, topology))
     return order[0], "; ".join([link, *(f"not {name}: {out[name]}" for name in better)])
 
 
-def _try(meeting: Meeting, device: torch.device) -> str:
+def _try(rendezvous: PairRendezvous, device: torch.device) -> str:
     from megatron_bpipe.runtime.transport.cuda.ipc import try_to_open
 
-    handle, _, failed = meeting.hear("offer").partition(" ")
+    handle, _, failed = rendezvous.get("offer").partition(" ")
     return failed or try_to_open(handle, device)
 
 
-def _offer_trial(meeting: Meeting, device: torch.device) -> None:
+def _offer_trial(rendezvous: PairRendezvous, device: torch.device) -> None:
     from megatron_bpipe.runtime.transport.cuda.driver import DriverError
     from megatron_bpipe.runtime.transport.cuda.ipc import Trial
 
     try:
-        trial = Trial(device, meeting.pair)
+        trial = Trial(device, rendezvous.pair)
     except (DriverError, TransportError) as error:
-        meeting.tell("offer", f" {error}")
+        rendezvous.publish("offer", f" {error}")
         return
-    meeting.tell("offer", f"{trial.handle} ")
-    meeting.hear("transport")  # said when the trial is over: nothing is mapped any more
+    rendezvous.publish("offer", f"{trial.handle} ")
+    rendezvous.get("transport")  # said when the trial is over: nothing is mapped any more
     trial.close()
 
 
-def _look(meeting: Meeting, device: torch.device) -> Sight:
+def _look(rendezvous: PairRendezvous, device: torch.device) -> PairTopology:
     """Say where this rank computes, hear where the other one does, see how they are linked."""
     on_gpu = device.type == "cuda"
     if on_gpu:
-        from megatron_bpipe.runtime.transport.cuda.place import link_between, place_of
-    mine = place_of(device) if on_gpu else Place()
-    meeting.tell("place", mine.dumps())
-    theirs = Place.loads(meeting.hear("place"))
-    one_host = meeting.peer is not None
+        from megatron_bpipe.runtime.transport.cuda.device_info import device_info, link_between
+    mine = device_info(device) if on_gpu else DeviceInfo()
+    rendezvous.publish("device", mine.dumps())
+    theirs = DeviceInfo.loads(rendezvous.get("device"))
+    one_host = rendezvous.peer is not None
     link: Link | None = link_between(mine, theirs, one_host) if on_gpu else None
-    return Sight(mine, theirs, one_host, link)
+    return PairTopology(mine, theirs, one_host, link)
 
 
-def _of_cpus(sight: Sight) -> str:
-    return "one host" if sight.one_host else Link.NODE.value
+def _of_cpus(topology: PairTopology) -> str:
+    return "one host" if topology.one_host else Link.NODE.value
 
 
 def _store(pair: str, end: str, deadline: float) -> Any:
-    """The job's store, in a corner that no earlier meeting of this pair has written to."""
+    """The job's store, in a corner that no earlier rendezvous of this pair has written to."""
     base: Any = dist.distributed_c10d._get_default_store()
     # its own connection: a wait here must not hold up c10d's own requests
     store = dist.PrefixStore("megatron_bpipe", base.clone())

@@ -55,7 +55,7 @@ class Identity:
 
 
 @dataclass
-class Meeting:
+class PairRendezvous:
     """One end's view of a pair.
 
     Args:
@@ -71,23 +71,23 @@ class Meeting:
     deadline: float
     peer: Identity | None = None
 
-    def introduce(self) -> Identity:
+    def exchange_identity(self) -> Identity:
         """Say who this is, learn who the other end is.
 
         Raises:
             TransportError: the other end does not come within the deadline.
         """
-        self.tell("identity", json.dumps(vars(Identity.mine())))
-        peer = Identity(**json.loads(self.hear("identity")))
+        self.publish("identity", json.dumps(vars(Identity.mine())))
+        peer = Identity(**json.loads(self.get("identity")))
         # Where /proc shows no such process it lives in another namespace: nothing to watch.
         self.peer = peer if peer.here() else None
         return peer
 
-    def tell(self, what: str, value: str) -> None:
+    def publish(self, what: str, value: str) -> None:
         """Publish something of this end."""
         self.store.set(f"{self.pair}/{self.end}/{what}", value)
 
-    def hear(self, what: str) -> str:
+    def get(self, what: str) -> str:
         """Wait for something of the other end.
 
         Raises:

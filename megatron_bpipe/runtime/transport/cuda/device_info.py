@@ -8,8 +8,8 @@ import subprocess
 import torch
 
 from megatron_bpipe.runtime.transport.pair.links import (
+    DeviceInfo,
     Link,
-    Place,
     classify,
     parse_index,
     parse_topology,
@@ -17,15 +17,15 @@ from megatron_bpipe.runtime.transport.pair.links import (
 )
 
 
-def place_of(device: torch.device) -> Place:
+def device_info(device: torch.device) -> DeviceInfo:
     """Where this rank computes, and what it sees."""
     count = torch.cuda.device_count()
     visible = [plain_uuid(str(torch.cuda.get_device_properties(i).uuid)) for i in range(count)]
     index = device.index if device.index is not None else torch.cuda.current_device()
-    return Place(visible[index], tuple(visible))
+    return DeviceInfo(visible[index], tuple(visible))
 
 
-def link_between(mine: Place, theirs: Place, one_host: bool) -> Link:
+def link_between(mine: DeviceInfo, theirs: DeviceInfo, one_host: bool) -> Link:
     """How this process's GPU is linked to the other one's."""
     if not one_host:
         return Link.NODE
