@@ -40,10 +40,10 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 from benchmarks.environment import NO_GPU, environment  # noqa: E402
-from benchmarks.largest import largest  # noqa: E402
+from benchmarks.gpu_lock import take_turns  # noqa: E402
+from benchmarks.max_fitting import max_fitting  # noqa: E402
 from benchmarks.overlap import overlap_of  # noqa: E402
 from benchmarks.torchrun import torchrun  # noqa: E402
-from benchmarks.turns import take_turns  # noqa: E402
 from megatron_bpipe.integration.cpu.flags import cpu_flags  # noqa: E402
 
 GIB = 2**30
@@ -109,7 +109,7 @@ def main() -> int:
     if arguments.largest_in:
         limit = arguments.largest_in * GIB
         found = {
-            mode: largest(lambda size, mode=mode: _fits(run(mode, size, limit), limit))
+            mode: max_fitting(lambda size, mode=mode: _fits(run(mode, size, limit), limit))
             for mode in arguments.modes
         }
     else:

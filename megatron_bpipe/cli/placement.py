@@ -10,11 +10,11 @@ from megatron_bpipe.placement import (
     ParallelShape,
     PlacementError,
     as_data,
-    crossings_text,
     make_report,
     picture_svg,
     picture_text,
     table_text,
+    traffic_text,
 )
 
 
@@ -36,5 +36,5 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(as_data(report), indent=2))
     else:
-        print(table_text(report), picture_text(report), crossings_text(report), sep="\n\n")
+        print(table_text(report), picture_text(report), traffic_text(report), sep="\n\n")
     return 0

@@ -19,17 +19,21 @@ from typing import Any
 
 import torch
 
-from megatron_bpipe.integration.checks.arguments import check, check_megatron
-from megatron_bpipe.integration.log import say
+from megatron_bpipe.integration.checks.arguments import check_arguments, check_megatron
+from megatron_bpipe.integration.log import log_rank0
 from megatron_bpipe.integration.options import Options, add_flags
 from megatron_bpipe.integration.patches.forward_backward import make_schedule
 from megatron_bpipe.integration.patches.import_hook import after_import
 from megatron_bpipe.integration.patches.observed import make_observed
 from megatron_bpipe.integration.patches.training_log import make_logging
-from megatron_bpipe.integration.rank_mapping.apply import place
+from megatron_bpipe.integration.rank_mapping.apply import apply_placement
 from megatron_bpipe.integration.session import Session
-from megatron_bpipe.integration.single_gpu import launch as rehearsal
-from megatron_bpipe.integration.single_gpu.uncoalesced_collectives import INSTEAD
+from megatron_bpipe.integration.single_gpu.launch import (
+    check_single_gpu,
+    send_through_host,
+    set_single_gpu,
+)
+from megatron_bpipe.integration.single_gpu.uncoalesced_collectives import REPLACEMENTS
 
 ARGUMENTS = "megatron.training.arguments"
 TRAINING = "megatron.training.training"
@@ -139,25 +143,25 @@ def _parsed(args: Any) -> None:
     assert _installed is not None
     options = Options.from_arguments(args)
     if options.rehearsal:
-        rehearsal.check(args)
+        check_single_gpu(args)
     if _installed.session is not None:  # parsed a second time: the first decided
         if options.rehearsal:
-            rehearsal.prepare(args)
+            set_single_gpu(args)
         return
     if options.bpipe:
-        notice = check(args, options)
+        notice = check_arguments(args, options)
         if notice is not None:
-            say(notice)
+            log_rank0(notice)
             options = Options(report=options.report, rehearsal=options.rehearsal)
     _activate(options)
     if options.bpipe:
         assert _installed.session is not None
-        _installed.session.ranks = place(args, options.placement)
+        _installed.session.ranks = apply_placement(args, options.placement)
     if options.rehearsal:  # after the placement, which gives ranks their devices
-        rehearsal.prepare(args)
-        _installed.replace(torch.distributed, "batch_isend_irecv", rehearsal.staged)
+        set_single_gpu(args)
+        _installed.replace(torch.distributed, "batch_isend_irecv", send_through_host)
         group = torch.distributed.ProcessGroup
-        for name, instead in INSTEAD.items():
+        for name, instead in REPLACEMENTS.items():
             if hasattr(group, name):
                 _installed.replace(group, name, functools.partial(_whatever_it_was, instead))
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from typing import NoReturn
 
 logger = logging.getLogger("megatron_bpipe")
 
 
-def say(message: str) -> None:
-    """Tell the user something once, on rank 0."""
+def log_rank0(message: str) -> None:
+    """Log a line once, on rank 0."""
     if not _rank_zero():
         return
     utils = sys.modules.get("megatron.training.utils")
@@ -20,8 +21,8 @@ def say(message: str) -> None:
         logger.warning(message)
 
 
-def warn(message: str) -> None:
-    """Tell the user what only this rank knows."""
+def log_rank(message: str) -> None:
+    """Log a line that only this rank knows, on whichever rank this is."""
     sys.stderr.write(f"bpipe: {message}\n")
     sys.stderr.flush()
 
@@ -31,16 +32,21 @@ def _rank_zero() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-class Refused(SystemExit):
+class Abort(SystemExit):
     """Training cannot start as asked; the process ends with status 2."""
 
 
-def refuse(message: str, *, on_every_rank: bool = False) -> Refused:
-    """Make the error that ends every rank; rank 0 says why, the others stay silent.
+def abort(message: str, *, on_every_rank: bool = False) -> NoReturn:
+    """End this rank before training; rank 0 says why, the others stay silent.
 
-    ``on_every_rank``: for what only some ranks can see, such as a node unlike the others.
+    Args:
+        message: what was wrong, with the value, and what to do.
+        on_every_rank: for what only some ranks can see, such as a node unlike the others.
+
+    Raises:
+        Abort: always.
     """
     if on_every_rank or _rank_zero():
         sys.stderr.write(f"bpipe: {message}\n")
         sys.stderr.flush()
-    return Refused(2)
+    raise Abort(2)

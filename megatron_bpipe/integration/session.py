@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_bpipe.integration.link_forecast import forecast
-from megatron_bpipe.integration.log import say, warn
+from megatron_bpipe.integration.log import log_rank, log_rank0
 from megatron_bpipe.integration.options import Options
 from megatron_bpipe.integration.rank_mapping.mapping import RankMap, verify
 from megatron_bpipe.runtime.executor import Observer
@@ -87,14 +87,16 @@ class Session:
             self._announced = True
             # rank 0 evicts in every schedule that evicts at all, so it always has a pair to show
             used = f", transport {self._transport}" if self._transport else ""
-            say(f"1F1B with activations balanced: budget {plan.budget} micro-batches a stage{used}")
+            log_rank0(
+                f"1F1B with activations balanced: budget {plan.budget} micro-batches a stage{used}"
+            )
 
     def verify_placement(self, stage: int) -> None:
         """Check on all ranks that each runs where its placement says; rank 0 shows the table."""
         if self.ranks is not None:
             shown = verify(self.ranks, stage=stage)
             if self.ranks.moves_ranks:
-                say(f"ranks placed so that pairs share a node\n{shown}")
+                log_rank0(f"ranks placed so that pairs share a node\n{shown}")
 
     def store_for(self, plan: StagePlan) -> ActivationStore | None:
         """The activation store if ``plan`` evicts anything."""
@@ -119,7 +121,7 @@ class Session:
             return
         verdict = self._watch.verdict()
         if verdict is not None:
-            warn(f"pair {self._pair}: {verdict}")
+            log_rank(f"pair {self._pair}: {verdict}")
         self._watch, self._link_judged = None, True
 
     def summary(self) -> dict[str, Any]:
@@ -155,7 +157,9 @@ class Session:
             return
         self._written = True
         if self.recorder is None:
-            say("--bpipe-report: nothing to write; it sees pipelines without interleaving only")
+            log_rank0(
+                "--bpipe-report: nothing to write; it sees pipelines without interleaving only"
+            )
             return
         recorder = self.recorder
         name = f"timeline-stage{recorder.stage:03d}-rank{recorder.rank:05d}.json"
@@ -166,7 +170,7 @@ class Session:
             budget = self.plan.budget if self.plan is not None else None
             report = merge(summaries, bpipe=self.options.bpipe, budget=budget)
             write_json(folder / "memory.json", report)
-            say(f"report written to {folder}\n{table(report)}")
+            log_rank0(f"report written to {folder}\n{table(report)}")
 
     def finish(self) -> None:
         """Training is over: write the report, if one is wanted; every rank must call it."""
@@ -197,7 +201,7 @@ class Session:
             ]
             for line in lines:
                 if line is not None:
-                    warn(f"pair {pair.rendezvous.pair}: {line}")
+                    log_rank(f"pair {pair.rendezvous.pair}: {line}")
             return transport
 
         return ActivationStore(

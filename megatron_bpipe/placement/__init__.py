@@ -1,6 +1,11 @@
 """Which GPU each logical rank runs on, so that evictor and acceptor share a node."""
 
-from megatron_bpipe.placement.crossings import Count, Crossings, check_placement, count_crossings
+from megatron_bpipe.placement.inter_node_traffic import (
+    Count,
+    Traffic,
+    check_placement,
+    count_traffic,
+)
 from megatron_bpipe.placement.nodes import common_node_size
 from megatron_bpipe.placement.pair_adjacent import (
     Placement,
@@ -13,9 +18,9 @@ from megatron_bpipe.placement.report import (
     PLACEMENTS,
     Report,
     as_data,
-    crossings_text,
     make_report,
     table_text,
+    traffic_text,
 )
 from megatron_bpipe.placement.shape import DEFAULT_ORDER, Coordinates, ParallelShape, PlacementError
 from megatron_bpipe.placement.svg import picture_svg
@@ -25,16 +30,15 @@ __all__ = [
     "PLACEMENTS",
     "Coordinates",
     "Count",
-    "Crossings",
     "ParallelShape",
     "Placement",
     "PlacementError",
     "Report",
+    "Traffic",
     "as_data",
     "check_placement",
     "common_node_size",
-    "count_crossings",
-    "crossings_text",
+    "count_traffic",
     "make_report",
     "megatron_order",
     "pair_adjacent",
@@ -42,4 +46,5 @@ __all__ = [
     "picture_text",
     "slot_of_rank",
     "table_text",
+    "traffic_text",
 ]

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 from megatron_bpipe.placement.columns import columns
-from megatron_bpipe.placement.crossings import Crossings, count_crossings
+from megatron_bpipe.placement.inter_node_traffic import Traffic, count_traffic
 from megatron_bpipe.placement.pair_adjacent import (
     Placement,
     megatron_order,
@@ -48,8 +48,8 @@ class Report:
     shape: ParallelShape
     gpus_per_node: int
     placement: Placement
-    before: Crossings
-    after: Crossings
+    before: Traffic
+    after: Traffic
 
     @property
     def nodes(self) -> tuple[tuple[Slot, ...], ...]:
@@ -86,8 +86,8 @@ def make_report(shape: ParallelShape, gpus_per_node: int, name: str = "pair-adja
         shape,
         gpus_per_node,
         placement,
-        before=count_crossings(shape, stock, gpus_per_node),
-        after=count_crossings(shape, placement, gpus_per_node),
+        before=count_traffic(shape, stock, gpus_per_node),
+        after=count_traffic(shape, placement, gpus_per_node),
     )
 
 
@@ -125,7 +125,7 @@ def _slot_data(slot: Slot) -> Mapping[str, int | None]:
     }
 
 
-def crossings_text(report: Report) -> str:
+def traffic_text(report: Report) -> str:
     """What crosses nodes, Megatron's order beside this placement."""
     rows = [("across nodes", "megatron order", report.name)]
     for key, title in _TITLES.items():

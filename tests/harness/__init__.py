@@ -84,7 +84,7 @@ class Megatron:
     also: tuple[Path, ...] = ()
     core_only: bool = False
     training_script: Path = SCRIPT
-    _zygote: subprocess.Popen[str] | None = None
+    _fork_server: subprocess.Popen[str] | None = None
     _results: dict[str, Result] = field(default_factory=dict)
 
     def train(
@@ -144,29 +144,29 @@ class Megatron:
         return Result(out, {int(rank): code for rank, code in answer["status"].items()})
 
     def close(self) -> None:
-        """End the zygote and, through it, whatever it forked."""
-        if self._zygote is not None:
-            assert self._zygote.stdin is not None
-            self._zygote.stdin.close()
+        """End the fork server and, through it, whatever it forked."""
+        if self._fork_server is not None:
+            assert self._fork_server.stdin is not None
+            self._fork_server.stdin.close()
             try:
-                self._zygote.wait(10)
+                self._fork_server.wait(10)
             except subprocess.TimeoutExpired:
-                os.killpg(self._zygote.pid, signal.SIGKILL)
-                self._zygote.wait()
-            self._zygote = None
+                os.killpg(self._fork_server.pid, signal.SIGKILL)
+                self._fork_server.wait()
+            self._fork_server = None
 
     def _ask(self, job: dict[str, Any], timeout: float) -> dict[str, Any]:
-        if self._zygote is None:
+        if self._fork_server is None:
             self._start()
-        assert self._zygote is not None
-        assert self._zygote.stdin is not None
-        self._zygote.stdin.write(json.dumps(job) + "\n")
-        self._zygote.stdin.flush()
+        assert self._fork_server is not None
+        assert self._fork_server.stdin is not None
+        self._fork_server.stdin.write(json.dumps(job) + "\n")
+        self._fork_server.stdin.flush()
         return self._answer(timeout)
 
     def _start(self) -> None:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        command = [sys.executable, "-m", "tests.harness.zygote"]
+        command = [sys.executable, "-m", "tests.harness.fork_server"]
         command += ["--core-only"] * self.core_only
         if self.megatron is not None:
             command += [str(folder) for folder in (self.megatron, *self.also)]
@@ -174,8 +174,8 @@ class Megatron:
             environment["TORCH_CUDA_ARCH_LIST"] = "8.0"
             environment["CUDA_HOME"] = "/nonexistent"
             environment["TORCH_EXTENSIONS_DIR"] = str(self.folder / "extensions")
-        log = (self.folder / "zygote.log").open("w")
-        self._zygote = subprocess.Popen(
+        log = (self.folder / "fork_server.log").open("w")
+        self._fork_server = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -189,20 +189,20 @@ class Megatron:
         self._answer(IMPORT_SECONDS)
 
     def _answer(self, timeout: float) -> dict[str, Any]:
-        assert self._zygote is not None
-        assert self._zygote.stdout is not None
+        assert self._fork_server is not None
+        assert self._fork_server.stdout is not None
         with selectors.DefaultSelector() as selector:
-            selector.register(self._zygote.stdout, selectors.EVENT_READ)
+            selector.register(self._fork_server.stdout, selectors.EVENT_READ)
             deadline = time.monotonic() + timeout
             if not selector.select(deadline - time.monotonic()):
-                os.killpg(self._zygote.pid, signal.SIGKILL)
-                self._zygote.wait()
-                self._zygote = None
+                os.killpg(self._fork_server.pid, signal.SIGKILL)
+                self._fork_server.wait()
+                self._fork_server = None
                 raise TimeoutError(f"no answer from the test ranks within {timeout} s")
-        line = self._zygote.stdout.readline()
+        line = self._fork_server.stdout.readline()
         if not line:
-            log = (self.folder / "zygote.log").read_text()[-3000:]
-            self._zygote = None
+            log = (self.folder / "fork_server.log").read_text()[-3000:]
+            self._fork_server = None
             raise RuntimeError(f"the process that forks test ranks died:\n{log}")
         answer: dict[str, Any] = json.loads(line)
         return answer

@@ -205,8 +205,8 @@ def as_in_a_rehearsal(job: dict[str, Any]) -> None:
     """Messages through the host and collectives one by one, as ``--bpipe-rehearsal`` has them."""
     import torch.distributed as dist
 
-    from megatron_bpipe.integration.single_gpu.launch import staged
-    from megatron_bpipe.integration.single_gpu.uncoalesced_collectives import INSTEAD
+    from megatron_bpipe.integration.single_gpu.launch import send_through_host
+    from megatron_bpipe.integration.single_gpu.uncoalesced_collectives import REPLACEMENTS
 
     used: set[str] = set()
 
@@ -218,15 +218,15 @@ def as_in_a_rehearsal(job: dict[str, Any]) -> None:
 
         return call
 
-    dist.batch_isend_irecv = noted("messages", staged(dist.batch_isend_irecv))
-    for name, instead in INSTEAD.items():
+    dist.batch_isend_irecv = noted("messages", send_through_host(dist.batch_isend_irecv))
+    for name, instead in REPLACEMENTS.items():
         if hasattr(dist.ProcessGroup, name):
             setattr(dist.ProcessGroup, name, noted(name, instead))
 
 
 def one_stage_at_a_time(job: dict[str, Any]) -> None:
     """As `benchmarks/rehearsal.py --turns` has it; writes the seconds of this rank's turns."""
-    from benchmarks.turns import take_turns
+    from benchmarks.gpu_lock import take_turns
     from megatron_bpipe.integration.patches.import_hook import after_import
 
     seconds, captures = [0.0], [0.0]

@@ -10,7 +10,7 @@ from megatron_bpipe.placement import (
     ParallelShape,
     PlacementError,
     common_node_size,
-    count_crossings,
+    count_traffic,
     megatron_order,
     pair_adjacent,
     slot_of_rank,
@@ -34,11 +34,11 @@ def test_the_papers_own_cluster():
     shape = ParallelShape(tp=4, pp=8)
     stages = stages_on(shape, 8)
     assert stages == [s for pair in ((0, 7), (1, 6), (2, 5), (3, 4)) for s in pair for _ in "tttt"]
-    counts = count_crossings(shape, pair_adjacent(shape, 8), 8)
+    counts = count_traffic(shape, pair_adjacent(shape, 8), 8)
     assert str(counts.pairs) == "0 of 16"
     assert str(counts.tp_groups) == "0 of 8"
     assert str(counts.pipeline_edges) == "24 of 28"
-    before = count_crossings(shape, megatron_order(shape, 8), 8)
+    before = count_traffic(shape, megatron_order(shape, 8), 8)
     # Megatron's order has stages (0,1), (2,3), (4,5), (6,7): no pair shares a node.
     assert str(before.pairs) == "16 of 16"
     assert str(before.pipeline_edges) == "12 of 28"
@@ -46,8 +46,8 @@ def test_the_papers_own_cluster():
 
 def test_figure_2_counts():
     shape = ParallelShape(pp=16)
-    after = count_crossings(shape, pair_adjacent(shape, 8), 8)
-    before = count_crossings(shape, megatron_order(shape, 8), 8)
+    after = count_traffic(shape, pair_adjacent(shape, 8), 8)
+    before = count_traffic(shape, megatron_order(shape, 8), 8)
     assert (after.pairs.across_nodes, before.pairs.across_nodes) == (0, 8)
     assert (after.pipeline_edges.across_nodes, before.pipeline_edges.across_nodes) == (2, 1)
     assert after.dp_rings.total == 0
@@ -58,12 +58,12 @@ def test_odd_p_the_middle_stage_has_no_partner():
     # Two nodes of 5 for dp 2: each takes two pairs and one middle stage.
     shape = ParallelShape(pp=5, dp=2)
     placement = pair_adjacent(shape, 5)
-    assert count_crossings(shape, placement, 5).pairs.across_nodes == 0
+    assert count_traffic(shape, placement, 5).pairs.across_nodes == 0
 
 
 def test_dp_stays_together_while_pair_and_copies_fit():
     shape = ParallelShape(pp=8, dp=4)
-    counts = count_crossings(shape, pair_adjacent(shape, 8), 8)
+    counts = count_traffic(shape, pair_adjacent(shape, 8), 8)
     assert counts.pairs.across_nodes == 0
     assert counts.dp_rings.across_nodes == 0
 
@@ -72,7 +72,7 @@ def test_dp_is_split_not_the_pair():
     """A stage with 8 copies is wider than half a node of 8."""
     shape = ParallelShape(pp=4, dp=8)
     placement = pair_adjacent(shape, 8)
-    counts = count_crossings(shape, placement, 8)
+    counts = count_traffic(shape, placement, 8)
     assert counts.pairs.across_nodes == 0
     assert counts.dp_rings.across_nodes == counts.dp_rings.total == 4
     first_node = [shape.coordinates(rank) for rank in placement[:8]]
@@ -83,7 +83,7 @@ def test_dp_is_split_not_the_pair():
 def test_tp_as_wide_as_a_node_cannot_share_and_stays_whole():
     shape = ParallelShape(tp=8, pp=4)
     placement = pair_adjacent(shape, 8)
-    counts = count_crossings(shape, placement, 8)
+    counts = count_traffic(shape, placement, 8)
     assert counts.tp_groups.across_nodes == 0
     assert counts.pairs.across_nodes == counts.pairs.total
     # Partners sit on neighbouring nodes at least.
@@ -97,7 +97,7 @@ def test_tp_over_several_nodes():
 
 def test_expert_groups_stay_on_their_node_where_they_fit():
     shape = ParallelShape(pp=4, dp=4, ep=4)
-    counts = count_crossings(shape, pair_adjacent(shape, 8), 8)
+    counts = count_traffic(shape, pair_adjacent(shape, 8), 8)
     assert counts.ep_groups.total == 4
     assert counts.ep_groups.across_nodes == 0
 
@@ -110,7 +110,7 @@ def test_order_with_dp_outside_keeps_pipelines_together():
         *((0, 0), (0, 3), (0, 1), (0, 2)),
         *((1, 0), (1, 3), (1, 1), (1, 2)),
     ]
-    assert count_crossings(shape, placement, 4).pipeline_edges.across_nodes == 0
+    assert count_traffic(shape, placement, 4).pipeline_edges.across_nodes == 0
 
 
 ORDERS = ("tp-cp-ep-dp-pp", "tp-cp-ep-pp-dp", "tp-pp-cp-ep-dp", "pp-dp-tp-cp", "dp-pp-tp-cp-ep")
@@ -149,7 +149,7 @@ def test_a_permutation_with_rank_0_on_slot_0(job):
 @settings(max_examples=300, deadline=None)
 def test_tensor_parallel_groups_are_never_torn(job):
     shape, gpus_per_node = job
-    counts = count_crossings(shape, pair_adjacent(shape, gpus_per_node), gpus_per_node)
+    counts = count_traffic(shape, pair_adjacent(shape, gpus_per_node), gpus_per_node)
     expected = counts.tp_groups.total if shape.tp > gpus_per_node else 0
     assert counts.tp_groups.across_nodes == expected
 
@@ -189,7 +189,7 @@ def test_no_search_finds_more_whole_pairs(order, tp, pp):
             continue
         for cells_per_node in (c for c in range(1, cells + 1) if cells % c == 0):
             size = cells_per_node * tp
-            counts = count_crossings(shape, pair_adjacent(shape, size), size)
+            counts = count_traffic(shape, pair_adjacent(shape, size), size)
             whole = (counts.pairs.total - counts.pairs.across_nodes) // tp
             rooms = (cells_per_node,) * (cells // cells_per_node)
             assert whole == most_whole_pairs(dp * (pp // 2), dp * (pp % 2), rooms), (shape, size)
@@ -200,7 +200,7 @@ def test_no_search_finds_more_whole_pairs(order, tp, pp):
 def test_as_many_whole_pairs_as_can_be_counted(job):
     """The same for larger jobs: nodes of an odd number of cells need a middle stage each."""
     shape, gpus_per_node = job
-    counts = count_crossings(shape, pair_adjacent(shape, gpus_per_node), gpus_per_node)
+    counts = count_traffic(shape, pair_adjacent(shape, gpus_per_node), gpus_per_node)
     cells = gpus_per_node // shape.tp
     if cells < 2:
         assert counts.pairs.across_nodes == (counts.pairs.total if shape.pp > 1 else 0) or (
@@ -231,15 +231,15 @@ def test_nodes_that_do_not_fit_are_refused(shape, gpus_per_node, words):
 
 def test_tp_that_straddles_is_left_alone_by_the_megatron_placement():
     shape = ParallelShape(tp=3, pp=8)
-    counts = count_crossings(shape, megatron_order(shape, 8), 8)
+    counts = count_traffic(shape, megatron_order(shape, 8), 8)
     assert counts.tp_groups.across_nodes == 2
 
 
 def test_a_placement_from_another_job_is_refused():
     with pytest.raises(PlacementError, match="a job of 16 ranks, this one has 32"):
-        count_crossings(ParallelShape(pp=16, dp=2), tuple(range(16)), 8)
+        count_traffic(ParallelShape(pp=16, dp=2), tuple(range(16)), 8)
     with pytest.raises(PlacementError, match="does not name rank 3"):
-        count_crossings(ParallelShape(pp=4), (0, 1, 2, 2), 4)
+        count_traffic(ParallelShape(pp=4), (0, 1, 2, 2), 4)
 
 
 def test_nodes_of_unequal_size_are_refused():

@@ -15,7 +15,7 @@ import megatron_bpipe
 from megatron_bpipe.integration import cpu
 from megatron_bpipe.integration.bootstrap import dataset_helpers
 from megatron_bpipe.integration.checks.driver import why_unusable
-from megatron_bpipe.integration.log import refuse
+from megatron_bpipe.integration.log import abort
 
 
 def run_script(script: str, argv: list[str]) -> None:
@@ -30,7 +30,7 @@ def run_script(script: str, argv: list[str]) -> None:
     """
     path = Path(script)
     if not path.is_file():
-        raise refuse(
+        abort(
             f"no training script at {script!r} (looked from {os.getcwd()}): give the path of "
             "Megatron-LM's pretrain_gpt.py, or of this project's scripts/examples/pretrain_gpt.py "
             "where only the megatron-core wheel is installed"
@@ -40,7 +40,7 @@ def run_script(script: str, argv: list[str]) -> None:
     if not torch.cuda.is_available():
         unusable = why_unusable()
         if unusable is not None:
-            raise refuse(unusable)
+            abort(unusable)
         cpu.install()
         if int(os.environ.get("RANK", "0")) == 0:
             sys.stderr.write(cpu.announcement() + "\n")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from megatron_bpipe.integration.checks.hook_points import KNOWN_RELEASES, missing, release
-from megatron_bpipe.integration.log import refuse, say
+from megatron_bpipe.integration.log import abort, log_rank0
 from megatron_bpipe.integration.options import TRANSPORTS, Options
 from megatron_bpipe.runtime.transport.pair.links import DeviceInfo, PairTopology, obstacle
 from megatron_bpipe.schedule.balancing.balance import BudgetError, balance
@@ -16,32 +16,32 @@ from megatron_bpipe.schedule.base import one_f_one_b
 from megatron_bpipe.schedule.ops import default_budget
 
 
-def check(args: Any, options: Options) -> str | None:
+def check_arguments(args: Any, options: Options) -> str | None:
     """Look at Megatron's parsed arguments.
 
     Returns:
         None if BPipe can run; a sentence if there is nothing for it to do and stock should run.
 
     Raises:
-        Refused: it cannot run; rank 0 has said which flag, its value and the remedy.
+        Abort: it cannot run; rank 0 has said which flag, its value and the remedy.
     """
     stages = args.pipeline_model_parallel_size
     budget = default_budget(stages) if options.budget is None else options.budget
     if stages == 1:
-        raise refuse(
+        abort(
             "--bpipe needs pipeline stages, but --pipeline-model-parallel-size is 1; "
             "set it to 4 or more, or leave --bpipe out"
         )
     if options.transport not in TRANSPORTS:
-        raise refuse(
+        abort(
             f"--bpipe-transport {options.transport} is unknown; choose one of "
             + ", ".join(TRANSPORTS)
         )
     _check_transport(options.transport)
     check_megatron()
     _check_data_paths(args)
-    for flag, given, remedy in incompatible(args):
-        raise refuse(f"--bpipe cannot run with {flag} {given}; {remedy}")
+    for flag, given, remedy in incompatible_flags(args):
+        abort(f"--bpipe cannot run with {flag} {given}; {remedy}")
     microbatches = _microbatches(args)
     needed = min(stages, microbatches) if microbatches is not None else stages
     if budget >= needed:
@@ -53,10 +53,10 @@ def check(args: Any, options: Options) -> str | None:
     try:
         balance(one_f_one_b(stages, microbatches or 4 * stages), budget)
     except BudgetError as error:
-        raise refuse(
+        abort(
             f"--bpipe-budget {budget} is too small for {stages} stages: the least is "
             f"{error.least}; raise it or leave the flag out (default {default_budget(stages)})"
-        ) from error
+        )
     return None
 
 
@@ -66,24 +66,24 @@ def _check_transport(transport: str) -> None:
     one_host = PairTopology(here, here, one_host=True)
     why = obstacle(transport, one_host) if transport != "auto" else ""
     if why:
-        raise refuse(f"--bpipe-transport {transport} cannot be used here: {why}")
+        abort(f"--bpipe-transport {transport} cannot be used here: {why}")
 
 
 def check_megatron() -> None:
     """Look at the Megatron at hand; say so, once, if nobody has tried its release.
 
     Raises:
-        Refused: it lacks something; rank 0 has named it.
+        Abort: it lacks something; rank 0 has named it.
     """
     lacking = missing(training=False)
     if lacking:
-        raise refuse(
+        abort(
             f"--bpipe needs a Megatron that has {lacking[0]}; use a supported release "
             "(python -m megatron_bpipe doctor lists all hook points)"
         )
     found = release()
     if found not in KNOWN_RELEASES:
-        say(
+        log_rank0(
             f"Megatron-Core {found} has not been tried with bpipe (tried: "
             f"{', '.join(KNOWN_RELEASES)}); everything that is needed is there, so it runs. "
             "Compare a few steps with and without --bpipe first"
@@ -112,7 +112,7 @@ def _check_data_paths(args: Any) -> None:
         for end in (".bin", ".idx"):
             remote = "://" in prefix
             if not remote and not os.path.isfile(prefix + end):
-                raise refuse(
+                abort(
                     f"--data-path {prefix}: there is no {prefix + end}; give the path without "
                     ".bin and .idx (scripts/examples/prepare_data.py makes a dataset)"
                 )
@@ -130,7 +130,7 @@ def _world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def incompatible(args: Any) -> list[tuple[str, object, str]]:
+def incompatible_flags(args: Any) -> list[tuple[str, object, str]]:
     """What BPipe cannot run with in Megatron's arguments or configuration.
 
     Returns:

@@ -11,7 +11,7 @@ import torch
 from megatron_bpipe.integration.bootstrap.torch_norms import (
     let_torch_norms_have_sequence_parallelism,
 )
-from megatron_bpipe.integration.log import refuse
+from megatron_bpipe.integration.log import abort
 from megatron_bpipe.integration.patches.import_hook import after_import
 
 
@@ -39,7 +39,7 @@ def _refuse_gpu_only(arguments: Any) -> None:
             ("--transformer-impl", args.transformer_impl, "local"),
         ):
             if value != on_cpu:
-                raise refuse(
+                abort(
                     f"{flag} {value} needs a GPU, and there is none: "
                     f"leave the flag out, or give {on_cpu}"
                 )

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from megatron_bpipe.integration.checks.arguments import incompatible
+from megatron_bpipe.integration.checks.arguments import incompatible_flags
 from megatron_bpipe.integration.link_forecast import forward_flops
 from megatron_bpipe.integration.patches.p2p_sync import StreamWaits
 from megatron_bpipe.integration.patches.process_groups import GROUPS_NAMES, default_groups
@@ -71,7 +71,7 @@ def _stage_call(schedules: Any, arguments: dict[str, Any]) -> StageCall:
     config = schedules.get_model_config(model)
     if config.overlap_p2p_comm:
         raise ValueError("bpipe: overlap_p2p_comm needs interleaving; use --no-overlap-p2p-comm")
-    for flag, given, remedy in incompatible(config):  # a loop without Megatron's parser
+    for flag, given, remedy in incompatible_flags(config):  # a loop without Megatron's parser
         raise ValueError(f"bpipe: cannot run with {flag} {given}; {remedy}")
     communicator = arguments["p2p_communicator"]
     groups_name = next(name for name in GROUPS_NAMES if name in arguments)

@@ -13,7 +13,7 @@ import torch
 from megatron_bpipe.estimate.profile import HeadRow, Profile, StageRow
 from megatron_bpipe.estimate.runs import Attention
 from megatron_bpipe.estimate.time.flops import layer_flops, mfu_percent
-from megatron_bpipe.integration.profile.device import describe, give_back, memory_limited
+from megatron_bpipe.integration.profile.device import describe, empty_caches, memory_limited
 from megatron_bpipe.integration.profile.group import one_rank_of
 from megatron_bpipe.integration.profile.measure import measure, out_of_memory
 from megatron_bpipe.integration.profile.model import Share
@@ -123,7 +123,7 @@ class _Bench:
                 part, why = None, f"not tried: {_short(found.failure)} at {micro_batch}"
         if part is not None:
             part.close()
-            give_back()
+            empty_caches()
 
     def _found(self, row: StageRow | HeadRow) -> None:
         profile = self.profile
@@ -147,7 +147,7 @@ def _built(what: str, build: Callable[[], Part]) -> tuple[Part | None, str]:
             said = " ".join(str(error).split()) or type(error).__name__
             raise ProfileError(f"Megatron cannot build {what}: {said}") from error
         error.__traceback__ = None
-    give_back()
+    empty_caches()
     return None, f"{failure}, and these are the parameters alone"
 
 

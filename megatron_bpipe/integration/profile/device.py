@@ -100,7 +100,7 @@ def memory_limited(limit: int | None) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_DATA, before)
 
 
-def give_back() -> None:
+def empty_caches() -> None:
     """Return what is free to the device, so that one measurement does not depend on another."""
     gc.collect()
     torch.cuda.empty_cache()

@@ -14,7 +14,7 @@ import torch
 
 from megatron_bpipe.estimate.profile import Timing
 from megatron_bpipe.integration.profile.attention import NoFlashKernelError
-from megatron_bpipe.integration.profile.device import give_back
+from megatron_bpipe.integration.profile.device import empty_caches
 from megatron_bpipe.integration.profile.stage import Part
 from megatron_bpipe.runtime.observe.memory import LiveActivations, storage_ids
 from megatron_bpipe.schedule.ops import ActivationKey
@@ -55,9 +55,9 @@ def measure(part: Part, micro_batch: int, repeats: int, warm_up: int) -> Measure
         error.__traceback__ = None  # its frames hold what was allocated
     finally:
         part.forget()
-        give_back()
+        empty_caches()
     part.close()
-    give_back()
+    empty_caches()
     return failure
 
 

@@ -2,7 +2,7 @@
 
 A *physical rank* counts GPUs node by node. torchrun gives it as ``RANK``, srun (with
 ``--distribution=block``) as ``SLURM_PROCID``. Once ranks are mapped, ``RANK`` is the logical one
-and the physical one is kept in `PHYSICAL`; everything here is derived from that one.
+and the physical one is kept in `PHYSICAL_RANK`; everything here is derived from that one.
 
 Sources: "Environment Variables" of torch.distributed.run; OUTPUT ENVIRONMENT VARIABLES of srun(1).
 """
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from megatron_bpipe.placement import common_node_size
 
-PHYSICAL = "BPIPE_PHYSICAL_RANK"
+PHYSICAL_RANK = "BPIPE_PHYSICAL_RANK"
 
 
 class LauncherError(ValueError):
@@ -23,7 +23,7 @@ class LauncherError(ValueError):
 
 
 @dataclass(frozen=True)
-class Started:
+class LaunchedProcess:
     """One process as its launcher started it.
 
     ``local_rank`` is its CUDA device; ``index`` its place among the processes of its node (another
@@ -63,7 +63,7 @@ class Started:
             )
 
 
-def started(environ: Mapping[str, str]) -> Started:
+def launched_process(environ: Mapping[str, str]) -> LaunchedProcess:
     """Read the environment of torchrun, of srun, or of a process started alone.
 
     Raises LauncherError where two variables contradict each other or one is missing.
@@ -71,14 +71,14 @@ def started(environ: Mapping[str, str]) -> Started:
     if _slurm_starts_ranks(environ):
         return _from_slurm(environ)
     if "RANK" not in environ and "WORLD_SIZE" not in environ:
-        return Started(0, 1, _number(environ, "LOCAL_RANK", 0), 0, 0, (1,))
+        return LaunchedProcess(0, 1, _number(environ, "LOCAL_RANK", 0), 0, 0, (1,))
     world = _number(environ, "WORLD_SIZE")
     physical = _physical(environ, world)
     local_rank = _number(environ, "LOCAL_RANK", 0)
     known = "LOCAL_WORLD_SIZE" in environ or world == 1
     here = (_number(environ, "LOCAL_WORLD_SIZE", 1),) if known else ()
     node = _number(environ, "GROUP_RANK") if "GROUP_RANK" in environ else None
-    return Started(physical, world, local_rank, local_rank, node, here)
+    return LaunchedProcess(physical, world, local_rank, local_rank, node, here)
 
 
 def _slurm_starts_ranks(environ: Mapping[str, str]) -> bool:
@@ -98,10 +98,10 @@ def _slurm_starts_ranks(environ: Mapping[str, str]) -> bool:
     return False
 
 
-def _from_slurm(environ: Mapping[str, str]) -> Started:
+def _from_slurm(environ: Mapping[str, str]) -> LaunchedProcess:
     world = _number(environ, "SLURM_NTASKS", 1)
     task = _number(environ, "SLURM_PROCID")
-    physical = _physical(environ, world) if "RANK" in environ or PHYSICAL in environ else task
+    physical = _physical(environ, world) if "RANK" in environ or PHYSICAL_RANK in environ else task
     if physical != task:
         raise LauncherError(
             f"RANK is {physical} but SLURM_PROCID is {task}: they must be the same where each task "
@@ -109,7 +109,7 @@ def _from_slurm(environ: Mapping[str, str]) -> Started:
             "SLURM_PROCID where another launcher starts the ranks)"
         )
     index = _number(environ, "SLURM_LOCALID")
-    return Started(
+    return LaunchedProcess(
         physical=physical,
         world=world,
         local_rank=_number(environ, "LOCAL_RANK", index),
@@ -135,10 +135,14 @@ def _slurm_tasks(environ: Mapping[str, str], world: int) -> tuple[int, ...]:
 
 
 def _physical(environ: Mapping[str, str], world: int) -> int:
-    name = PHYSICAL if PHYSICAL in environ else "RANK"
+    name = PHYSICAL_RANK if PHYSICAL_RANK in environ else "RANK"
     rank = _number(environ, name)
     if rank >= world:
-        hint = f"; it is left over from another job: unset {PHYSICAL}" if name == PHYSICAL else ""
+        hint = (
+            f"; it is left over from another job: unset {PHYSICAL_RANK}"
+            if name == PHYSICAL_RANK
+            else ""
+        )
         raise LauncherError(f"{name} is {rank}, but this job has ranks 0 to {world - 1}{hint}")
     return rank
 

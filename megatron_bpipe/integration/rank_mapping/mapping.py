@@ -1,6 +1,6 @@
 """Give each process the logical rank that its placement says, before torch.distributed starts.
 
-    parse arguments -> apply() changes RANK -> Megatron copies RANK into args.rank
+    parse arguments -> set_rank() changes RANK -> Megatron copies RANK into args.rank
                     -> init_process_group    -> verify()
 
 The GPU stays (``LOCAL_RANK``); what changes is which rank runs on it. Permuting the ranks of the
@@ -20,22 +20,22 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_bpipe.integration.rank_mapping.launcher import (
-    PHYSICAL,
+    PHYSICAL_RANK,
+    LaunchedProcess,
     LauncherError,
-    Started,
-    started,
+    launched_process,
 )
 from megatron_bpipe.placement import (
     ParallelShape,
     PlacementError,
     Report,
-    crossings_text,
     make_report,
     slot_of_rank,
     table_text,
+    traffic_text,
 )
 
-STOCK = "megatron"
+MEGATRON_ORDER = "megatron"
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class RankMap:
         return self.report is not None and self.report.placement != tuple(range(self.world))
 
 
-def apply(
+def set_rank(
     args: Any, placement_name: str, environ: MutableMapping[str, str] = os.environ
 ) -> RankMap:
     """Set ``RANK`` to the logical rank of this process; calling it again changes nothing.
@@ -66,18 +66,18 @@ def apply(
     Raises:
         ValueError: LauncherError or PlacementError, a sentence for the user.
     """
-    me = started(environ)
+    me = launched_process(environ)
     report = _report(args, placement_name, me)
     logical = me.physical if report is None else report.placement[me.physical]
     given = environ.get("RANK")
     if given is not None and given not in (str(me.physical), str(logical)):
         raise LauncherError(
-            f"RANK is {given}, but {PHYSICAL} is {me.physical}, which is logical rank {logical}: "
-            "ranks were given out anew in this process (in-process restart with spare ranks?) or "
-            f"{PHYSICAL} is left over from another job; unset it, or use "
-            f"--bpipe-placement {STOCK}"
+            f"RANK is {given}, but {PHYSICAL_RANK} is {me.physical}, which is logical rank "
+            f"{logical}: ranks were given out anew in this process (in-process restart with spare "
+            f"ranks?) or {PHYSICAL_RANK} is left over from another job; unset it, or use "
+            f"--bpipe-placement {MEGATRON_ORDER}"
         )
-    environ[PHYSICAL] = str(me.physical)
+    environ[PHYSICAL_RANK] = str(me.physical)
     environ["RANK"] = str(logical)
     environ["WORLD_SIZE"] = str(me.world)
     environ["LOCAL_RANK"] = str(me.local_rank)
@@ -102,10 +102,10 @@ def shape_of(args: Any, world: int) -> ParallelShape:
     )
 
 
-def refusals(args: Any) -> list[tuple[str, object, str]]:
+def incompatible_flags(args: Any) -> list[tuple[str, object, str]]:
     """Flags that cannot go with a placement that moves ranks: (flag, value, remedy)."""
     found: list[tuple[str, object, str]] = []
-    stock = f"or use --bpipe-placement {STOCK}"
+    stock = f"or use --bpipe-placement {MEGATRON_ORDER}"
 
     def given(name: str, default: Any = None) -> Any:
         return getattr(args, name, default)
@@ -141,7 +141,7 @@ def verify(ranks: RankMap, stage: int | None = None) -> str:
     guessed it from the rank.
 
     Args:
-        ranks: what `apply` returned.
+        ranks: what `set_rank` returned.
         stage: this rank's pipeline stage as Megatron has it, where it is known.
 
     Raises:
@@ -152,10 +152,10 @@ def verify(ranks: RankMap, stage: int | None = None) -> str:
     dist.all_gather_object(everyone, mine)
     problem = _problem(ranks, everyone)
     if problem is not None:
-        raise PlacementError(f"{problem}; use --bpipe-placement {STOCK} and report this")
+        raise PlacementError(f"{problem}; use --bpipe-placement {MEGATRON_ORDER} and report this")
     if ranks.report is None:
         return "every rank runs on the GPU of its own number"
-    return f"{table_text(ranks.report)}\n\n{crossings_text(ranks.report)}"
+    return f"{table_text(ranks.report)}\n\n{traffic_text(ranks.report)}"
 
 
 def _problem(ranks: RankMap, everyone: list[tuple[int, int, str, int | None]]) -> str | None:
@@ -179,8 +179,8 @@ def _problem(ranks: RankMap, everyone: list[tuple[int, int, str, int | None]]) -
     return None
 
 
-def _report(args: Any, placement_name: str, me: Started) -> Report | None:
-    if placement_name != STOCK:
+def _report(args: Any, placement_name: str, me: LaunchedProcess) -> Report | None:
+    if placement_name != MEGATRON_ORDER:
         gpus_per_node = me.ranks_per_node()
         report = make_report(shape_of(args, me.world), gpus_per_node, placement_name)
         me.check_blocks(gpus_per_node)

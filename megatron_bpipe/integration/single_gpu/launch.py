@@ -3,7 +3,7 @@
 Real CUDA memory per stage, real streams, BPipe's copies by CUDA IPC; only the speed is not that of
 a pipeline, since the stages share the GPU. NCCL refuses two ranks on one device, so every process
 group is gloo's. gloo sends host memory only, so pipeline messages go through the host; and it
-coalesces collectives of host memory only, so they run one by one (`one_by_one.py`).
+coalesces collectives of host memory only, so they run one by one (`uncoalesced_collectives.py`).
 """
 
 from __future__ import annotations
@@ -17,30 +17,30 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_bpipe.integration.log import refuse
+from megatron_bpipe.integration.log import abort
 
 BACKEND = "gloo"
 
 
-def check(args: Any) -> None:
+def check_single_gpu(args: Any) -> None:
     """Look whether a rehearsal can run with these arguments.
 
     Raises:
-        Refused: there is no GPU, or a flag that needs one a rank; rank 0 has said which.
+        Abort: there is no GPU, or a flag that needs one a rank; rank 0 has said which.
     """
     if not torch.cuda.is_available():
-        raise refuse(
+        abort(
             "--bpipe-rehearsal runs all stages on one GPU, and there is none; leave it out: "
             "without a GPU all ranks run on the CPU anyway"
         )
     if args.bpipe_transport == "p2p":
-        raise refuse(
+        abort(
             "--bpipe-transport p2p cannot run with --bpipe-rehearsal: NCCL refuses two ranks on "
             "one GPU; use ipc or host"
         )
 
 
-def prepare(args: Any) -> None:
+def set_single_gpu(args: Any) -> None:
     """Make Megatron's parsed arguments those of a rehearsal."""
     args.distributed_backend = BACKEND
     args.local_rank = 0
@@ -74,7 +74,7 @@ class _Received:
             self.tensor.copy_(self.host)
 
 
-def staged(stock: Callable[..., Any]) -> Callable[..., Any]:
+def send_through_host(stock: Callable[..., Any]) -> Callable[..., Any]:
     """``torch.distributed.batch_isend_irecv``, every message through host memory.
 
     Args:

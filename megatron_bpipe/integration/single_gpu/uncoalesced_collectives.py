@@ -50,7 +50,7 @@ def _scatter(
     return _All([group._reduce_scatter_base(output, given, options) for output, given in pairs])
 
 
-INSTEAD: dict[str, Callable[..., _All]] = {
+REPLACEMENTS: dict[str, Callable[..., _All]] = {
     "allreduce_coalesced": _reduce,
     "allgather_into_tensor_coalesced": _gather,
     "all_gather_single_coalesced": _gather,  # its name in newer releases of torch

@@ -18,7 +18,7 @@ for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
 os.environ.update(json.loads(sys.argv[1])[physical])
 
 args = SimpleNamespace(pipeline_model_parallel_size=4, tensor_model_parallel_size=1)
-mapped = ranks.apply(args, "pair-adjacent")
+mapped = ranks.set_rank(args, "pair-adjacent")
 assert mapped.physical == physical
 assert args.local_rank == physical % 4
 

@@ -7,10 +7,10 @@ import sys
 import torch
 import torch.distributed as dist
 
-from megatron_bpipe.integration.single_gpu.launch import staged
+from megatron_bpipe.integration.single_gpu.launch import send_through_host
 
 dist.init_process_group("gloo")
-exchange = staged(dist.batch_isend_irecv)
+exchange = send_through_host(dist.batch_isend_irecv)
 me, other = dist.get_rank(), 1 - dist.get_rank()
 sent = [torch.full((3, 5), 10.0 * me + i).t() for i in range(4)]  # not contiguous
 received = [torch.zeros(5, 3, requires_grad=True) for _ in sent]

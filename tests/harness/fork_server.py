@@ -5,7 +5,7 @@ a fork takes milliseconds. Nothing here starts a thread or a process group befor
 
 Protocol: one JSON job a line on stdin, one JSON answer a line on stdout.
 
-    python -m tests.harness.zygote [--core-only] [FOLDER_WITH_ANOTHER_MEGATRON [MORE]]
+    python -m tests.harness.fork_server [--core-only] [FOLDER_WITH_ANOTHER_MEGATRON [MORE]]
 """
 
 from __future__ import annotations

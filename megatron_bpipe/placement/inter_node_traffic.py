@@ -24,7 +24,7 @@ class Count:
 
 
 @dataclass(frozen=True)
-class Crossings:
+class Traffic:
     """Traffic that leaves its node.
 
     A pair and a pipeline edge are counted once for each two ranks that exchange data (so t times
@@ -41,7 +41,7 @@ class Crossings:
     tp_groups: Count
 
 
-def count_crossings(shape: ParallelShape, placement: Placement, gpus_per_node: int) -> Crossings:
+def count_traffic(shape: ParallelShape, placement: Placement, gpus_per_node: int) -> Traffic:
     """Count what crosses between nodes.
 
     Raises PlacementError when the placement is not a permutation of this job's ranks, or the nodes
@@ -51,7 +51,7 @@ def count_crossings(shape: ParallelShape, placement: Placement, gpus_per_node: i
     check_placement(shape, placement)
     node = [slot // gpus_per_node for slot in slot_of_rank(placement)]
     pipelines = shape.groups("pp")
-    return Crossings(
+    return Traffic(
         pairs=_spanning(
             (
                 (line[stage], line[other])

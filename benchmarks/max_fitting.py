@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 
-def largest(fits: Callable[[int], bool]) -> int:
+def max_fitting(fits: Callable[[int], bool]) -> int:
     """The largest n from 1 up that fits, if all smaller ones do; 0 if 1 does not.
 
     Doubles until something does not fit, then halves the gap: about 2 log2(n) tries.
