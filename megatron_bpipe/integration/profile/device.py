@@ -19,14 +19,13 @@ import torch
 
 from megatron_bpipe.estimate.hardware import A100_80G, H100_80G
 from megatron_bpipe.estimate.profile import Device
-from megatron_bpipe.runtime.transport.host_memory import available_bytes
+from megatron_bpipe.runtime.transport.node_memory import available_bytes, limit_bytes
 
 # torch's names of the devices whose datasheet peak estimate/hardware.py has; all A100s share one
 PUBLISHED = (
     (re.compile(r"NVIDIA A100\b"), A100_80G),
     (re.compile(r"NVIDIA H100 80GB HBM3"), H100_80G),
 )
-CGROUP = Path("/sys/fs/cgroup")
 GIB = 2**30
 
 
@@ -64,7 +63,7 @@ def total_bytes() -> int:
     if torch.cuda.is_available():
         return int(torch.cuda.get_device_properties(0).total_memory)
     physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    allowed = _cgroup("memory.max", "memory/memory.limit_in_bytes")
+    allowed = limit_bytes()
     return physical if allowed is None else min(physical, allowed)
 
 
@@ -85,7 +84,7 @@ def memory_limited(limit: int | None) -> Iterator[None]:
             if limit is not None:
                 torch.cuda.set_per_process_memory_fraction(1.0)
         return
-    free = _free_bytes()
+    free = available_bytes()
     most = min(size for size in (limit, free, total_bytes()) if size is not None)
     before = resource.getrlimit(resource.RLIMIT_DATA)
     used = _data_bytes()
@@ -132,29 +131,6 @@ def _matmul_flops(size: int, dtype: torch.dtype, repeats: int = 5) -> float:
         torch.cuda.synchronize()
         fastest = min(fastest, time.perf_counter() - start)
     return 2 * size**3 / fastest
-
-
-def _free_bytes() -> int | None:
-    """What this process can still take before the kernel kills something; None: unknown."""
-    free = [available_bytes()]
-    allowed = _cgroup("memory.max", "memory/memory.limit_in_bytes")
-    used = _cgroup("memory.current", "memory/memory.usage_in_bytes")
-    if allowed is not None and used is not None:
-        free.append(max(0, allowed - used))
-    known = [size for size in free if size is not None]
-    return min(known) if known else None
-
-
-def _cgroup(*names: str) -> int | None:
-    """The first of these files of the container's control group that holds a number."""
-    for name in names:
-        try:
-            text = (CGROUP / name).read_text(encoding="ascii").strip()
-        except OSError:
-            continue
-        if text.isdigit():
-            return int(text)
-    return None
 
 
 def _data_bytes() -> int | None:

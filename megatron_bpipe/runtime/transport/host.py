@@ -31,6 +31,7 @@ class HostMemory:
 
     def __init__(self, pair: str, wanted: int, device: torch.device) -> None:
         self._pair = pair
+        self._device = device
         self._pinned = device.type == "cuda"
         self._segments: list[torch.Tensor] = []
         if wanted:
@@ -46,11 +47,14 @@ class HostMemory:
         Raises:
             TransportError: the host has no memory left, or does not pin it.
         """
-        segment = anonymous(max(size, mmap.PAGESIZE), self._pair)
+        size = max(size, mmap.PAGESIZE)
         if self._pinned:
-            from megatron_bpipe.runtime.transport.cuda.pinned import pin
+            from megatron_bpipe.runtime.transport.cuda.pinned import pin, processors_near
 
+            segment = anonymous(size, self._pair, processors_near(self._device))
             pin(segment, self._pair)
+        else:
+            segment = anonymous(size, self._pair)
         self._segments.append(segment)
         return segment
 

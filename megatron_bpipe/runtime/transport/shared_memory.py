@@ -20,6 +20,7 @@ import torch
 from megatron_bpipe.runtime.transport.base import TransportError
 from megatron_bpipe.runtime.transport.copies import ThreadCopies
 from megatron_bpipe.runtime.transport.host_memory import check_available, no_memory
+from megatron_bpipe.runtime.transport.node_memory import one_at_a_time
 from megatron_bpipe.runtime.transport.one_sided import OneSidedTransport
 from megatron_bpipe.runtime.transport.pair.rendezvous import PairRendezvous
 from megatron_bpipe.schedule.ops import ActivationKey
@@ -34,12 +35,13 @@ class SharedMemoryAcceptor:
 
     def __init__(self, rendezvous: PairRendezvous) -> None:
         wanted = int(rendezvous.get("want"))
-        check_available(wanted, rendezvous.pair)
-        try:
-            self._descriptor = os.memfd_create(f"bpipe-{rendezvous.pair}")
-            os.posix_fallocate(self._descriptor, 0, wanted)  # raises now, not SIGBUS later
-        except OSError as error:
-            raise no_memory(rendezvous.pair, wanted, str(error)) from error
+        with one_at_a_time(rendezvous.pair):
+            check_available(wanted, rendezvous.pair)
+            try:
+                self._descriptor = os.memfd_create(f"bpipe-{rendezvous.pair}")
+                os.posix_fallocate(self._descriptor, 0, wanted)  # raises now, not SIGBUS later
+            except OSError as error:
+                raise no_memory(rendezvous.pair, wanted, str(error)) from error
         rendezvous.publish("lend", json.dumps([os.getpid(), self._descriptor, wanted]))
 
     @property
@@ -103,11 +105,12 @@ class SharedMemory:
         pair = self._rendezvous.pair
         old = os.fstat(self._descriptor).st_size
         start = -(-old // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
-        check_available(size, pair)
-        try:
-            os.posix_fallocate(self._descriptor, start, size)
-        except OSError as error:
-            raise no_memory(pair, size, str(error)) from error
+        with one_at_a_time(pair):
+            check_available(size, pair)
+            try:
+                os.posix_fallocate(self._descriptor, start, size)
+            except OSError as error:
+                raise no_memory(pair, size, str(error)) from error
         return self._map(start, size)
 
     def check(self) -> None:

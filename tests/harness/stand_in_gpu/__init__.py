@@ -86,6 +86,14 @@ def _on_release(address: int, size: int) -> None:
             streams.violations.append("memory is given back that a copy still uses")
 
 
+_CDLL = ctypes.CDLL
+
+
+def _load(name: Any, *positional: Any, **named: Any) -> Any:
+    """Stand in for ``ctypes.CDLL``: the driver is the stand-in, all else what it is."""
+    return library() if name == "libcuda.so.1" else _CDLL(name, *positional, **named)
+
+
 @contextlib.contextmanager
 def simulated_gpu(*, late: bool = True, one_process: bool = False) -> Iterator[None]:
     """Let ``runtime/transport/cuda`` run on the CPU.
@@ -119,7 +127,7 @@ def simulated_gpu(*, late: bool = True, one_process: bool = False) -> Iterator[N
         patches.enter_context(
             mock.patch.object(torch.cuda.nvtx, "range", return_value=contextlib.nullcontext())
         )
-        patches.enter_context(mock.patch.object(ctypes, "CDLL", return_value=loaded))
+        patches.enter_context(mock.patch.object(ctypes, "CDLL", _load))
         driver._library.cache_clear()
         driver._library()
         yield

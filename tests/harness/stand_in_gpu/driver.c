@@ -64,6 +64,15 @@ int cuDriverGetVersion(int *version) {
   return 0;
 }
 
+int cuDeviceGet(int *device, int index) {
+  *device = index;
+  return index < 0 ? INVALID_VALUE : 0;
+}
+
+int cuDeviceGetPCIBusId(char *text, int size, int device) {
+  return snprintf(text, size, "0000:%02X:00.0", 0x1B + device) < size ? 0 : INVALID_VALUE;
+}
+
 int cuMemAlloc_v2(uint64_t *address, size_t size) {
   if (!size) return INVALID_VALUE;
   if (stand_in_bytes('a') + size > stand_in_capacity) return OUT_OF_MEMORY;

@@ -42,6 +42,8 @@ def _library() -> Any:
         "cuInit": (ctypes.c_uint,),
         "cuDeviceGetCount": (pointer(ctypes.c_int),),
         "cuDriverGetVersion": (pointer(ctypes.c_int),),
+        "cuDeviceGet": (pointer(ctypes.c_int), ctypes.c_int),
+        "cuDeviceGetPCIBusId": (ctypes.c_char_p, ctypes.c_int, ctypes.c_int),
         "cuGetErrorString": (ctypes.c_int, pointer(ctypes.c_char_p)),
         "cuMemAlloc_v2": (pointer(address), size),
         "cuMemFree_v2": (address,),
@@ -78,6 +80,14 @@ def visible_devices() -> tuple[int, int]:
     _call("cuDeviceGetCount", ctypes.byref(count))
     _call("cuDriverGetVersion", ctypes.byref(version))
     return count.value, version.value
+
+
+def pci_address(index: int) -> str:
+    """Where the GPU with this number (as torch counts) is on the PCI bus: ``0000:1B:00.0``."""
+    device, text = ctypes.c_int(), ctypes.create_string_buffer(32)
+    _call("cuDeviceGet", ctypes.byref(device), index)
+    _call("cuDeviceGetPCIBusId", text, len(text), device.value)
+    return text.value.decode()
 
 
 def allocate(size: int) -> int:
