@@ -65,8 +65,11 @@ else
 fi
 pip=("$venv/bin/python" -m pip install --disable-pip-version-check)
 what=(-r scripts/requirements.txt --no-build-isolation -e .)
+# Compiled here once: where PYTHONDONTWRITEBYTECODE is set, as in many containers, every process of
+# every run would compile torch and Megatron again. pip compiles of itself.
+compiled=(--compile-bytecode)
 prepare=('setuptools>=68')
-if [[ ${#install[@]} -eq 0 ]] || ! { "${install[@]}" "${prepare[@]}" && "${install[@]}" "${what[@]}"; }; then
+if [[ ${#install[@]} -eq 0 ]] || ! { "${install[@]}" "${prepare[@]}" && "${install[@]}" "${compiled[@]}" "${what[@]}"; }; then
   echo "setup: uv is not usable here, falling back to pip (slower)"
   "${pip[@]}" "${prepare[@]}"
   "${pip[@]}" "${what[@]}"
