@@ -16,7 +16,7 @@ from megatron_bpipe.schedule import (
     to_csv,
     validate,
 )
-from megatron_bpipe.schedule.bases.catalogue import build, lower_for
+from megatron_bpipe.schedule.bases.catalogue import build
 
 
 def run(args: argparse.Namespace) -> int:
@@ -77,4 +77,4 @@ def _named(args: argparse.Namespace) -> Schedule:
         schedule = build(args.base, args.pp, args.microbatches)
     except ValueError as error:
         raise _UsageError(f"--base {args.base}: {error}") from None
-    return lower_for(schedule)[0] if args.lowered else schedule
+    return lower(schedule) if args.lowered else schedule

@@ -18,7 +18,8 @@ from megatron_bpipe.estimate.paper.refined import Measured
 from megatron_bpipe.estimate.paper.tables import published_cases, published_constants
 from megatron_bpipe.estimate.runs import Layout, Run
 from megatron_bpipe.estimate.time.op_costs import Inputs, inputs_for
-from megatron_bpipe.schedule.bases.catalogue import CATALOGUE, build, lower_for
+from megatron_bpipe.schedule.bases.catalogue import CATALOGUE, build
+from megatron_bpipe.schedule.lowering.lower import lower
 from megatron_bpipe.schedule.ops import Schedule
 from megatron_bpipe.simulate import (
     Costs,
@@ -102,9 +103,9 @@ def _panel(plan: _Plan, name: str) -> Panel:
         schedule = build(name, plan.args.pp, plan.args.microbatches)
     except ValueError as error:
         raise _UsageError(f"--base {name}: {error}") from None
-    lowered, buffered = lower_for(schedule)
+    lowered = lower(schedule)
     given = plan.inputs(schedule)
-    simulation = simulate(lowered, given.costs, given.network, buffered)
+    simulation = simulate(lowered, given.costs, given.network)
     panel = panel_of(
         simulation, given.sizes if plan.sizes_known else None, CATALOGUE[name].note, plan.time_unit
     )

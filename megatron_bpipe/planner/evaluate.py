@@ -224,6 +224,6 @@ def _windows(run: Run) -> tuple[int, int]:
 def _iteration(candidate: Candidate, m: int, constants: Constants, kernels: Kernels) -> float:
     run = candidate.run
     part = replace(run, global_batch=m * run.micro_batch * run.layout.dp)
-    lowered, buffered = lowered_of(part)
+    lowered = lowered_of(part)
     costs = costs_for(part, lowered, candidate.machine, constants, kernels)
-    return simulate(lowered, costs, network_for(candidate.machine), buffered).seconds
+    return simulate(lowered, costs, network_for(candidate.machine)).seconds

@@ -16,6 +16,7 @@ Paper: section 2.2 (pairs, bound).
 from __future__ import annotations
 
 import enum
+import math
 import re
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -56,6 +57,7 @@ class Kind(enum.Enum):
         return self is Kind.FORWARD or self is Kind.BACKWARD or self is Kind.WEIGHT
 
 
+MESSAGES = frozenset((Kind.SEND_FORWARD, Kind.RECV_FORWARD, Kind.SEND_BACKWARD, Kind.RECV_BACKWARD))
 _LOGICAL = (Kind.FORWARD, Kind.BACKWARD, Kind.WEIGHT, Kind.EVICT, Kind.LOAD)
 
 
@@ -76,6 +78,7 @@ _NUMBER = "(?:0|[1-9][0-9]{0,17})"
 _TEXT = re.compile(
     f"(?P<kind>[A-Z]{{1,2}})(?P<microbatch>{_NUMBER})"
     rf"(?:\.(?P<chunk>[1-9][0-9]{{0,17}}))?(?P<up>~)?(?:@(?P<version>{_NUMBER}))?"
+    rf"(?::(?P<label>{_NUMBER}))?"
 )
 _KINDS = {kind.value: kind for kind in Kind}
 
@@ -101,6 +104,9 @@ class Op:
 
     As text ``F3``, in chunk 1 ``F3.1``, upwards ``F3~``, with weight version 2 ``F3@2``; all
     together ``F3.1~@2``.  Chunk 0, downwards and no version are not written.
+
+    A message may carry a time label, ``SF3.1:14``: all messages of a rank with one label are posted
+    together (see ``lowering.exchanges``).
     """
 
     kind: Kind
@@ -108,6 +114,7 @@ class Op:
     chunk: int = 0
     direction: Direction = DOWN
     version: int | None = None
+    label: int | None = None
 
     @property
     def activation(self) -> tuple[int, int, bool]:
@@ -126,7 +133,8 @@ class Op:
     def __str__(self) -> str:
         chunk = f".{self.chunk}" if self.chunk else ""
         version = "" if self.version is None else f"@{self.version}"
-        return f"{self.kind.value}{self.microbatch}{chunk}{self.direction.value}{version}"
+        label = "" if self.label is None else f":{self.label}"
+        return f"{self.kind.value}{self.microbatch}{chunk}{self.direction.value}{version}{label}"
 
     @classmethod
     def parse(cls, text: str) -> Op:
@@ -136,15 +144,16 @@ class Op:
         if match is None or kind is None:
             raise ValueError(
                 f"{text!r} is not an op: write a kind ({', '.join(_KINDS)}), the micro-batch, then "
-                "optionally .chunk (from 1), ~ (upwards), @version, as in F3 or F3.1~@2"
+                "optionally .chunk (from 1), ~ (upwards), @version, :label, as in F3 or F3.1~@2"
             )
-        version = match["version"]
+        version, label = match["version"], match["label"]
         return cls(
             kind,
             int(match["microbatch"]),
             int(match["chunk"] or 0),
             UP if match["up"] else DOWN,
             None if version is None else int(version),
+            None if label is None else int(label),
         )
 
 
@@ -153,7 +162,8 @@ class Schedule:
     """One line of ops per stage.
 
     ``microbatches`` is how many micro-batches one iteration has (m).  ``budget`` is the most
-    micro-batches whose activations may occupy one stage, None where none was set.  ``lowered``
+    micro-batches whose activations may occupy one stage, None where none was set; it counts
+    micro-batches of a whole stage, so a chunk of v counts 1/v.  ``lowered``
     says whether messages and waits are spelled out.  ``to_host`` says that what is evicted goes
     to the stage's own host memory: then every stage may evict and none lends.
     """
@@ -161,7 +171,7 @@ class Schedule:
     name: str
     microbatches: int
     stages: tuple[tuple[Op, ...], ...]
-    budget: int | None = None
+    budget: float | None = None
     lowered: bool = False
     to_host: bool = False
 
@@ -169,6 +179,40 @@ class Schedule:
     def p(self) -> int:
         """Number of stages."""
         return len(self.stages)
+
+    @property
+    def chunks(self) -> int:
+        """Number of model chunks on a stage (v)."""
+        return 1 + max((op.chunk for op in self.stages[0]), default=0)
+
+    @property
+    def labelled(self) -> bool:
+        """Whether messages have time labels: then they are posted without waiting for them.
+
+        A computation waits for its own input, nobody for a send.
+        """
+        ops = (op for line in self.stages for op in line if op.kind in MESSAGES)
+        first = next(ops, None)
+        return first is not None and first.label is not None
+
+
+def units(budget: float, chunks: int) -> int:
+    """How many chunks ``budget`` micro-batches of a whole stage are, rounded down."""
+    return math.floor(budget * chunks + 1e-6)
+
+
+def microbatches(count: int, chunks: int) -> float:
+    """What so many chunks are in micro-batches of a whole stage: 9 chunks of 2 are 4.5.
+
+    An int where it is a whole number.
+    """
+    whole, rest = divmod(count, chunks)
+    return count / chunks if rest else whole
+
+
+def quantity(value: float) -> str:
+    """A number of micro-batches as people type it: at most three decimals, rounded up."""
+    return f"{math.ceil(value * 1000 - 1e-6) / 1000:g}"
 
 
 def partner(stage: int, p: int) -> int | None:

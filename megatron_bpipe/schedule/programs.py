@@ -4,7 +4,7 @@ Logical lines: a computation waits for the result it needs; nothing waits to be 
 lines, under the strictest reading a transport may have::
 
     SF  to the next stage        post, then wait until the matching RF is posted
-    SF,RB adjacent               post both, then wait for both: one batched call
+    SF,RB adjacent; equal label  post all, then wait for all: one batched call
     E, L                         post; EW, LW wait until the acceptor posted its AC, RT
     AC                           wait for a free slot, post
     RT                           wait until E's data can be there, post
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from megatron_bpipe.schedule.errors import ScheduleError
-from megatron_bpipe.schedule.lowering.batches import MESSAGES, batch_size
+from megatron_bpipe.schedule.lowering.batches import batch_size
 from megatron_bpipe.schedule.lowering.routes import (
     Activation,
     downstream,
@@ -28,7 +28,7 @@ from megatron_bpipe.schedule.lowering.routes import (
     peer,
     upstream,
 )
-from megatron_bpipe.schedule.ops import Direction, Kind, Op, Schedule, is_evictor, partner
+from megatron_bpipe.schedule.ops import MESSAGES, Direction, Kind, Op, Schedule, is_evictor, partner
 from megatron_bpipe.schedule.validation.occupancy import occupancy
 from megatron_bpipe.schedule.validation.rendezvous import POST, Log, Program, execute
 
@@ -139,17 +139,16 @@ def _lowered_line(
             entries.append(POST)
             ops.append(position)
         elif kind in MESSAGES:
-            mine, theirs, number = messages.next(line[position])
             size = batch_size(line, position)
-            if size == 1:
-                logs += (mine, theirs)
-                entries += (POST, number)
-                ops += (position, position)
-            else:
-                also_mine, also_theirs, also_number = messages.next(line[position + 1])
-                logs += (mine, also_mine, theirs, also_theirs)
-                entries += (POST, POST, number, also_number)
-                ops += (position, position + 1, position, position + 1)
+            ends = [messages.next(line[position + k]) for k in range(size)]
+            for k, (mine, _, _) in enumerate(ends):
+                logs.append(mine)
+                entries.append(POST)
+                ops.append(position + k)
+            for k, (_, theirs, number) in enumerate(ends):
+                logs.append(theirs)
+                entries.append(number)
+                ops.append(position + k)
         else:
             for log, entry in moves.get(position, ()):
                 program.add(position, log, entry)

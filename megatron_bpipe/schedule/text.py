@@ -20,7 +20,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_bpipe.schedule.balancing.balance import slots
-from megatron_bpipe.schedule.ops import Kind, Op, Schedule, is_evictor, partner
+from megatron_bpipe.schedule.ops import (
+    Kind,
+    Op,
+    Schedule,
+    is_evictor,
+    microbatches,
+    partner,
+    quantity,
+)
 from megatron_bpipe.schedule.programs import times
 from megatron_bpipe.schedule.validation.occupancy import occupancy
 from megatron_bpipe.schedule.validation.validate import validate
@@ -31,7 +39,7 @@ def to_csv(schedule: Schedule) -> str:
     return "".join(",".join(map(str, line)) + "\n" for line in schedule.stages)
 
 
-def from_csv(text: str, name: str = "csv", budget: int | None = None) -> Schedule:
+def from_csv(text: str, name: str = "csv", budget: float | None = None) -> Schedule:
     """Read what ``to_csv`` wrote, or a schedule written by hand, and validate it.
 
     Blanks around ops are allowed, blank lines are not.  The schedule counts as lowered if any op
@@ -69,15 +77,16 @@ def _parse_line(line: str, number: int) -> tuple[Op, ...]:
 def draw(schedule: Schedule, width: int | None = None) -> str:
     """A drawing for the terminal, cut at ``width`` characters (None: not at all), saying so.
 
-    "max" is the most micro-batches that may occupy the stage at any time: its own and, on an
-    acceptor, all slots it lends.  Lowered schedules are drawn as their messages let them run.
-    Raises ScheduleError if the schedule deadlocks.
+    "max" is the most micro-batches of a whole stage that may occupy it at any time (a chunk of v
+    counts 1/v): its own and, on an acceptor, all slots it lends.  Lowered schedules are drawn as
+    their messages let them run.  Raises ScheduleError if the schedule deadlocks.
     """
     over = times(schedule)
     end = max((line[-1] for line in over if line), default=0)
     rows = [_Row("time", {time: str(time) for time in range(end)}, "")]
     for stage, (line, line_over) in enumerate(zip(schedule.stages, over, strict=True)):
-        rows += _stage_rows(f"{stage}: max {_most(schedule, stage)}", line, line_over)
+        most = quantity(microbatches(_most(schedule, stage), schedule.chunks))
+        rows += _stage_rows(f"{stage}: max {most}", line, line_over)
     label = max(len(row.label) for row in rows)
     cell = 1 + max((len(text) for row in rows for text in row.cells.values()), default=0)
     shown = end if width is None else max(1, min(end, (width - label) // cell))
@@ -119,7 +128,7 @@ def _stage_rows(label: str, line: Sequence[Op], over: Sequence[int]) -> list[_Ro
 
 
 def _most(schedule: Schedule, stage: int) -> int:
-    """Most micro-batches on a stage, slots it lends included."""
+    """Most activations (of a chunk) on a stage, slots it lends included."""
     own = max(occupancy(schedule.stages[stage])[0], default=0)
     other = partner(stage, schedule.p)
     if other is None or schedule.to_host or is_evictor(stage, schedule.p):
@@ -130,7 +139,7 @@ def _most(schedule: Schedule, stage: int) -> int:
 def _title(schedule: Schedule) -> str:
     parts = [f"{schedule.name}: p={schedule.p}, m={schedule.microbatches}"]
     if schedule.budget is not None:
-        parts.append(f"budget {schedule.budget}")
+        parts.append(f"budget {quantity(schedule.budget)}")
     evictions = sum(op.kind is Kind.EVICT for line in schedule.stages for op in line)
     if evictions:
         parts.append(f"{evictions} evictions")

@@ -4,11 +4,14 @@ A step is a tuple (code, index of its op, what the code needs):
 
 =========  ==================================================================
 COMPUTE    seconds
-MESSAGE    ends of messages: one, or the two of a batched call
+MESSAGE    ends of messages: one, or all of a batched call
 START      number of the transfer that E or L starts
 WAIT       number of the transfer that EW or LW waits for
-NOTHING    AC and RT: the transports are one-sided
+NOTHING    AC and RT: the transports are one-sided; posting a labelled receive
 =========  ==================================================================
+
+Messages with time labels are posted and not waited for (``Schedule.labelled``): the step that waits
+for a receive stands directly before the computation that needs it.
 """
 
 from __future__ import annotations
@@ -17,14 +20,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_bpipe.schedule.lowering.batches import MESSAGES, batch_size
+from megatron_bpipe.schedule.lowering.batches import batch_size
 from megatron_bpipe.schedule.lowering.routes import (
     Activation,
     downstream,
     known_activations,
     upstream,
 )
-from megatron_bpipe.schedule.ops import UP, Kind, Op, Schedule, partner
+from megatron_bpipe.schedule.ops import MESSAGES, UP, Kind, Op, Schedule, partner
 from megatron_bpipe.simulate.costs import Costs, StageCosts
 from megatron_bpipe.simulate.network import Network, Path
 
@@ -132,6 +135,8 @@ def _line_steps(
     line = schedule.stages[stage]
     seconds = _compute_seconds(line, costs)
     started: dict[tuple[Kind, Activation], int] = {}
+    labelled = schedule.labelled
+    needed = _receives_of(line) if labelled else {}
     out: list[Step] = []
     index = 0
     while index < len(line):
@@ -139,10 +144,17 @@ def _line_steps(
         kind = op.kind
         size = 1
         if kind in seconds:
+            receive = needed.get((kind, op.activation))
+            if receive is not None:
+                out.append((MESSAGE, receive, (numbers.number(line[receive], stage),)))
             table = seconds[kind]
             out.append((COMPUTE, index, table[op.chunk if op.chunk < len(table) else -1]))
         elif kind in MESSAGES:
-            size = batch_size(line, index)
+            if labelled and kind in _RECEIVES:
+                out.append((NOTHING, index, None))
+                index += 1
+                continue
+            size = 1 if labelled else batch_size(line, index)
             ends = tuple(numbers.number(line[index + k], stage) for k in range(size))
             out.append((MESSAGE, index, ends))
         elif kind is Kind.EVICT or kind is Kind.LOAD:
@@ -157,6 +169,18 @@ def _line_steps(
             out.append((NOTHING, index, None))
         index += size
     return out
+
+
+_RECEIVES = {Kind.RECV_FORWARD: Kind.FORWARD, Kind.RECV_BACKWARD: Kind.BACKWARD}
+
+
+def _receives_of(line: Sequence[Op]) -> dict[tuple[Kind, Activation], int]:
+    """For each computation that has a receive, where in the line that stands."""
+    return {
+        (_RECEIVES[op.kind], op.activation): index
+        for index, op in enumerate(line)
+        if op.kind in _RECEIVES
+    }
 
 
 def _compute_seconds(line: Sequence[Op], costs: StageCosts) -> dict[Kind, tuple[float, ...]]:

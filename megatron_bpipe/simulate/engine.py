@@ -1,8 +1,9 @@
 """The clock: runs every stage's ops in order and finds when each is over.
 
 A message is a rendezvous: both ends wait until both have posted it and it has travelled.  With
-``buffered`` only the receiver waits (sends are asynchronous, as with Megatron's overlapped
-point-to-point communication).  Copies of one stage in one direction queue for its copy engine.
+time labels only the computation that needs it waits (sends are asynchronous, as with Megatron's
+overlapped point-to-point communication).  Copies of one stage in one direction queue for its copy
+engine.
 
 Two ways lead to the same times.  While no speed depends on what else happens (``Network.shared`` is
 off) each stage runs ahead until it must wait for another: when a message is over is the later of
@@ -24,30 +25,26 @@ from megatron_bpipe.simulate.network import FREE, Network
 from megatron_bpipe.simulate.result import Simulation, Transfer
 
 
-def simulate(
-    schedule: Schedule, costs: Costs, network: Network = FREE, buffered: bool = False
-) -> Simulation:
+def simulate(schedule: Schedule, costs: Costs, network: Network = FREE) -> Simulation:
     """Run a lowered schedule.
 
     Raises ValueError for a schedule that is not lowered, and ScheduleError if it deadlocks.
     """
     compiled = compile_steps(schedule, costs, network)
-    run = (_SharedRun if network.shared else _Run)(schedule, compiled, costs, network, buffered)
+    run = (_SharedRun if network.shared else _Run)(schedule, compiled, costs, network)
     run.run()
-    return Simulation(
-        schedule, costs, network, buffered, run.starts, run.ends, run.transfers(compiled)
-    )
+    return Simulation(schedule, costs, network, run.starts, run.ends, run.transfers(compiled))
 
 
 class _Run:
     """Each stage runs ahead until it must wait for another."""
 
     def __init__(
-        self, schedule: Schedule, compiled: Compiled, costs: Costs, network: Network, buffered: bool
+        self, schedule: Schedule, compiled: Compiled, costs: Costs, network: Network
     ) -> None:
         p = schedule.p
         self.schedule, self.compiled, self.costs = schedule, compiled, costs
-        self.network, self.buffered = network, buffered
+        self.network, self.buffered = network, schedule.labelled
         self.starts = [[0.0] * len(line) for line in schedule.stages]
         self.ends = [[0.0] * len(line) for line in schedule.stages]
         self.next = [0] * p  # step each stage is at
@@ -176,9 +173,9 @@ class _SharedRun(_Run):
     """All stages through one clock; activities share lanes."""
 
     def __init__(
-        self, schedule: Schedule, compiled: Compiled, costs: Costs, network: Network, buffered: bool
+        self, schedule: Schedule, compiled: Compiled, costs: Costs, network: Network
     ) -> None:
-        super().__init__(schedule, compiled, costs, network, buffered)
+        super().__init__(schedule, compiled, costs, network)
         self.now = 0.0
         self.traffic = Traffic(network)
         self.begun: dict[int, float] = {}  # copies under way

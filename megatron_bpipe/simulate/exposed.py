@@ -15,7 +15,6 @@ def exposed_seconds(simulation: Simulation) -> float:
         _without_copies(simulation.schedule),
         simulation.costs,
         simulation.network,
-        simulation.buffered,
     )
     return simulation.seconds - instant.seconds
 

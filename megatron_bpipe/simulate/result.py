@@ -32,7 +32,6 @@ class Simulation:
     schedule: Schedule
     costs: Costs
     network: Network
-    buffered: bool
     starts: list[list[float]]
     ends: list[list[float]]
     transfers: list[Transfer]

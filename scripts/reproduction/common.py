@@ -15,7 +15,8 @@ from megatron_bpipe.estimate.paper.tables import (
     table_rows,
 )
 from megatron_bpipe.estimate.time.op_costs import inputs_for
-from megatron_bpipe.schedule.bases.catalogue import build, lower_for
+from megatron_bpipe.schedule.bases.catalogue import build
+from megatron_bpipe.schedule.lowering.lower import lower
 from megatron_bpipe.simulate import Link, Network, exposed_seconds, simulate
 
 GIB = 2**30
@@ -51,7 +52,7 @@ def exposed_at(row: int, bandwidth: float, tp_share: float = 0.0) -> tuple[float
     schedule = build("bpipe", LAYOUT.pp, case.run.micro_batches)
     given = inputs_for(case, published_constants(), schedule)
     network = Network(Link(bandwidth), tp_share=tp_share)
-    found = simulate(lower_for(schedule)[0], given.costs, network)
+    found = simulate(lower(schedule), given.costs, network)
     return exposed_seconds(found), found.seconds
 
 

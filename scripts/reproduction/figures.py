@@ -9,7 +9,8 @@ from typing import Any
 from megatron_bpipe.estimate.models import TABLE_2
 from megatron_bpipe.estimate.paper.pareto import Point, frontier, points
 from megatron_bpipe.estimate.paper.tables import published_constants
-from megatron_bpipe.schedule.bases.catalogue import build, lower_for
+from megatron_bpipe.schedule.bases.catalogue import build
+from megatron_bpipe.schedule.lowering.lower import lower
 from megatron_bpipe.simulate import even_costs, simulate
 from megatron_bpipe.simulate.draw.figure import write_figure
 from megatron_bpipe.simulate.draw.picture import Picture, panel_of
@@ -19,9 +20,9 @@ def draw_schedules(path: Path) -> None:
     """1F1B beside BPipe."""
     panels = []
     for name, title in (("1f1b", "1F1B"), ("bpipe", "BPipe")):
-        lowered, buffered = lower_for(build(name, 8, 16))
+        lowered = lower(build(name, 8, 16))
         costs_here = even_costs(8, forward=1, backward=2, transfer=0.5)
-        panels.append(panel_of(simulate(lowered, costs_here, buffered=buffered), title=title))
+        panels.append(panel_of(simulate(lowered, costs_here), title=title))
     write_figure(Picture(tuple(panels), "micro-batches", ""), path)
 
 

@@ -16,7 +16,8 @@ from megatron_bpipe.estimate.paper.tables import measured, published_constants
 from megatron_bpipe.estimate.time.flops import equation_1
 from megatron_bpipe.estimate.time.fused_softmax_rules import why_not_fused
 from megatron_bpipe.estimate.time.op_costs import inputs_for
-from megatron_bpipe.schedule.bases.catalogue import build, lower_for
+from megatron_bpipe.schedule.bases.catalogue import build
+from megatron_bpipe.schedule.lowering.lower import lower
 from megatron_bpipe.schedule.validation.occupancy import occupancy
 from megatron_bpipe.simulate import exposed_seconds, simulate
 
@@ -146,7 +147,7 @@ def elsewhere() -> str:
     case = bpipe_case(10)
     schedule = build("host-offload", 8, case.run.micro_batches)
     given = inputs_for(case, published_constants(), schedule)
-    found = simulate(lower_for(schedule)[0], given.costs, given.network)
+    found = simulate(lower(schedule), given.costs, given.network)
     exposed, pcie = exposed_seconds(found), A100_80G.host / 1e9
     return f"""Is the idea of use elsewhere?** It is paging with a known future, so wherever a saved
 tensor has a long gap between its uses and a neighbour has room. The same pass balances interleaved

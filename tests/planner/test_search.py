@@ -84,9 +84,9 @@ def test_a_long_iteration_is_foretold_by_a_short_one(run: Run) -> None:
     cluster = preset("A100-80GB", run.layout.gpus, run.layout.gpus // run.layout.pp)
     candidate = place(run, cluster, PREDICTOR.times)
     constants = constants_on(cluster, PREDICTOR.constants)
-    lowered, buffered = lowered_of(run)
+    lowered = lowered_of(run)
     costs = costs_for(run, lowered, candidate.machine, constants, PREDICTOR.stored.kernels)
-    whole = simulate(lowered, costs, network_for(candidate.machine), buffered).seconds
+    whole = simulate(lowered, costs, network_for(candidate.machine)).seconds
     penalty = constants.bpipe * bytes_moved(run) if run.bpipe else 0.0
     near = 5e-3 if run.host else 2e-3  # a slow link falls behind ever more slowly
     assert seconds_of(candidate, PREDICTOR) == pytest.approx(whole + penalty, rel=near)

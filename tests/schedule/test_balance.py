@@ -20,6 +20,8 @@ from megatron_bpipe.schedule import (
     validate,
 )
 from megatron_bpipe.schedule.balancing.min_evictions import Span, fewest_evictions
+from megatron_bpipe.schedule.bases.interleaved import interleaved
+from megatron_bpipe.schedule.ops import quantity
 from tests.schedule import oracle
 from tests.schedule.oracle import assert_bound, evictions, exhaustive, least_cover, lives_of, words
 
@@ -238,10 +240,12 @@ def test_slots_of_an_acceptor_are_a_mistake():
 )
 def test_other_base_schedules(base):
     # one of an evictor, one of the acceptor's own, chunks counted one by one
-    for budget in range(least_budget(base), max(map(len, base.stages)) // 2 + 1):
-        balanced = balance(base, budget)
-        assert_bound(balanced, budget)
+    chunks = base.chunks
+    for count in range(round(least_budget(base) * chunks), max(map(len, base.stages)) // 2 + 1):
+        balanced = balance(base, count / chunks)  # budgets count whole stages
+        assert_bound(balanced, count)
         validate(balanced)
+        validate(lower(balanced))
 
 
 def test_interleaved_saves_what_its_imbalance_allows():
@@ -250,8 +254,38 @@ def test_interleaved_saves_what_its_imbalance_allows():
     # stages of 1F1B: ceil((p+2)/2)).
     base = oracle.interleaved(4, 16, 2)
     assert [max(n for n, _ in oracle.counts(line)) for line in base.stages] == [11, 9, 7, 5]
-    assert least_budget(base) == 9
-    assert_bound(balance(base, 9), 9)
+    assert least_budget(base) == 9 / 2  # in micro-batches of a whole stage
+    assert_bound(balance(base, 9 / 2), 9)
+    with pytest.raises(BudgetError, match=r"budget 4\.499 is too small .* use 4\.5 or more"):
+        balance(base, 4.499)
+
+
+@pytest.mark.parametrize(
+    ("p", "chunks", "group", "m", "held", "least"),
+    [  # stage 0's chunks 2(p-1)+(v-1)N+1 and half of a pair's 2p+2(v-1)N, one in flight twice
+        (4, 2, 4, 12, 11, 9),
+        (4, 3, 4, 12, 15, 13),
+        (4, 2, 5, 14, 12, 10),
+        (8, 2, 8, 16, 23, 17),
+        (8, 4, 8, 16, 39, 33),
+        (16, 2, 16, 32, 47, 33),
+    ],
+)
+def test_least_budget_of_interleaved_schedules(p, chunks, group, m, held, least):
+    base = interleaved(p, m, chunks, group)
+    assert max(n for n, _ in oracle.counts(base.stages[0])) == held
+    balanced = balance(base)
+    assert_bound(balanced, least)
+    assert balanced.budget == pytest.approx(least / chunks)
+    with pytest.raises(BudgetError):
+        balance(base, (least - 1) / chunks)
+    # the least as it is printed can be typed
+    assert balance(base, float(quantity(least / chunks))).stages == balanced.stages
+
+
+def test_two_stages_of_many_chunks_have_nothing_to_balance():
+    base = interleaved(2, 8, 4)
+    assert balance(base).stages == base.stages
 
 
 @settings(max_examples=200, deadline=None)

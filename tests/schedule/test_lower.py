@@ -17,6 +17,8 @@ from megatron_bpipe.schedule import (
     slots,
     validate,
 )
+from megatron_bpipe.schedule.bases.catalogue import CATALOGUE, build
+from megatron_bpipe.schedule.bases.interleaved import interleaved
 from megatron_bpipe.schedule.programs import times
 from tests.schedule import oracle
 from tests.schedule.oracle import megatron_order, words
@@ -161,21 +163,65 @@ def test_chunks_and_directions_find_their_way():
     # interleaved: chunk 1 of stage 0 gets its input from chunk 0 of stage 1
     one = oracle.schedule("F0 F0.1 B0.1 B0", "F0 F0.1 B0.1 B0")
     assert [words(line) for line in lower(one).stages] == [
-        "F0 SF0 RF0.1 F0.1 SF0.1 RB0.1 B0.1 SB0.1 RB0 B0",
-        "RF0 F0 SF0 RF0.1 F0.1 B0.1 SB0.1 RB0 B0 SB0",
+        "F0 SF0:1 RF0.1:2 F0.1 SF0.1:3 RB0.1:5 B0.1 SB0.1:6 RB0:7 B0",
+        "RF0:1 F0 SF0:2 RF0.1:3 F0.1 B0.1 SB0.1:5 RB0:6 B0 SB0:7",
     ]
     validate(lower(one))
     # V-shaped: chunk 1 starts on stage 1, where chunk 0 ended: no message there
     vee = oracle.v_shaped(2, 1)
     assert [words(line) for line in lower(vee).stages] == [
-        "F0 SF0 RF0.1~ F0.1~ B0.1~ SB0.1~ RB0 B0",
-        "RF0 F0 F0.1~ SF0.1~ RB0.1~ B0.1~ B0 SB0",
+        "F0 SF0:1 RF0.1~:3 F0.1~ B0.1~ SB0.1~:5 RB0:7 B0",
+        "RF0:1 F0 F0.1~ SF0.1~:3 RB0.1~:5 B0.1~ B0 SB0:7",
     ]
     validate(lower(vee))
 
 
 def test_messages_in_different_orders_are_refused():
     validate(lower(oracle.gpipe(2, 4)))
-    crossed = oracle.schedule("F0 F1 B0 B1", "F1 F0 B0 B1")
+    # computing in another order than the neighbour is fine: messages go by their labels
+    validate(lower(oracle.schedule("F0 F1 B0 B1", "F1 F0 B0 B1")))
+    crossed = oracle.schedule("F0 SF0 F1 SF1 RB0 B0 RB1 B1", "RF1 F1 RF0 F0 B0 SB0 B1 SB1")
     with pytest.raises(ScheduleError, match="sent as SF0 and received as RF1"):
-        validate(lower(crossed))
+        validate(crossed)
+
+
+GROUPS = [lambda p: p, lambda p: p + 1, lambda p: 2 * p]
+
+
+@pytest.mark.parametrize("p", [2, 3, 4, 5, 8, 12, 16])
+@pytest.mark.parametrize("chunks", [2, 3, 4])
+@pytest.mark.parametrize("group", GROUPS, ids=["p", "p+1", "2p"])
+def test_interleaved_messages_meet_whatever_waits(p, chunks, group):
+    """Every batch a rendezvous; even and uneven groups; at most one send to a peer for p > 2."""
+    size = group(p)
+    for m in (size, size + p) if p > 8 else (size, 2 * size, size + p):
+        for logical in (base := interleaved(p, m, chunks, size), balance(base)):
+            lowered = lower(logical)
+            validate(lowered)
+            for line in lowered.stages:
+                assert_exchanges(line, p)
+
+
+def assert_exchanges(line, p):
+    labels = [op.label for op in line if op.label is not None]
+    assert labels == sorted(labels)
+    for batch in batches(line):
+        if batch[0].label is None:
+            assert len(batch) == 1
+            continue
+        assert {op.label for op in batch} == {batch[0].label}
+        sends = [op.kind for op in batch if op.kind.value.startswith("S")]
+        assert len(sends) == len(set(sends)) <= 2  # at most one to each neighbour
+        assert len(batch) <= 4 if p == 2 else len(batch) <= 3
+
+
+@pytest.mark.parametrize("name", CATALOGUE)
+def test_every_schedule_is_free_of_deadlock(name):
+    for p in range(1, 17):
+        for m in (p, 3 * p):
+            try:
+                schedule = build(name, p, m)
+            except ValueError:
+                assert (name == "chimera" and p % 2) or name == "host-offload"
+                continue
+            validate(lower(schedule))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from megatron_bpipe.schedule import ScheduleError, balance, lower, one_f_one_b
 from megatron_bpipe.schedule.balancing.offload import offload
-from megatron_bpipe.schedule.bases.catalogue import CATALOGUE, build, lower_for
+from megatron_bpipe.schedule.bases.catalogue import CATALOGUE, build
 from megatron_bpipe.schedule.bases.gpipe import gpipe
 from megatron_bpipe.schedule.programs import times
 from megatron_bpipe.simulate import (
@@ -25,17 +25,18 @@ from megatron_bpipe.simulate import (
     simulate,
     waiting_seconds,
 )
+from tests.schedule import oracle
 
 
 @pytest.mark.parametrize("name", CATALOGUE)
 @pytest.mark.parametrize(("p", "m"), [(2, 4), (4, 8), (6, 6), (8, 16)])
 def test_unit_costs_give_the_unit_time_run(name, p, m):
     schedule = build(name, p, m)
-    lowered, buffered = lower_for(schedule)
+    lowered = lower(schedule)
     chunks = 1 + max(op.chunk for op in schedule.stages[0])
     costs = even_costs(p, forward=chunks, backward=chunks, weight=chunks, chunks=chunks)
     expected = times(schedule)
-    found = simulate(lowered, costs, buffered=buffered)
+    found = simulate(lowered, costs)
     for stage in range(p):
         over = [
             e
@@ -81,26 +82,29 @@ def test_both_clocks_agree_where_nothing_is_shared(
     name, p, forward, backward, send, transfer, size
 ):
     """The run-ahead clock, and the ordered one with a vanishing tensor-parallel share."""
-    lowered, buffered = lower_for(build(name, p, 2 * p))
+    lowered = lower(build(name, p, 2 * p))
     stage = StageCosts((forward,), (backward,), (0.5,), evict=transfer, load=transfer, moved=size)
     costs = Costs((stage,) * p, send=send, message=size)
     network = Network(Link(30.0, 0.01), Link(7.0, 0.1), Link(9.0), tuple(x % 2 for x in range(p)))
-    ahead = simulate(lowered, costs, network, buffered)
-    ordered = simulate(lowered, costs, replace(network, tp_share=1e-15), buffered)
+    ahead = simulate(lowered, costs, network)
+    ordered = simulate(lowered, costs, replace(network, tp_share=1e-15))
     for one, other in zip(ahead.ends, ordered.ends, strict=True):
         assert one == pytest.approx(other, abs=1e-6)
 
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_a_message_waits_for_both_ends(shared):
-    """Stage 1 is busy until 5: stage 0 cannot go on before, unless messages are buffered."""
+    """Stage 1 is busy for 5: stage 0 cannot go on before, unless messages have time labels."""
     costs = Costs((StageCosts((1.0,), (1.0,)), StageCosts((5.0,), (1.0,))), send=0.5)
     network = Network(tp_share=1e-15) if shared else Network()
+    lowered = lower(one_f_one_b(2, 3))
+    found = simulate(lowered, costs, network)
+    assert [str(op) for op in lowered.stages[0][:5]] == ["F0", "SF0", "F1", "SF1", "RB0"]
+    # F0 of stage 1 ends at 6.5, B0 at 7.5, its gradient is over with F1's output
+    assert found.ends[0][:5] == pytest.approx([1, 1.5, 2.5, 8.0, 8.0])
     lowered = lower(gpipe(2, 3))
     found = simulate(lowered, costs, network)
-    assert [str(op) for op in lowered.stages[0][:4]] == ["F0", "SF0", "F1", "SF1"]
-    assert found.ends[0][:4] == pytest.approx([1, 1.5, 2.5, 7.0])
-    found = simulate(lowered, costs, network, buffered=True)
+    assert [str(op) for op in lowered.stages[0][:4]] == ["F0", "SF0:1", "F1", "SF1:2"]
     assert found.ends[0][:4] == pytest.approx([1, 1, 2, 2])
     assert found.ends[1][1] == pytest.approx(6.5)  # F0 on stage 1
 
@@ -170,10 +174,11 @@ def test_host_offload_runs_over_the_host_link():
 
 
 def test_deadlock_is_found_and_marked():
-    lowered = lower(build("interleaved", 4, 8), answers=False)
+    """Stage 0 waits for a gradient before it sends what that is made of."""
+    lowered = oracle.schedule("F0 RB0 SF0 B0", "RF0 F0 B0 SB0")
     for network in (Network(), Network(contention=True)):
         with pytest.raises(ScheduleError, match="deadlock with messages that wait for both ends"):
-            simulate(lowered, even_costs(4), network)
+            simulate(lowered, even_costs(2), network)
 
 
 @pytest.mark.parametrize("name", ["1f1b", "bpipe"])

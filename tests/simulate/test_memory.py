@@ -3,7 +3,7 @@
 import pytest
 
 from megatron_bpipe.schedule import balance, lower, one_f_one_b, slots
-from megatron_bpipe.schedule.bases.catalogue import build, lower_for
+from megatron_bpipe.schedule.bases.catalogue import build
 from megatron_bpipe.schedule.bases.pipedream import pipedream_2bw
 from megatron_bpipe.simulate import (
     StageBytes,
@@ -56,17 +56,17 @@ def test_weights_count_once_for_each_version_and_direction():
     sizes = even_bytes(4, 1, weights=1000)
     two = simulate(lower(pipedream_2bw(4, 16)), even_costs(4))
     assert [m.weights for m in memory_steps(two, sizes)] == [2000, 2000, 2000, 1000]
-    lowered, buffered = lower_for(build("chimera", 4, 8))
-    both = simulate(lowered, even_costs(4), buffered=buffered)
+    lowered = lower(build("chimera", 4, 8))
+    both = simulate(lowered, even_costs(4))
     assert [m.weights for m in memory_steps(both, sizes)] == [2000] * 4
-    lowered, buffered = lower_for(build("v-half", 4, 8))
-    shaped = simulate(lowered, even_costs(4, chunks=2), buffered=buffered)
+    lowered = lower(build("v-half", 4, 8))
+    shaped = simulate(lowered, even_costs(4, chunks=2))
     assert [m.weights for m in memory_steps(shaped, sizes)] == [1000] * 4
 
 
 def test_what_w_does_not_need_goes_with_b():
-    lowered, buffered = lower_for(build("zb-h1", 4, 8))
-    found = simulate(lowered, even_costs(4), buffered=buffered)
+    lowered = lower(build("zb-h1", 4, 8))
+    found = simulate(lowered, even_costs(4))
     whole = memory_peaks(found, (StageBytes((100,)),) * 4)
     half = memory_peaks(found, (StageBytes((100,), kept_for_weight=0.5),) * 4)
     assert whole == [400] * 4

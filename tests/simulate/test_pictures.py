@@ -12,7 +12,7 @@ import pytest
 
 from megatron_bpipe.cli.main import main
 from megatron_bpipe.schedule import balance, lower, one_f_one_b
-from megatron_bpipe.schedule.bases.catalogue import CATALOGUE, build, lower_for
+from megatron_bpipe.schedule.bases.catalogue import CATALOGUE, build
 from megatron_bpipe.simulate import StageBytes, even_costs, simulate
 from megatron_bpipe.simulate.draw.chrome_trace import chrome_trace
 from megatron_bpipe.simulate.draw.html import page
@@ -148,8 +148,8 @@ def test_text_for_any_costs():
 
 def test_every_schedule_can_be_drawn():
     for name in CATALOGUE:
-        lowered, buffered = lower_for(build(name, 4, 8))
-        found = simulate(lowered, even_costs(4, weight=1), buffered=buffered)
+        lowered = lower(build(name, 4, 8))
+        found = simulate(lowered, even_costs(4, weight=1))
         panel = panel_of(found, (StageBytes((2**30,), weights=2**30),) * 4, time_unit="s")
         picture = Picture((panel,), "bytes", "s")
         assert len(page(picture, name)) > 10_000

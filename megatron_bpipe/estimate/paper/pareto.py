@@ -22,7 +22,8 @@ from megatron_bpipe.estimate.paper.refined import Constants, Measured, bytes_mov
 from megatron_bpipe.estimate.runs import Attention, Run
 from megatron_bpipe.estimate.time.flops import equation_1, mfu_percent
 from megatron_bpipe.estimate.time.op_costs import inputs_for
-from megatron_bpipe.schedule.bases.catalogue import build, lower_for
+from megatron_bpipe.schedule.bases.catalogue import build
+from megatron_bpipe.schedule.lowering.lower import lower
 from megatron_bpipe.simulate.engine import simulate
 from megatron_bpipe.simulate.exposed import exposed_seconds
 from megatron_bpipe.simulate.memory import memory_peaks
@@ -94,8 +95,7 @@ def _point(
     case = Measured(run, A100_80G, stage_mfu, 0.0, MEGATRON_2023)
     schedule = build(name, LAYOUT.pp, run.micro_batches)
     given = inputs_for(case, constants, schedule)
-    lowered, buffered = lower_for(schedule)
-    found = simulate(lowered, given.costs, given.network, buffered)
+    found = simulate(lower(schedule), given.costs, given.network)
     penalty = 0.0
     if name == "bpipe":
         penalty = constants.bpipe * bytes_moved(replace(run, bpipe=True), MEGATRON_2023)

@@ -12,8 +12,8 @@ from megatron_bpipe.estimate.runs import Run
 from megatron_bpipe.schedule.balancing.balance import balance
 from megatron_bpipe.schedule.balancing.offload import offload
 from megatron_bpipe.schedule.base import one_f_one_b
-from megatron_bpipe.schedule.bases.catalogue import lower_for
 from megatron_bpipe.schedule.bases.interleaved import interleaved
+from megatron_bpipe.schedule.lowering.lower import lower
 from megatron_bpipe.schedule.ops import Schedule, default_budget
 from megatron_bpipe.schedule.validation.occupancy import occupancy
 
@@ -27,8 +27,8 @@ def schedule_of(run: Run) -> Schedule:
     return _schedule(*_shape(run))
 
 
-def lowered_of(run: Run) -> tuple[Schedule, bool]:
-    """The same lowered, and whether it runs with buffered messages; raises EstimateError."""
+def lowered_of(run: Run) -> Schedule:
+    """The same lowered; raises EstimateError."""
     return _lowered(*_shape(run))
 
 
@@ -59,10 +59,8 @@ def _schedule(p: int, m: int, bpipe: bool, host: bool, chunks: int, budget: int 
 
 
 @lru_cache(maxsize=64)
-def _lowered(
-    p: int, m: int, bpipe: bool, host: bool, chunks: int, budget: int | None
-) -> tuple[Schedule, bool]:
-    return lower_for(_schedule(p, m, bpipe, host, chunks, budget))
+def _lowered(p: int, m: int, bpipe: bool, host: bool, chunks: int, budget: int | None) -> Schedule:
+    return lower(_schedule(p, m, bpipe, host, chunks, budget))
 
 
 @lru_cache(maxsize=4096)

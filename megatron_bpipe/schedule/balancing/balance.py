@@ -23,36 +23,50 @@ from dataclasses import replace
 from itertools import accumulate
 
 from megatron_bpipe.schedule.balancing.min_evictions import Span, Stay, fewest_evictions
-from megatron_bpipe.schedule.ops import Kind, Op, Schedule, default_budget, is_evictor
+from megatron_bpipe.schedule.ops import (
+    Kind,
+    Op,
+    Schedule,
+    default_budget,
+    is_evictor,
+    microbatches,
+    quantity,
+    units,
+)
 from megatron_bpipe.schedule.validation.occupancy import live, occupancy, spans
 
 
 class BudgetError(ValueError):
-    """No plan keeps every stage within ``budget``; ``least`` is the smallest that works."""
+    """No plan keeps every stage within ``budget``; ``least`` is the smallest that works.
 
-    def __init__(self, schedule: Schedule, budget: int, least: int) -> None:
+    Both count micro-batches of a whole stage.
+    """
+
+    def __init__(self, schedule: Schedule, budget: float, least: float) -> None:
         self.budget, self.least = budget, least
         super().__init__(
-            f"budget {budget} is too small for {schedule.name} with p={schedule.p}, "
-            f"m={schedule.microbatches}: use {least} or more"
+            f"budget {quantity(budget)} is too small for {schedule.name} with p={schedule.p}, "
+            f"m={schedule.microbatches}: use {quantity(least)} or more"
         )
 
 
-def balance(schedule: Schedule, budget: int | None = None) -> Schedule:
+def balance(schedule: Schedule, budget: float | None = None) -> Schedule:
     """The same computations with evictions and loads that keep every stage within ``budget``.
 
-    ``budget`` counts micro-batches (activations of one chunk where a schedule has chunks) and
-    defaults to the paper's ceil((p+2)/2).  With enough budget nothing is inserted.
+    ``budget`` counts micro-batches of a whole stage, decimals allowed: one chunk of v is 1/v.  It
+    defaults to the paper's ceil((p+2)/2), for schedules with chunks to the least that is possible.
+    With enough budget nothing is inserted.
 
     Raises BudgetError if the budget is too small, ValueError if ``schedule`` is lowered or already
     has evictions.
     """
+    lives, chunks = _lives(schedule), schedule.chunks
     if budget is None:
-        budget = default_budget(schedule.p)
-    lives = _lives(schedule)
-    plans = _plan_all(schedule, lives, budget)
+        least = _least(schedule, lives) if chunks > 1 else default_budget(schedule.p)
+        budget = microbatches(least, chunks)
+    plans = _plan_all(schedule, lives, units(budget, chunks))
     if plans is None:
-        raise BudgetError(schedule, budget, _least(schedule, lives))
+        raise BudgetError(schedule, budget, microbatches(_least(schedule, lives), chunks))
     stages = tuple(
         insert(line, stays) if stays else line
         for line, stays in zip(schedule.stages, plans, strict=True)
@@ -61,13 +75,15 @@ def balance(schedule: Schedule, budget: int | None = None) -> Schedule:
     return replace(schedule, name=name, stages=stages, budget=budget)
 
 
-def least_budget(schedule: Schedule) -> int:
-    """The smallest budget that ``balance`` accepts for this schedule, in micro-batches."""
-    return _least(schedule, _lives(schedule))
+def least_budget(schedule: Schedule) -> float:
+    """The smallest budget that ``balance`` accepts, in micro-batches of a whole stage."""
+    return microbatches(_least(schedule, _lives(schedule)), schedule.chunks)
 
 
 def slots(schedule: Schedule, evictor_stage: int) -> int:
     """Most activations of this evictor that are ever remote or in flight: its acceptor's pool.
+
+    Counts activations of one chunk.
 
     Raises ValueError for a stage that is no evictor.
     """
@@ -89,7 +105,7 @@ def _lives(schedule: Schedule) -> list[list[Span]]:
 
 
 def _least(schedule: Schedule, lives: Sequence[Sequence[Span]]) -> int:
-    """The smallest feasible budget, searched upwards from half of what each pair holds."""
+    """The least feasible number of chunks, searched upwards from half of what each pair holds."""
     p = schedule.p
     peaks = [max(live(spans_here), default=0) for spans_here in lives]
     least = max((peaks[x] + peaks[p - 1 - x] + 1) // 2 for x in range(p))
@@ -101,7 +117,7 @@ def _least(schedule: Schedule, lives: Sequence[Sequence[Span]]) -> int:
 def _plan_all(
     schedule: Schedule, lives: Sequence[Sequence[Span]], budget: int
 ) -> list[list[Stay]] | None:
-    """What each stage evicts; None if some stage cannot keep the budget."""
+    """What each stage evicts; None if some stage cannot keep the budget (in chunks)."""
     p = schedule.p
     counts = [live(spans_here) for spans_here in lives]
     peaks = [max(count, default=0) for count in counts]

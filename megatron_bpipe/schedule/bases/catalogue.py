@@ -18,9 +18,7 @@ from megatron_bpipe.schedule.bases.interleaved import interleaved
 from megatron_bpipe.schedule.bases.pipedream import continuous_pipe, pipedream, pipedream_2bw
 from megatron_bpipe.schedule.bases.v_shape import v_shape
 from megatron_bpipe.schedule.bases.zero_bubble import zb_h1
-from megatron_bpipe.schedule.errors import ScheduleError
-from megatron_bpipe.schedule.lowering.lower import lower
-from megatron_bpipe.schedule.ops import Kind, Schedule, default_budget
+from megatron_bpipe.schedule.ops import Schedule, default_budget
 from megatron_bpipe.schedule.validation.validate import validate
 
 
@@ -70,21 +68,3 @@ def build(name: str, p: int, m: int) -> Schedule:
     schedule = CATALOGUE[name].build(p, m)
     validate(schedule)
     return schedule
-
-
-def lower_for(schedule: Schedule) -> tuple[Schedule, bool]:
-    """The lowered form, and whether it needs buffered messages to run.
-
-    Megatron's own order of messages (``lower``) is proven free of deadlock for 1F1B, GPipe and
-    those with the same messages, with every message a rendezvous.  For the others it may
-    deadlock; they run where a send does not wait for its receive, and then without AC and RT.
-    So do schedules that split the backward, whose point is that a send holds nobody up.
-    """
-    if any(op.kind is Kind.WEIGHT for op in schedule.stages[0]):
-        return lower(schedule, answers=False), True
-    try:
-        lowered = lower(schedule)
-        validate(lowered)
-    except ScheduleError:
-        return lower(schedule, answers=False), True
-    return lowered, False

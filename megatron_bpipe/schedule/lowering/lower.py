@@ -8,18 +8,18 @@ Stages 1 and 0 of p = 4 in the paper's budget, from the start::
     logical 0   F0      F1      E1,F2          F3       E3,B0           L1,F4 ...
     lowered 0   F0,SF0, F1,SF1, E1,F2,EW1,SF2, F3,SF3,  RB0,E3,B0,EW3,  L1,F4,LW1,SF4, ...
 
-Every computation is preceded by its receive and followed by its send: for 1F1B exactly the order
-in which Megatron-LM posts its messages.  A transfer is over right after its computation, before
-that computation's sends: ``E3,F4,EW3,SF4``.
+For schedules that compute in 1F1B's order these are exactly Megatron-LM's messages, in its order
+and number: every computation is preceded by its receive and followed by its send.  All others post
+their messages by time label (`exchanges`), which no schedule can deadlock.  1F1B by labels would
+be right too, but would merge calls that Megatron makes one after the other in warm-up and
+cool-down.
+A transfer is over right after its computation, before that computation's sends: ``E3,F4,EW3,SF4``.
 
 The acceptor's line says when it posts the receive of an evicted micro-batch (AC) and the send that
 returns it (RT), in the order of the evictor's E and L.  They are placed by a unit-time run of the
 schedule: as late as possible, but no later than the evictor starts E or L in that run.  So neither
 delays the acceptor, every AC finds a slot and every RT its data in that run; and since what
 deadlocks does not depend on speed, they do not deadlock in any.
-
-Interleaved and other schedules are lowered by the same rule, which is not Megatron's order for
-those; ``validate`` tells whether the result deadlocks.
 """
 
 from __future__ import annotations
@@ -27,9 +27,11 @@ from __future__ import annotations
 from collections.abc import Sequence, Set
 from dataclasses import replace
 
+from megatron_bpipe.schedule.base import one_f_one_b
 from megatron_bpipe.schedule.lowering.batches import batch_size, batches
+from megatron_bpipe.schedule.lowering.exchanges import exchanges, merge
 from megatron_bpipe.schedule.lowering.routes import Activation, known_activations, peer
-from megatron_bpipe.schedule.ops import Kind, Op, Schedule
+from megatron_bpipe.schedule.ops import UP, Kind, Op, Schedule
 from megatron_bpipe.schedule.programs import times
 
 __all__ = ["batches", "lower"]
@@ -45,12 +47,7 @@ def lower(schedule: Schedule, answers: bool = True) -> Schedule:
     """
     if schedule.lowered:
         raise ValueError(f"{schedule.name} is lowered already: give the logical schedule")
-    known = known_activations(schedule)
-    around: _Around = {}
-    lines = [
-        _with_messages(line, stage, schedule.p, known, around)
-        for stage, line in enumerate(schedule.stages)
-    ]
+    lines = _as_megatron(schedule) if in_1f1b_order(schedule) else _by_label(schedule)
     lowered = replace(schedule, stages=tuple(lines), lowered=True)
     evicts = any(op.kind is Kind.EVICT for line in schedule.stages for op in line)
     if schedule.to_host or not evicts or not answers:
@@ -61,6 +58,47 @@ def lower(schedule: Schedule, answers: bool = True) -> Schedule:
         posted = _answers(lines[stage], over[stage])
         lines[acceptor] = _with_answers(lines[acceptor], over[acceptor], posted)
     return replace(lowered, stages=tuple(lines))
+
+
+def in_1f1b_order(schedule: Schedule) -> bool:
+    """Whether every stage computes in the order of 1F1B; weight versions do not matter."""
+    if any(op.chunk or op.direction is UP for op in schedule.stages[0]):
+        return False
+    base = one_f_one_b(schedule.p, schedule.microbatches)
+    return all(
+        [(op.kind, op.microbatch) for op in line if op.kind.computation]
+        == [(op.kind, op.microbatch) for op in stock]
+        for line, stock in zip(schedule.stages, base.stages, strict=True)
+    )
+
+
+def _by_label(schedule: Schedule) -> list[tuple[Op, ...]]:
+    """Every line with time-labelled messages and the ends of transfers."""
+    lines = []
+    ends = times(schedule)
+    for line, over, posted in zip(schedule.stages, ends, exchanges(schedule, ends), strict=True):
+        merged = merge(line, over, posted)
+        out: list[Op] = []
+        transfers: list[Op] = []
+        for op in merged:
+            out.append(op)
+            if op.kind is Kind.EVICT or op.kind is Kind.LOAD:
+                transfers.append(op)
+            elif op.kind.computation:
+                out += map(_wait, transfers)
+                transfers.clear()
+        lines.append(tuple(out))
+    return lines
+
+
+def _as_megatron(schedule: Schedule) -> list[tuple[Op, ...]]:
+    """Every line with Megatron's messages and the ends of transfers."""
+    known = known_activations(schedule)
+    around: _Around = {}
+    return [
+        _with_messages(line, stage, schedule.p, known, around)
+        for stage, line in enumerate(schedule.stages)
+    ]
 
 
 # (forward, activation, version) -> the receive before and the send after that computation.

@@ -7,7 +7,7 @@ occupied from the start of the computation beside which E runs to the end of the
 L runs.  Where a schedule splits the
 backward, an activation is held until its weight gradients (W) are computed.
 
-Units: micro-batches (activations of one chunk where a schedule has chunks).
+Units: activations of one chunk; `ops.microbatches` makes micro-batches of a whole stage of them.
 """
 
 from __future__ import annotations

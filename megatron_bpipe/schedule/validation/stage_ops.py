@@ -19,9 +19,17 @@ from dataclasses import replace
 from typing import NoReturn
 
 from megatron_bpipe.schedule.errors import ScheduleError
-from megatron_bpipe.schedule.lowering.batches import MESSAGES
 from megatron_bpipe.schedule.lowering.routes import Activation, peer
-from megatron_bpipe.schedule.ops import Kind, Op, Schedule, is_evictor, partner
+from megatron_bpipe.schedule.ops import (
+    MESSAGES,
+    Kind,
+    Op,
+    Schedule,
+    is_evictor,
+    microbatches,
+    partner,
+    quantity,
+)
 
 
 class State(enum.Enum):
@@ -50,7 +58,7 @@ class LineCheck:
         budget: int | None,
         room: int | None,
     ) -> None:
-        """``room``: slots the partner can lend (None: no bound)."""
+        """``budget`` in chunks; ``room``: slots the partner can lend (None: no bound)."""
         self._schedule, self._stage, self._p = schedule, stage, schedule.p
         self._line = schedule.stages[stage]
         self._known, self._budget, self._room = known, budget, room
@@ -127,8 +135,8 @@ class LineCheck:
         if self._budget is not None and self._here > self._budget:
             self._fail(
                 index,
-                f"{self._here} micro-batches on this stage during {op}, the budget is "
-                f"{self._budget}: evict one before",
+                f"{self._count(self._here)} micro-batches on this stage during {op}, the budget is "
+                f"{self._count(self._budget)}: evict one before",
             )
         if self._room is not None and self._lent > self._room:
             self._fail(
@@ -136,6 +144,9 @@ class LineCheck:
                 f"{self._lent} slots of the partner in use during {op}, it can lend {self._room}: "
                 "load one before",
             )
+
+    def _count(self, chunks: int) -> str:
+        return quantity(microbatches(chunks, self._schedule.chunks))
 
     def _transfer(self, index: int, op: Op) -> None:
         wanted, then = (

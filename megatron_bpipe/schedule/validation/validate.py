@@ -26,7 +26,6 @@ from dataclasses import replace
 from typing import NoReturn
 
 from megatron_bpipe.schedule.errors import ScheduleError
-from megatron_bpipe.schedule.lowering.batches import MESSAGES
 from megatron_bpipe.schedule.lowering.routes import (
     Activation,
     downstream,
@@ -34,28 +33,29 @@ from megatron_bpipe.schedule.lowering.routes import (
     peer,
     upstream,
 )
-from megatron_bpipe.schedule.ops import UP, Direction, Kind, Op, Schedule
+from megatron_bpipe.schedule.ops import MESSAGES, UP, Direction, Kind, Op, Schedule, units
 from megatron_bpipe.schedule.programs import check_deadlock
 from megatron_bpipe.schedule.validation.stage_ops import LineCheck
 
 __all__ = ["ScheduleError", "validate"]
 
 
-def validate(schedule: Schedule, budget: int | None = None) -> None:
+def validate(schedule: Schedule, budget: float | None = None) -> None:
     """Raise ScheduleError, the schedule printed with the failing op marked, if anything is wrong.
 
-    ``budget`` (micro-batches on one stage) defaults to the schedule's own; if that is None too no
-    bound is checked.
+    ``budget`` (micro-batches of a whole stage) defaults to the schedule's own; if that is None too
+    no bound is checked.
     """
     if budget is None:
         budget = schedule.budget
     _check_computations(schedule)
     known = known_activations(schedule)
+    most = None if budget is None else units(budget, schedule.chunks)
     peaks: dict[int, int] = {}
     for stage in reversed(range(schedule.p)):  # acceptors first: what they hold bounds the pool
         other = peaks.get(schedule.p - 1 - stage)
-        room = None if budget is None or other is None or schedule.to_host else budget - other
-        check = LineCheck(schedule, stage, known, budget, room)
+        room = None if most is None or other is None or schedule.to_host else most - other
+        check = LineCheck(schedule, stage, known, most, room)
         check.run()
         peaks[stage] = check.peak
     _check_versions(schedule)
