@@ -15,10 +15,10 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "megatron_bpipe"
 LAYERS = [
-    *("schedule", "placement", "simulate", "estimate", "planner"),
+    *("schedule", "placement", "report", "simulate", "estimate", "planner"),
     *("runtime", "integration", "cli"),
 ]
-PURE = LAYERS[:5]  # neither torch nor Megatron
+PURE = LAYERS[:6]  # neither torch nor Megatron
 FORBIDDEN = {
     **{layer: {"torch", "megatron"} for layer in PURE},
     "runtime": {"megatron"},

@@ -18,6 +18,7 @@ from megatron_bpipe.estimate.paper.refined import Measured
 from megatron_bpipe.estimate.paper.tables import published_cases, published_constants
 from megatron_bpipe.estimate.runs import Layout, Run
 from megatron_bpipe.estimate.time.op_costs import Inputs, inputs_for
+from megatron_bpipe.report.fields import ReportError
 from megatron_bpipe.schedule.bases.catalogue import CATALOGUE, build
 from megatron_bpipe.schedule.lowering.lower import lower
 from megatron_bpipe.schedule.ops import Schedule
@@ -36,7 +37,7 @@ from megatron_bpipe.simulate.draw.html import page
 from megatron_bpipe.simulate.draw.overlay import overlay
 from megatron_bpipe.simulate.draw.picture import Panel, Picture, panel_of, time_text
 from megatron_bpipe.simulate.draw.terminal import draw_panel
-from megatron_bpipe.simulate.recorded import ReportError, read_report
+from megatron_bpipe.simulate.recorded import read_report
 
 
 class _UsageError(ValueError):

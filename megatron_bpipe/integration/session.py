@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any
 
 import torch
@@ -14,6 +16,8 @@ from megatron_bpipe.integration.link_forecast import forecast
 from megatron_bpipe.integration.log import log_rank, log_rank0
 from megatron_bpipe.integration.options import Options
 from megatron_bpipe.integration.rank_mapping.mapping import RankMap, verify
+from megatron_bpipe.integration.versions import package_versions
+from megatron_bpipe.report.run import RankReport, StageReport, merge
 from megatron_bpipe.runtime.executor import Observer
 from megatron_bpipe.runtime.observe.link_watch import LinkWatch, watch
 from megatron_bpipe.runtime.observe.memory import (
@@ -23,7 +27,7 @@ from megatron_bpipe.runtime.observe.memory import (
     storage_ids,
 )
 from megatron_bpipe.runtime.observe.recorder import Recorder
-from megatron_bpipe.runtime.observe.report import merge, table, write_json
+from megatron_bpipe.runtime.observe.report import table, write_whole
 from megatron_bpipe.runtime.store import ActivationStore
 from megatron_bpipe.runtime.transport import AcceptorEnd, Transport
 from megatron_bpipe.runtime.transport.pair.bandwidth import Speed, measure
@@ -124,21 +128,33 @@ class Session:
             log_rank(f"pair {self._pair}: {verdict}")
         self._watch, self._link_judged = None, True
 
-    def summary(self) -> dict[str, Any]:
-        """This rank's numbers for ``memory.json``."""
-        assert self.recorder is not None
+    def summary(self) -> RankReport:
+        """This rank's part of ``memory.json``."""
+        seen = self.recorder
+        assert seen is not None
         totals = self._store.totals if self._store is not None else None
         transport = self._store.transport if self._store is not None else None
         pool = self.acceptor_end.pool_bytes if self.acceptor_end is not None else 0
-        return self.recorder.summary() | {
-            "pool_bytes": pool,
-            "pool_slots": self._peak_slots_lent if pool else 0,
-            "hosted_bytes": transport.hosted_bytes if transport is not None else 0,
-            "evicted_bytes": totals.evicted if totals is not None else 0,
-            "loaded_bytes": totals.loaded if totals is not None else 0,
-            "static_bytes": self._static_bytes(),
-            "device_bytes": device_bytes(),
-        }
+        stage = StageReport(
+            stage=seen.stage,
+            rank=seen.rank,
+            own_activation_bytes=seen.peaks.activation_bytes,
+            own_microbatches=seen.peaks.microbatches,
+            pool_bytes=pool,
+            pool_slots=self._peak_slots_lent if pool else 0,
+            hosted_bytes=transport.hosted_bytes if transport is not None else 0,
+            evicted_bytes=totals.evicted if totals is not None else 0,
+            loaded_bytes=totals.loaded if totals is not None else 0,
+            exposed_seconds=seen.exposed_seconds,
+            allocator_peak_bytes=seen.peaks.allocator_bytes,
+            static_bytes=self._static_bytes(),
+            device_bytes=device_bytes(),
+            transport=self._transport.partition(" ")[0],
+            forward=seen.audit.document() if seen.audit is not None else None,
+        )
+        return RankReport(
+            stage, list(seen.iterations), list(seen.losses), seen.microbatches, seen.chunks
+        )
 
     def _static_bytes(self) -> int:
         """What stays between iterations; on CUDA all of it, workspaces of libraries too."""
@@ -161,15 +177,20 @@ class Session:
                 "--bpipe-report: nothing to write; it sees pipelines without interleaving only"
             )
             return
-        recorder = self.recorder
-        name = f"timeline-stage{recorder.stage:03d}-rank{recorder.rank:05d}.json"
-        write_json(folder / name, recorder.timeline_document())
-        summaries: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(summaries, self.summary())
+        timeline = self.recorder.timeline_document()
+        write_whole(folder / timeline.file_name, timeline.text())
+        ranks: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(ranks, self.summary())
         if dist.get_rank() == 0:
-            budget = self.plan.budget if self.plan is not None else None
-            report = merge(summaries, bpipe=self.options.bpipe, budget=budget)
-            write_json(folder / "memory.json", report)
+            report = merge(
+                ranks,
+                bpipe=self.options.bpipe,
+                budget=self.plan.budget if self.plan is not None else None,
+                written=datetime.now(UTC).isoformat(timespec="seconds"),
+                flags=sys.argv[1:],
+                packages=package_versions(),
+            )
+            write_whole(folder / "memory.json", report.text())
             log_rank0(f"report written to {folder}\n{table(report)}")
 
     def finish(self) -> None:

@@ -13,14 +13,14 @@ Units: bytes.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from megatron_bpipe.estimate.errors import EstimateError
 from megatron_bpipe.estimate.time.scheduled import held_in
+from megatron_bpipe.report.fields import ReportError
+from megatron_bpipe.report.run import RunReport, StageReport, read_run
 from megatron_bpipe.schedule.balancing.balance import BudgetError, balance
 from megatron_bpipe.schedule.base import one_f_one_b
 from megatron_bpipe.schedule.ops import default_budget, partner
@@ -95,18 +95,12 @@ class PairProposal:
 
 def read_report(folder: Path) -> MeasuredRun:
     """Read ``memory.json`` of a folder; raises EstimateError naming the file and the field."""
-    path = folder / "memory.json"
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise EstimateError(f"{path}: {error.strerror}; train with --bpipe-report DIR") from error
-    except ValueError as error:
-        raise EstimateError(f"{path} is no JSON ({error}): train again") from error
-    stages = data.get("stages") if isinstance(data, dict) else None
-    if not isinstance(stages, list) or not stages:
-        raise EstimateError(f"{path}: stages is missing: train with --bpipe-report DIR")
-    found = tuple(_stage(path, f"stages[{i}]", stage) for i, stage in enumerate(stages))
-    return MeasuredRun(found, data.get("budget") if data.get("bpipe") else None)
+        run = read_run(folder)
+    except ReportError as error:
+        raise EstimateError(str(error)) from error
+    found = tuple(_stage(f"{folder / 'memory.json'}: stages[{s.stage}]", s) for s in run.stages)
+    return MeasuredRun(found, _budget(run))
 
 
 def proposals(run: MeasuredRun, micro_batches: int | None = None) -> list[Proposal]:
@@ -190,25 +184,24 @@ def _totals(run: MeasuredRun, counts: Sequence[tuple[int, int]]) -> tuple[int, .
     return tuple(totals)
 
 
-def _stage(path: Path, where: str, data: Any) -> MeasuredStage:
-    def number(name: str) -> int:
-        value = data.get(name) if isinstance(data, dict) else None
-        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-            raise EstimateError(
-                f"{path}: {where}.{name} is {value!r}: write the report with this version, on a "
-                "run of at least one iteration"
-            )
-        return value
+def _budget(run: RunReport) -> int | None:
+    return int(run.budget) if run.bpipe and run.budget is not None else None
 
-    own, held = number("own_activation_bytes"), number("own_microbatches")
-    if held < 1:
-        raise EstimateError(f"{path}: {where}.own_microbatches is {held}: nothing was trained")
-    device = data.get("device_bytes")
+
+def _stage(where: str, stage: StageReport) -> MeasuredStage:
+    own, held = stage.own_activation_bytes, stage.own_microbatches
+    if held <= 0:
+        raise EstimateError(f"{where}.own_microbatches is {held}: nothing was trained")
+    if stage.allocator_peak_bytes is None:
+        raise EstimateError(
+            f"{where}.allocator_peak_bytes is null: the allocator of that run could not say; "
+            "measure where it can (glibc 2.33 or later, or CUDA)"
+        )
     return MeasuredStage(
-        static=number("static_bytes"),
-        micro_batch=own // held,
-        working=max(0, number("allocator_peak_bytes") - own),
+        static=stage.static_bytes,
+        micro_batch=int(own // held),
+        working=max(0, stage.allocator_peak_bytes - own),
         own=own,
-        pool=number("pool_bytes"),
-        device=device if isinstance(device, int) else None,
+        pool=stage.pool_bytes,
+        device=stage.device_bytes,
     )

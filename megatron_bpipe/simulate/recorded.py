@@ -5,12 +5,13 @@ Units: seconds from the start of the iteration that is drawn, bytes.
 
 from __future__ import annotations
 
-import json
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from megatron_bpipe.report.fields import AGAIN, ReportError
+from megatron_bpipe.report.run import RunReport, read_run
+from megatron_bpipe.report.timeline import Event, read_timelines
 from megatron_bpipe.schedule.ops import Kind, Op, partner
 from megatron_bpipe.simulate.costs import Costs, StageCosts
 from megatron_bpipe.simulate.draw.picture import (
@@ -26,71 +27,55 @@ from megatron_bpipe.simulate.draw.picture import (
 from megatron_bpipe.simulate.memory import StageBytes
 
 
-class ReportError(ValueError):
-    """A folder that holds no report; says what is missing."""
-
-
 @dataclass(frozen=True)
-class Event:
-    """One op of the recorded iteration."""
+class Seen:
+    """One op of the recorded iteration, on the iteration's own clock."""
 
     op: Op
     start: float
     end: float
     size: int
     live_bytes: int
-    live: int
+    live: float
     copy: tuple[float, float] | None
+    exposed: float | None
 
 
 @dataclass(frozen=True)
 class Recording:
-    """The last iteration of a run; one rank of each stage."""
+    """One iteration of a run, one rank of each stage, and the whole run's report."""
 
-    stages: tuple[tuple[Event, ...], ...]
-    pool_bytes: tuple[int, ...]
-    pool_slots: tuple[int, ...]
-    bpipe: bool
-    budget: int | None
+    stages: tuple[tuple[Seen, ...], ...]
+    run: RunReport
     seconds: float
 
     @property
     def microbatches(self) -> int:
         """Micro-batches of the iteration (m)."""
-        return sum(event.op.kind is Kind.FORWARD for event in self.stages[0])
+        return len({s.op.microbatch for s in self.stages[0] if s.op.kind is Kind.FORWARD})
+
+    @property
+    def pool_bytes(self) -> tuple[int, ...]:
+        """What each stage lends."""
+        return tuple(stage.pool_bytes for stage in self.run.stages)
 
 
 def read_report(folder: Path) -> Recording:
-    """Read a report folder; raises ReportError naming what is missing or unreadable."""
-    memory = _read(folder / "memory.json")
-    files: dict[int, Path] = {}
-    for path in sorted(folder.glob("timeline-stage*.json"), reverse=True):
-        files[int(path.name[len("timeline-stage") :].split("-")[0])] = path  # the lowest rank
-    p = len(memory["stages"])
-    missing = sorted(set(range(p)) - set(files))
-    if missing:
-        raise ReportError(
-            f"{folder}: memory.json has {p} stages but there is no timeline of stage {missing[0]}; "
-            "point to the folder that --bpipe-report wrote, all its files together"
-        )
+    """Read a report folder, of its iterations the last.
+
+    Raises:
+        ReportError: naming what is missing, unreadable or of another version.
+    """
+    run = read_run(folder)
+    timelines = read_timelines(folder, run.p)
     try:
-        last = [_read(files[stage])["iterations"][-1] for stage in range(p)]
-        zero = min(event["start"] for events in last for event in events)
-        stages = tuple(tuple(_event(event, zero) for event in events) for events in last)
-        end = max(event.end for events in stages for event in events)
-        return Recording(
-            stages,
-            tuple(stage["pool_bytes"] for stage in memory["stages"]),
-            tuple(stage["pool_slots"] for stage in memory["stages"]),
-            memory["bpipe"],
-            memory["budget"],
-            end,
-        )
-    except (KeyError, IndexError, TypeError, ValueError) as error:
-        raise ReportError(
-            f"{folder}: not what --bpipe-report writes ({type(error).__name__}: {error}); record "
-            "again with this version"
-        ) from error
+        last = [timeline.iterations[-1] for timeline in timelines]
+        zero = min(event.start for events in last for event in events)
+        stages = tuple(tuple(_seen(event, zero) for event in events) for events in last)
+        end = max(seen.end for line in stages for seen in line)
+    except (IndexError, ValueError) as error:
+        raise ReportError(f"{folder}: its timelines are no iteration ({error}); {AGAIN}") from error
+    return Recording(stages, run, end)
 
 
 def panel(recording: Recording, title: str) -> Panel:
@@ -100,13 +85,13 @@ def panel(recording: Recording, title: str) -> Panel:
     curves: list[Curve] = []
     p = len(recording.stages)
     for stage, events in enumerate(recording.stages):
-        sizes = {event.op.microbatch: event.size for event in events if event.size}
+        sizes = {event.op.activation: event.size for event in events if event.size}
         steps = [(0.0, 0.0, 0.0)]
         for event in events:
             if event.op.kind.computation:
                 boxes.append(box_of(event.op, stage, event.start, event.end))
             if event.copy is not None:
-                size = sizes.get(event.op.microbatch, 0)
+                size = sizes.get(event.op.activation, 0)
                 moves.append(move_of(event.op, stage, None, p, event.copy, size))
             steps.append((event.end, float(event.live_bytes), 0.0))
         pool = recording.pool_bytes[stage]
@@ -161,33 +146,23 @@ def measured_bytes(recording: Recording) -> tuple[StageBytes, ...]:
         top = max(events, key=lambda event: event.live_bytes)
         activation = round(top.live_bytes / max(1, top.live))
         other = partner(stage, p)
-        slots = recording.pool_slots[other] if other is not None else 0
+        slots = recording.run.stages[other].pool_slots if other is not None else 0
         pool = recording.pool_bytes[other] if other is not None else 0
         out.append(StageBytes((activation,), moved=round(pool / slots) if slots else None))
     return tuple(out)
 
 
-def _event(event: dict[str, Any], zero: float) -> Event:
+def _seen(event: Event, zero: float) -> Seen:
     copy = None
-    if event["copy_start"] is not None:
-        copy = event["copy_start"] - zero, event["copy_end"] - zero
-    return Event(
-        Op.parse(event["op"]),
-        event["start"] - zero,
-        event["end"] - zero,
-        event["bytes"],
-        event["live_bytes"],
-        event["live_microbatches"],
+    if event.copy_start is not None and event.copy_end is not None:
+        copy = event.copy_start - zero, event.copy_end - zero
+    return Seen(
+        Op.parse(event.op),
+        event.start - zero,
+        event.end - zero,
+        event.bytes,
+        event.live_bytes,
+        event.live_microbatches,
         copy,
+        event.exposed,
     )
-
-
-def _read(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ReportError(
-            f"{path}: {error.strerror}; point to a folder that --bpipe-report wrote"
-        ) from error
-    except ValueError as error:
-        raise ReportError(f"{path}: not JSON ({error}); record again") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from megatron_bpipe.planner.measured import (
     read_report,
     recomputed_shares,
 )
+from megatron_bpipe.report.run import RunReport, StageReport
 
 
 def report(
@@ -29,17 +31,17 @@ def report(
     for x in range(p):
         own = (p - x) * unit[x]
         stages.append(
-            {
-                "static_bytes": static[x] * MIB,
-                "own_activation_bytes": own * MIB,
-                "own_microbatches": p - x,
-                "allocator_peak_bytes": (own + working[x]) * MIB,
-                "pool_bytes": 0,
-                "device_bytes": None,
-            }
+            StageReport(
+                stage=x,
+                rank=x,
+                own_activation_bytes=own * MIB,
+                own_microbatches=p - x,
+                static_bytes=static[x] * MIB,
+                allocator_peak_bytes=(own + working[x]) * MIB,
+            )
         )
-    document = {"bpipe": False, "budget": None, "stages": stages} | changes
-    (folder / "memory.json").write_text(json.dumps(document))
+    run = RunReport(False, None, p, 4 * p, 1, tuple(stages), [], [])
+    (folder / "memory.json").write_text(replace(run, **changes).text())
     return folder
 
 
@@ -78,10 +80,15 @@ def test_recomputation_is_for_the_stages_that_do_not_fit(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (lambda d: d.pop("stages"), "stages is missing"),
-        (lambda d: d["stages"][1].pop("static_bytes"), r"stages\[1\].static_bytes is None"),
+        (lambda d: d.pop("stages"), r"stages is missing"),
+        (lambda d: d["stages"][1].pop("static_bytes"), r"stages\[1\].static_bytes is missing"),
         (lambda d: d["stages"][2].update(own_microbatches=0), r"stages\[2\].own_microbatches is 0"),
         (lambda d: d["stages"][0].update(pool_bytes="x"), r"stages\[0\].pool_bytes is 'x'"),
+        (
+            lambda d: d["stages"][3].update(allocator_peak_bytes=None),
+            "peak_bytes is null",
+        ),
+        (lambda d: d.update(version=1), "format version 1, this reads 2"),
     ],
 )
 def test_a_bad_report_names_its_field(tmp_path: Path, change: Any, named: str) -> None:

@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 
 from megatron_bpipe.cli.main import main
+from megatron_bpipe.report.fields import ReportError
+from megatron_bpipe.report.run import RunReport, StageReport
+from megatron_bpipe.report.timeline import Event, Timeline
 from megatron_bpipe.schedule import balance, lower, one_f_one_b
 from megatron_bpipe.schedule.bases.catalogue import CATALOGUE, build
 from megatron_bpipe.simulate import StageBytes, even_costs, simulate
@@ -19,7 +22,7 @@ from megatron_bpipe.simulate.draw.html import page
 from megatron_bpipe.simulate.draw.overlay import overlay
 from megatron_bpipe.simulate.draw.picture import Picture, memory_text, panel_of, time_text
 from megatron_bpipe.simulate.draw.terminal import draw_panel
-from megatron_bpipe.simulate.recorded import ReportError, read_report
+from megatron_bpipe.simulate.recorded import read_report
 
 BROWSER = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), ""
@@ -173,33 +176,21 @@ def write_report(folder: Path, p: int, m: int, bpipe: bool) -> None:
     copies = {(t.stage, str(t.op)): (t.start + 100, t.end + 100) for t in found.transfers}
     stages = []
     for stage, line in enumerate(found.schedule.stages):
-        events, live = [], 0
+        events, live, most = [], 0, 0
         for op, start, end in zip(line, found.starts[stage], found.ends[stage], strict=True):
             name = str(op)
             live += {"F": 1, "L": 1, "B": -1, "EW": -1}.get(op.kind.value, 0)
-            span = copies.get((stage, name.replace("W", ""))) if "W" in name else None
-            events.append(
-                {
-                    "op": name,
-                    "start": start + 100,
-                    "end": end + 100,
-                    "bytes": 1000 if op.kind.value in "EL" else 0,
-                    "live_bytes": 1000 * live,
-                    "live_microbatches": live,
-                    "copy_start": span[0] if span else None,
-                    "copy_end": span[1] if span else None,
-                }
-            )
-        document = {"version": 1, "stage": stage, "rank": stage, "iterations": [events]}
-        (folder / f"timeline-stage{stage:03d}-rank{stage:05d}.json").write_text(
-            json.dumps(document)
-        )
+            most = max(most, live)
+            span = copies.get((stage, name.replace("W", ""))) if "W" in name else (None, None)
+            size = 1000 if op.kind.value in "EL" else 0
+            events.append(Event(name, start + 100, end + 100, size, 1000 * live, live, *span))
+        timeline = Timeline(stage, stage, [events])
+        (folder / timeline.file_name).write_text(timeline.text())
         lent = 2 if bpipe and stage == p - 1 else 0
-        stages.append({"stage": stage, "pool_bytes": 1000 * lent, "pool_slots": lent})
+        stages.append(StageReport(stage, stage, 1000 * most, most, 0, 1000 * lent, lent))
     budget = schedule.budget if bpipe else None
-    (folder / "memory.json").write_text(
-        json.dumps({"bpipe": bpipe, "budget": budget, "stages": stages})
-    )
+    run = RunReport(bpipe, budget, p, m, 1, tuple(stages), [], [])
+    (folder / "memory.json").write_text(run.text())
 
 
 @pytest.mark.parametrize("bpipe", [False, True])

@@ -10,11 +10,12 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Collection
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
+from megatron_bpipe.report.timeline import Event, Timeline
 from megatron_bpipe.runtime.graph import nodes_below, roots_of
 from megatron_bpipe.runtime.observe.audit import Audit, audit_forward
 from megatron_bpipe.runtime.observe.memory import LiveActivations
@@ -26,21 +27,6 @@ CHANGES_MEMORY = frozenset(
     (Kind.FORWARD, Kind.BACKWARD, Kind.EVICT, Kind.EVICT_WAIT, Kind.LOAD, Kind.LOAD_WAIT)
 )
 KEPT = 1000  # iterations whose times and losses are kept
-
-
-@dataclass(frozen=True)
-class Event:
-    """One op of a recorded iteration; see docs/timeline.md."""
-
-    op: str
-    start: float  # seconds since the epoch
-    end: float
-    bytes: int  # moved by E and L; 0 otherwise
-    live_bytes: int  # activations in this stage's memory when the op was over
-    live_microbatches: int
-    copy_start: float | None = None  # EW, LW: when the copy itself ran
-    copy_end: float | None = None
-    exposed: float | None = None  # EW, LW: seconds that the computation waited for the copy
 
 
 @dataclass
@@ -144,6 +130,7 @@ class Recorder:
 
     def op_done(self, op: Op, start: float, end: float, moved: int) -> None:
         """See `executor.Observer`."""
+        present: float
         if op.kind in CHANGES_MEMORY or not self.timeline[-1]:
             live, present = self._live.sample()
             self.peaks.activation_bytes = max(self.peaks.activation_bytes, live)
@@ -165,23 +152,35 @@ class Recorder:
             above = now - self._baseline
             self.peaks.allocator_bytes = max(self.peaks.allocator_bytes or 0, above)
 
-    def summary(self) -> dict[str, Any]:
-        """What this rank contributes to ``memory.json``."""
-        return {
-            "stage": self.stage,
-            "rank": self.rank,
-            "peak_activation_bytes": self.peaks.activation_bytes,
-            "peak_microbatches": self.peaks.microbatches,
-            "allocator_peak_bytes": self.peaks.allocator_bytes,
-            "forward": self.audit.document() if self.audit is not None else None,
-            "iterations": [list(span) for span in self.iterations],
-            "losses": list(self.losses),
-        }
+    @property
+    def microbatches(self) -> int:
+        """Of the last iteration (m)."""
+        return len({op.microbatch for op in self._forwards()})
 
-    def timeline_document(self) -> dict[str, Any]:
+    @property
+    def chunks(self) -> int:
+        """Of this stage (v)."""
+        return 1 + max((op.chunk for op in self._forwards()), default=0)
+
+    @property
+    def exposed_seconds(self) -> float | None:
+        """Mean per iteration, over the timeline's; None if nothing moved."""
+        seconds = [
+            [event.exposed for event in events if event.exposed is not None]
+            for events in self.timeline
+        ]
+        if not any(seconds):
+            return None
+        return sum(map(sum, seconds)) / len(seconds)
+
+    def timeline_document(self) -> Timeline:
         """This rank's timeline file."""
-        iterations = [[asdict(event) for event in events] for events in self.timeline]
-        return {"version": 1, "stage": self.stage, "rank": self.rank, "iterations": iterations}
+        return Timeline(self.stage, self.rank, list(self.timeline))
+
+    def _forwards(self) -> list[Op]:
+        events = self.timeline[-1] if self.timeline else []
+        ops = [Op.parse(event.op) for event in events]
+        return [op for op in ops if op.kind is Kind.FORWARD]
 
 
 def _float_bits(value: object) -> list[str]:

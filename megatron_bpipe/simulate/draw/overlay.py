@@ -19,8 +19,9 @@ def overlay(recording: Recording, title: str) -> Panel:
     micro-batch to micro-batch and what the recording's machine did besides.
     """
     schedule = one_f_one_b(len(recording.stages), recording.microbatches)
-    if recording.bpipe:
-        schedule = balance(schedule, recording.budget)
+    budget = recording.run.budget
+    if recording.run.bpipe:
+        schedule = balance(schedule, None if budget is None else int(budget))
     found = simulate(lower(schedule), measured_costs(recording))
     ghost = panel_of(found, measured_bytes(recording), "predicted", "s")
     real = panel(recording, title)
