@@ -225,6 +225,9 @@ def test_folders_that_are_no_reports(tmp_path):
     with pytest.raises(ReportError, match="there is no timeline of stage 2"):
         read_report(tmp_path)
     (tmp_path / "timeline-stage002-rank00002.json").write_text("{}")
+    with pytest.raises(ReportError, match="format version None"):
+        read_report(tmp_path)
+    (tmp_path / "timeline-stage002-rank00002.json").write_text('{"version": 2}')
     with pytest.raises(ReportError, match="not what --bpipe-report writes"):
         read_report(tmp_path)
     (tmp_path / "memory.json").write_text("{")

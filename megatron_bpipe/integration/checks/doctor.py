@@ -17,6 +17,7 @@ from megatron_bpipe.estimate.time.fused_softmax_rules import why_not_fused
 from megatron_bpipe.integration import cpu
 from megatron_bpipe.integration.checks.driver import why_unusable
 from megatron_bpipe.integration.checks.hook_points import HOOK_POINTS, missing
+from megatron_bpipe.integration.versions import megatron_version
 from megatron_bpipe.runtime.transport.base import TransportError
 from megatron_bpipe.runtime.transport.node_memory import available_bytes
 from megatron_bpipe.runtime.transport.pair.links import Link, classify, parse_topology
@@ -96,17 +97,12 @@ def _device() -> Finding:
 
 def _megatron() -> list[Finding]:
     try:
-        version = importlib.metadata.version("megatron-core")
-    except importlib.metadata.PackageNotFoundError:
-        version = None
-    try:
         import megatron.core
     except ImportError as error:
         remedy = "pip install megatron-core, or run inside a Megatron-LM checkout"
         return [Finding("megatron-core", f"cannot be imported: {error}", False, remedy=remedy)]
-    version = getattr(megatron.core, "__version__", version)
     where = Path(megatron.core.__file__).parents[2]
-    findings = [Finding("megatron-core", f"{version} in {where}")]
+    findings = [Finding("megatron-core", f"{megatron_version()} in {where}")]
     core = missing(training=False)
     count = sum(not point.training for point in HOOK_POINTS)
     remedy = "this Megatron lacks what is listed: use a supported release"
