@@ -46,7 +46,11 @@ def test_wheel_installs_clean_and_its_script_is_the_module(built: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         packed = {name for name in archive.namelist() if name.startswith("megatron_bpipe/")}
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "megatron_bpipe").rglob("*.py")}
-    assert packed == {*modules, "megatron_bpipe/py.typed"}
+    data = {"py.typed", "simulate/draw/page.js", "simulate/draw/page.html"}
+    assert packed == modules | {f"megatron_bpipe/{name}" for name in data}
+    page = [*CSV[:5], "--html", built / "page.html"]
+    run(python, "-m", "megatron_bpipe", "simulate", *page[1:], cwd=built)
+    assert "</script>" in (built / "page.html").read_text()
     script = run(built / "env" / "bin" / "bpipe", *CSV, cwd=built)
     module = run(python, "-m", "megatron_bpipe", *CSV, cwd=built)
     here = run(sys.executable, "-m", "megatron_bpipe", *CSV, cwd=ROOT)

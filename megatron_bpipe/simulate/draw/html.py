@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import html
 import json
+from pathlib import Path
 from typing import Any
 
-from megatron_bpipe.simulate.draw.page import PAGE
-from megatron_bpipe.simulate.draw.page_script import SCRIPT
 from megatron_bpipe.simulate.draw.picture import Panel, Picture
 
 
@@ -21,7 +20,10 @@ def page(picture: Picture, heading: str) -> str:
         "panels": [_panel(panel) for panel in picture.panels],
     }
     text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
-    filled = PAGE.replace("@SCRIPT@", SCRIPT).replace("@HEADING@", html.escape(heading))
+    here = Path(__file__).parent
+    script = (here / "page.js").read_text(encoding="utf-8")
+    skeleton = (here / "page.html").read_text(encoding="utf-8")
+    filled = skeleton.replace("@SCRIPT@", script).replace("@HEADING@", html.escape(heading))
     return filled.replace("@DATA@", text)
 
 

@@ -1,10 +1,7 @@
-"""The page's script: draws the panels on canvases, with plain browser functions only.
-
-Wheel zooms in time, drag pans, double click shows all; ``#op=PANEL/STAGE/OP`` in the address opens
-the details of one op.
-"""
-
-SCRIPT = r""""use strict";
+"use strict";
+// The page's script: draws the panels on canvases, with plain browser functions only.
+// Wheel zooms in time, drag pans, double click shows all; #op=PANEL/STAGE/OP in the address opens
+// the details of one op.
 const data = JSON.parse(document.getElementById("data").textContent);
 const COLOR = {
   F: ["#3f7fbf", "#7fb0dd"], B: ["#e39a3b", "#f2c283"], W: ["#6aa56a", "#a3cda3"],
@@ -345,4 +342,3 @@ addEventListener("hashchange", openFromAddress);
 arrange(data.panels.length > 1);
 openFromAddress();
 document.documentElement.dataset.drawn = plots.map(p => p.panel.boxes.length).join(" ");
-"""
