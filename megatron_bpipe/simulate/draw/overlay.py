@@ -21,7 +21,7 @@ def overlay(recording: Recording, title: str) -> Panel:
     schedule = one_f_one_b(len(recording.stages), recording.microbatches)
     budget = recording.run.budget
     if recording.run.bpipe:
-        schedule = balance(schedule, None if budget is None else int(budget))
+        schedule = balance(schedule, budget)
     found = simulate(lower(schedule), measured_costs(recording))
     ghost = panel_of(found, measured_bytes(recording), "predicted", "s")
     real = panel(recording, title)
