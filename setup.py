@@ -15,7 +15,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.12",
     packages=find_packages(include=["megatron_bpipe", "megatron_bpipe.*"]),
-    package_data={"megatron_bpipe": ["py.typed", "simulate/draw/page.*"]},
+    package_data={"megatron_bpipe": ["py.typed", "simulate/draw/page*"]},
     # A cluster's image brings its own torch and Megatron: neither is a hard dependency.
     install_requires=[],
     extras_require={

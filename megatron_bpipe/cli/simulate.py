@@ -34,10 +34,10 @@ from megatron_bpipe.simulate import (
 from megatron_bpipe.simulate.draw.chrome_trace import chrome_trace
 from megatron_bpipe.simulate.draw.figure import FigureError, write_figure
 from megatron_bpipe.simulate.draw.html import page
-from megatron_bpipe.simulate.draw.overlay import overlay
 from megatron_bpipe.simulate.draw.picture import Panel, Picture, panel_of, time_text
 from megatron_bpipe.simulate.draw.terminal import draw_panel
-from megatron_bpipe.simulate.recorded import read_report
+from megatron_bpipe.simulate.recorded.overlay import overlay
+from megatron_bpipe.simulate.recorded.recording import read_report
 
 
 class _UsageError(ValueError):

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_bpipe.schedule.bases.pipedream import weight_versions
-from megatron_bpipe.schedule.ops import Kind, Op, partner
+from megatron_bpipe.schedule.ops import Kind, Op, Schedule, partner
 from megatron_bpipe.schedule.validation.occupancy import occupancy
 from megatron_bpipe.simulate.result import Simulation
 
@@ -86,9 +86,8 @@ def memory_steps(simulation: Simulation, sizes: Sequence[StageBytes]) -> list[St
     for stage, size in enumerate(sizes):
         line = schedule.stages[stage]
         other = partner(stage, schedule.p)
-        pool = 0
-        if other is not None and not schedule.to_host and other < stage:
-            pool = max(occupancy(schedule.stages[other])[1], default=0) * _moved(sizes[other], 0)
+        slots = lent_slots(schedule, stage)
+        pool = slots * _moved(sizes[other], 0) if other is not None else 0
         copies = len({op.direction for op in line if op.chunk == 0 and op.kind is Kind.FORWARD})
         out.append(
             StageMemory(
@@ -100,6 +99,14 @@ def memory_steps(simulation: Simulation, sizes: Sequence[StageBytes]) -> list[St
             )
         )
     return out
+
+
+def lent_slots(schedule: Schedule, stage: int) -> int:
+    """Most activations of a chunk that this stage's partner ever keeps on it."""
+    other = partner(stage, schedule.p)
+    if other is None or schedule.to_host or other > stage:
+        return 0
+    return max(occupancy(schedule.stages[other])[1], default=0)
 
 
 def _steps(

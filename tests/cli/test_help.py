@@ -18,7 +18,7 @@ sys.exit(status)
 
 @pytest.mark.parametrize(
     "command",
-    ["doctor", "placement", "plan", "profile", "run", "schedule", "simulate", "tables"],
+    ["compare", "doctor", "placement", "plan", "profile", "run", "schedule", "simulate", "tables"],
 )
 def test_help_takes_less_than_three_tenths_of_a_second(command):
     process = subprocess.Popen([sys.executable, "-c", CODE, command], stdout=subprocess.PIPE)

@@ -20,6 +20,8 @@ COLORS = {
     "gradients": "#bac4cd",
     "optimizer": "#dde2e7",
 }
+FEW_MOVES = 12
+"""Arrows of so many moves are drawn in full, those of more are fainter the more there are."""
 SUFFIXES = (".png", ".svg", ".pdf")
 
 
@@ -29,18 +31,10 @@ class FigureError(ValueError):
 
 def write_figure(picture: Picture, path: Path) -> None:
     """Draw to ``path``; raises FigureError for other endings or without matplotlib."""
-    if path.suffix not in SUFFIXES:
-        raise FigureError(f"{path}: draws {', '.join(SUFFIXES)}; choose one of these endings")
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise FigureError("figures need matplotlib: pip install matplotlib") from error
     count = len(picture.panels)
     stages = max(panel.stages for panel in picture.panels)
     lane = 0.34 if stages <= 8 else 0.2 if stages <= 32 else 0.12
-    figure: Any = Figure(figsize=(7.2 * count, 2 * lane * stages + 1.5), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(path, (7.2 * count, 2 * lane * stages + 1.5))
     axes = figure.subplots(2, count, squeeze=False, sharex=True, sharey="row")
     for number, panel in enumerate(picture.panels):
         _timeline(axes[0][number], panel)
@@ -48,6 +42,25 @@ def write_figure(picture: Picture, path: Path) -> None:
         axes[0][number].set_xlim(0, picture.end)
         axes[1][number].set_xlabel("time" + (" [s]" if picture.time_unit == "s" else ""))
     _legend(figure, picture)
+    save_figure(figure, path)
+
+
+def new_figure(path: Path, inches: tuple[float, float]) -> Any:
+    """An empty figure for ``path``; raises FigureError for other endings or without matplotlib."""
+    if path.suffix not in SUFFIXES:
+        raise FigureError(f"{path}: draws {', '.join(SUFFIXES)}; choose one of these endings")
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise FigureError("figures need matplotlib: pip install matplotlib") from error
+    figure: Any = Figure(figsize=inches, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Write it; the same picture gives the same bytes."""
     metadata = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(path.suffix)
     figure.savefig(path, dpi=160, metadata=metadata)
 
@@ -60,6 +73,7 @@ def _timeline(axis: Any, panel: Panel) -> None:
     _boxes(axis, panel, -0.39, height, 1.0)
     if panel.ghost:
         _boxes(axis, panel.ghost, 0.16, 0.24, 0.5)
+    strength = min(0.65, max(0.12, 0.65 * FEW_MOVES / max(1, len(panel.moves))))
     for move in panel.moves:
         here = move.source if move.kind == "E" else move.target
         other = move.target if move.kind == "E" else move.source
@@ -71,7 +85,7 @@ def _timeline(axis: Any, panel: Panel) -> None:
             ends = ((move.start, near), (move.end, far))
             if move.kind == "L":
                 ends = ((move.start, far), (move.end, near))
-            style = {"arrowstyle": "-|>", "color": color, "lw": 1.0, "alpha": 0.65}
+            style = {"arrowstyle": "-|>", "color": color, "lw": 1.0, "alpha": strength}
             axis.annotate("", ends[1], ends[0], arrowprops=style, zorder=5)
     _stage_axis(axis, panel.stages)
 
@@ -135,9 +149,9 @@ def _memory(axis: Any, panel: Panel, picture: Picture) -> None:
             fontsize=7,
             va="center",
         )
-        if panel.budget is not None:
+        if curve.budget is not None:
             axis.plot(
-                (0, panel.end), (bottom - scale * panel.budget,) * 2, "--", color="#c0392b", lw=0.7
+                (0, panel.end), (bottom - scale * curve.budget,) * 2, "--", color="#c0392b", lw=0.7
             )
         if panel.ghost:
             _outline(axis, panel.ghost.curves[curve.stage], panel.ghost.end, scale)
@@ -187,7 +201,7 @@ def _legend(figure: Any, picture: Picture) -> None:
         if name in constants:
             label = "pool lent" if name == "pool" else name
             handles.append(Patch(color=COLORS[name], label=label))
-    if any(panel.budget is not None for panel in picture.panels):
+    if any(c.budget is not None for panel in picture.panels for c in panel.curves):
         handles.append(Line2D([], [], color="#c0392b", ls="--", lw=0.9, label="budget"))
     if any(panel.ghost for panel in picture.panels):
         handles.append(

@@ -10,21 +10,33 @@ from typing import Any
 from megatron_bpipe.simulate.draw.picture import Panel, Picture
 
 
-def page(picture: Picture, heading: str) -> str:
-    """The page's text."""
+def page(picture: Picture, heading: str, *, both: bool = False, notes: str = "") -> str:
+    """The page's text.
+
+    ``both`` draws the memory of two panels over one axis besides; ``notes`` is text above them.
+    """
     data = {
         "unit": picture.time_unit,
         "memory": picture.memory_unit,
         "end": picture.end,
-        "most": picture.most_memory,
+        "most": picture.most_memory or 1.0,
+        "both": both,
         "panels": [_panel(panel) for panel in picture.panels],
     }
     text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
     here = Path(__file__).parent
-    script = (here / "page.js").read_text(encoding="utf-8")
+    names = ("page_both.js", "page.js")
+    script = "".join((here / name).read_text(encoding="utf-8") for name in names)
     skeleton = (here / "page.html").read_text(encoding="utf-8")
     filled = skeleton.replace("@SCRIPT@", script).replace("@HEADING@", html.escape(heading))
+    filled = filled.replace("@NOTES@", f"<pre>{html.escape(notes)}</pre>" if notes else "")
     return filled.replace("@DATA@", text)
+
+
+def frame(text: str, height: int) -> str:
+    """A page inside another one, as notebooks show it."""
+    quoted = html.escape(text, quote=True)
+    return f'<iframe srcdoc="{quoted}" width="100%" height="{height}" frameborder="0"></iframe>'
 
 
 def _panel(panel: Panel) -> dict[str, Any]:
@@ -33,7 +45,6 @@ def _panel(panel: Panel) -> dict[str, Any]:
         "facts": panel.facts,
         "stages": panel.stages,
         "end": panel.end,
-        "budget": panel.budget,
         "boxes": [
             [
                 b.stage,
@@ -55,6 +66,7 @@ def _panel(panel: Panel) -> dict[str, Any]:
             {
                 "constant": [[name, value] for name, value in curve.constant],
                 "steps": [[_short(t), a, b] for t, a, b in curve.steps],
+                "budget": curve.budget,
             }
             for curve in panel.curves
         ],

@@ -5,7 +5,7 @@
 const data = JSON.parse(document.getElementById("data").textContent);
 const COLOR = {
   F: ["#3f7fbf", "#7fb0dd"], B: ["#e39a3b", "#f2c283"], W: ["#6aa56a", "#a3cda3"],
-  E: "#c2307f", L: "#0f8f7a",
+  E: "#c2307f", L: "#0f8f7a", first: "#a0522d",
   resident: "#8fb8de", flying: "#dd84b4", pool: "#f3d48b",
   weights: "#93a0ad", gradients: "#bac4cd", optimizer: "#dde2e7",
 };
@@ -65,6 +65,7 @@ class Plot {
     const g = this.g = canvas.getContext("2d");
     g.scale(scale, scale);
     g.font = "11px system-ui, sans-serif"; g.textBaseline = "middle";
+    this.labelled = [0, 0];
     this.axis();
     g.save();
     g.beginPath(); g.rect(GUTTER, 0, this.width - GUTTER - TAIL, this.height); g.clip();
@@ -74,22 +75,14 @@ class Plot {
       this.memory(stage);
     }
     const shown = this.panel.moves.filter(m => m[5] >= view.from && m[4] <= view.to);
-    for (const move of shown) this.move(move, shown.length > 150);
+    const strength = Math.min(0.62, Math.max(0.1, 0.62 * 12 / Math.max(1, shown.length)));
+    for (const move of shown) this.move(move, strength);
     g.restore();
     this.labels();
   }
   axis() {
     const g = this.g, right = this.width - TAIL;
-    const span = view.to - view.from, rough = span / Math.max(2, (right - GUTTER) / 90);
-    const power = 10 ** Math.floor(Math.log10(rough));
-    const step = [1, 2, 5, 10].map(f => f * power).find(s => s >= rough);
-    g.textAlign = "center";
-    for (let t = Math.ceil(view.from / step) * step; t <= view.to + 1e-9 * step; t += step) {
-      const x = Math.round(this.x(t)) + 0.5;
-      g.strokeStyle = "#edf0f3"; g.beginPath(); g.moveTo(x, AXIS - 4);
-      g.lineTo(x, this.height - 6); g.stroke();
-      g.fillStyle = "#7a8591"; g.fillText(timeText(t), x, 9);
-    }
+    timeAxis(g, t => this.x(t), this.width, this.height);
     g.strokeStyle = "#e4e8ec";
     for (let stage = 0; stage <= this.panel.stages; stage++) {
       for (const y of [this.y(stage), this.memoryY(stage)]) {
@@ -113,14 +106,18 @@ class Plot {
       if (this.mark && !ghost && this.mark.op === op && this.mark.stage === stage) {
         g.strokeStyle = "#111"; g.lineWidth = 2; g.strokeRect(x, y, width, height); g.lineWidth = 1;
       }
-      const text = String(microbatch);
-      if (!ghost && height >= 9 && width > 4 + 6.2 * text.length) {
+      if (ghost) continue;
+      const text = String(microbatch), size = fontSize(text, width, height);
+      this.labelled[size > 0 ? 0 : 1] += 1;
+      if (size > 0) {
+        g.font = `${size}px system-ui, sans-serif`;
         g.fillStyle = chunk || up || kind === "B" ? "#2b2418" : "#fff";
         g.fillText(text, x + width / 2, y + height / 2 + 0.5);
       }
     }
+    g.font = "11px system-ui, sans-serif";
   }
-  move([op, kind, source, target, start, end], crowded) {
+  move([op, kind, source, target, start, end], strength) {
     const g = this.g, x0 = this.x(start), x1 = Math.max(this.x(end), x0 + 3);
     const here = kind === "E" ? source : target, other = kind === "E" ? target : source;
     g.strokeStyle = g.fillStyle = COLOR[kind]; g.lineWidth = this.lane > 20 ? 1.8 : 1.1;
@@ -129,13 +126,13 @@ class Plot {
     const bottom = this.y(here) + this.lane - 2;
     g.fillRect(x0, bottom - 2, x1 - x0, 3.2);
     if (other === null) return;
-    g.globalAlpha = mark ? 1 : crowded ? 0.1 : 0.62;
+    g.globalAlpha = mark ? 1 : strength;
     const far = this.y(other) + (other > here ? 2 : this.lane - 2);
     const [ya, yb] = kind === "E" ? [bottom, far] : [far, bottom];
     const middle = (ya + yb) / 2;
     g.beginPath(); g.moveTo(x0, ya); g.bezierCurveTo(x0, middle, x1, middle, x1, yb); g.stroke();
     const way = yb > ya ? 1 : -1;
-    if (!crowded || mark) {
+    if (strength > 0.2 || mark) {
       g.beginPath(); g.moveTo(x1, yb + way * 2); g.lineTo(x1 - 4, yb - way * 5);
       g.lineTo(x1 + 4, yb - way * 5); g.fill();
     }
@@ -167,9 +164,9 @@ class Plot {
     area(s => s[1], () => 0, COLOR.resident);
     area(s => s[2], s => s[1], COLOR.flying);
     if (this.panel.ghost) this.outline(this.panel.ghost.curves[stage], base, scale);
-    if (this.panel.budget !== null) {
+    if (curve.budget !== null) {
       g.strokeStyle = "#c0392b"; g.setLineDash([4, 3]); g.beginPath();
-      const y = base - this.panel.budget * scale;
+      const y = base - curve.budget * scale;
       g.moveTo(GUTTER, y); g.lineTo(this.width - TAIL, y); g.stroke(); g.setLineDash([]);
     }
   }
@@ -202,11 +199,7 @@ class Plot {
     const y = this.memoryY(0) - 11;
     g.fillText("memory of each stage over the same time, its peak on the right", GUTTER, y);
   }
-  peak(curve) {
-    if (!curve) return 0;
-    return curve.constant.reduce((sum, c) => sum + c[1], 0) +
-      curve.steps.reduce((most, s) => Math.max(most, s[1] + s[2]), 0);
-  }
+  peak(curve) { return curve ? peakOf(curve) : 0; }
   find(x, y) {
     const t = this.time(x), p = this.panel.stages;
     if (x < GUTTER || x > this.width - TAIL) return null;
@@ -274,6 +267,30 @@ class Plot {
   }
 }
 
+// The largest font, from 11 px down to 7, in which a number fits into a box; 0: none does.
+function fontSize(text, width, height) {
+  for (let size = 11; size >= 7; size--)
+    if (width >= 1 + 0.58 * size * text.length && height >= size) return size;
+  return 0;
+}
+
+function peakOf(curve) {
+  return curve.constant.reduce((sum, c) => sum + c[1], 0) +
+    curve.steps.reduce((most, s) => Math.max(most, s[1] + s[2]), 0);
+}
+function timeAxis(g, x, width, height) {
+  const span = view.to - view.from, rough = span / Math.max(2, (width - TAIL - GUTTER) / 90);
+  const power = 10 ** Math.floor(Math.log10(rough));
+  const step = [1, 2, 5, 10].map(f => f * power).find(s => s >= rough);
+  g.textAlign = "center";
+  for (let t = Math.ceil(view.from / step) * step; t <= view.to + 1e-9 * step; t += step) {
+    const at = Math.round(x(t)) + 0.5;
+    g.strokeStyle = "#edf0f3"; g.beginPath(); g.moveTo(at, AXIS - 4);
+    g.lineTo(at, height - 6); g.stroke();
+    g.fillStyle = "#7a8591"; g.fillText(timeText(t), at, 9);
+  }
+}
+
 function showTip(text, x, y) {
   tip.style.display = text ? "block" : "none";
   if (!text) return;
@@ -303,9 +320,10 @@ function legend() {
   const constants = new Set(data.panels.flatMap(
     p => p.curves.flatMap(c => c.constant.map(x => x[0]))));
   for (const name of constants) parts.push([COLOR[name], name === "pool" ? "pool lent" : name, ""]);
-  if (data.panels.some(p => p.budget !== null)) parts.push(["#c0392b", "budget", "arrow"]);
+  if (data.panels.some(p => p.curves.some(c => c.budget !== null))) parts.push(["#c0392b", "budget", "arrow"]);
   if (data.panels.some(p => p.ghost))
     parts.push(["#1d2733", "pale and dashed: predicted", "arrow"]);
+  if (data.both) parts.push([COLOR.first, `memory of ${escapeText(data.panels[0].title)}`, "arrow"]);
   document.getElementById("legend").innerHTML = parts.map(([color, name, kind]) =>
     `<span><i class="${kind}" style="${kind ? "border-color" : "background"}:${color}"></i>` +
     `${name}</span>`).join("") +
@@ -313,7 +331,7 @@ function legend() {
 }
 function openFromAddress() {
   const match = decodeURIComponent(location.hash).match(/^#op=(\d+)\/(\d+)\/(.+)$/);
-  if (!match || !plots[+match[1]]) return;
+  if (!match || !data.panels[+match[1]]) return;
   const plot = plots[+match[1]], stage = +match[2], op = match[3];
   const box = plot.panel.boxes.find(b => b[0] === stage && b[1] === op);
   const moved = plot.panel.moves.find(m => m[0] === op && (m[1] === "E" ? m[2] : m[3]) === stage);
@@ -332,13 +350,28 @@ function arrange(side) {
   layout.textContent = side ? "one below the other" : "side by side";
   drawAll();
 }
+// Side by side unless numbers that fit one below the other would not fit then.
+function numbers() {
+  return plots.reduce((sum, plot) => [sum[0] + plot.labelled[0], sum[1] + plot.labelled[1]], [0, 0]);
+}
+function firstLayout() {
+  arrange(false);
+  const fits = numbers()[0];
+  if (data.panels.length < 2 || innerWidth <= 900) return;
+  arrange(true);
+  if (numbers()[0] < fits) arrange(false);
+}
 data.panels.forEach((panel, number) => plots.push(new Plot(panel, number)));
+if (data.both) plots.push(new Both(data.panels));
+Both.prototype.labelled = [0, 0];
 legend();
 layout.onclick = () => arrange(main.className === "");
 if (data.panels.length < 2) layout.style.display = "none";
 document.getElementById("all").onclick = () => move(0, data.end);
 addEventListener("resize", drawAll);
 addEventListener("hashchange", openFromAddress);
-arrange(data.panels.length > 1);
+firstLayout();
 openFromAddress();
-document.documentElement.dataset.drawn = plots.map(p => p.panel.boxes.length).join(" ");
+document.documentElement.dataset.drawn = data.panels.map(p => p.boxes.length).join(" ");
+const [labels, missing] = numbers();
+document.documentElement.dataset.numbers = `${labels} of ${labels + missing}`;

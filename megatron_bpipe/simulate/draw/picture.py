@@ -13,8 +13,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_bpipe.schedule.ops import UP, Kind, Op, Schedule, partner
-from megatron_bpipe.simulate.memory import StageBytes, memory_steps
+from megatron_bpipe.schedule.ops import UP, Kind, Op, partner
+from megatron_bpipe.simulate.memory import StageBytes, lent_slots, memory_steps
 from megatron_bpipe.simulate.result import Simulation, bubble_ratio
 
 
@@ -48,11 +48,15 @@ class Move:
 
 @dataclass(frozen=True)
 class Curve:
-    """Memory of one stage: constant parts by name, and (time, resident, in flight) steps."""
+    """Memory of one stage: constant parts by name, and (time, resident, in flight) steps.
+
+    ``budget`` is the height that the schedule's budget allows on this stage, None without one.
+    """
 
     stage: int
     constant: tuple[tuple[str, float], ...]
     steps: tuple[tuple[float, float, float], ...]
+    budget: float | None = None
 
     @property
     def peak(self) -> float:
@@ -71,7 +75,6 @@ class Panel:
     boxes: tuple[Box, ...]
     moves: tuple[Move, ...]
     curves: tuple[Curve, ...]
-    budget: float | None
     ghost: Panel | None = None
 
 
@@ -90,9 +93,10 @@ class Picture:
 
     @property
     def most_memory(self) -> float:
-        """The highest curve: all share one axis."""
+        """The highest curve or budget: all share one axis."""
         panels = [q for p in self.panels for q in (p, p.ghost) if q is not None]
-        return max((c.peak for p in panels for c in p.curves), default=0.0)
+        curves = [c for p in panels for c in p.curves]
+        return max((max(c.peak, c.budget or 0.0) for c in curves), default=0.0)
 
 
 def panel_of(
@@ -114,7 +118,6 @@ def panel_of(
     moves = tuple(_moves(simulation, sizes))
     if moves:
         facts.append(("evictions", str(sum(move.kind == "E" for move in moves))))
-    budget = None if known or schedule.budget is None else float(schedule.budget)
     return Panel(
         title=title or schedule.name,
         facts=tuple(facts),
@@ -123,7 +126,6 @@ def panel_of(
         boxes=tuple(_boxes(simulation)),
         moves=moves,
         curves=tuple(curves),
-        budget=budget,
     )
 
 
@@ -135,15 +137,15 @@ def box_of(op: Op, stage: int, start: float, end: float) -> Box:
 
 
 def move_of(
-    op: Op, stage: int, schedule: Schedule | None, p: int, span: tuple[float, float], size: int
+    op: Op, stage: int, to_host: bool, p: int, span: tuple[float, float], size: int
 ) -> Move:
     """The move of an eviction or load (or of the wait for it)."""
-    to_host = schedule is not None and schedule.to_host
     other = None if to_host else partner(stage, p)
     leaves = op.kind in (Kind.EVICT, Kind.EVICT_WAIT)
     source, target = (stage, other) if leaves else (other, stage)
-    kind = "E" if leaves else "L"
-    return Move(f"{kind}{op.microbatch}", kind, op.microbatch, source, target, *span, size)
+    kind = Kind.EVICT if leaves else Kind.LOAD
+    name = str(Op(kind, op.microbatch, op.chunk, op.direction))
+    return Move(name, kind.value, op.microbatch, source, target, *span, size)
 
 
 def _boxes(simulation: Simulation) -> list[Box]:
@@ -156,7 +158,7 @@ def _boxes(simulation: Simulation) -> list[Box]:
 
 
 def _moves(simulation: Simulation, sizes: Sequence[StageBytes] | None) -> list[Move]:
-    out = []
+    out, schedule = [], simulation.schedule
     for transfer in simulation.transfers:
         stage, op = transfer.stage, transfer.op
         size = 0
@@ -164,14 +166,15 @@ def _moves(simulation: Simulation, sizes: Sequence[StageBytes] | None) -> list[M
             here = sizes[stage]
             size = here.activation[0] if here.moved is None else here.moved
         span = (transfer.start, transfer.end)
-        out.append(move_of(op, stage, simulation.schedule, simulation.schedule.p, span, size))
+        out.append(move_of(op, stage, schedule.to_host, schedule.p, span, size))
     return out
 
 
 def _curves(simulation: Simulation, sizes: Sequence[StageBytes] | None) -> list[Curve]:
-    chunks = 1 + max((op.chunk for op in simulation.schedule.stages[0]), default=0)
+    schedule = simulation.schedule
+    chunks = schedule.chunks
     unit = 1 / chunks if sizes is None else 1.0
-    given = (StageBytes((1,)),) * simulation.schedule.p if sizes is None else tuple(sizes)
+    given = (StageBytes((1,)),) * schedule.p if sizes is None else tuple(sizes)
     curves = []
     for stage, memory in enumerate(memory_steps(simulation, given)):
         constant = (
@@ -181,7 +184,13 @@ def _curves(simulation: Simulation, sizes: Sequence[StageBytes] | None) -> list[
             ("pool", unit * memory.pool),
         )
         steps = tuple((time, unit * a, unit * b) for time, a, b in memory.steps)
-        curves.append(Curve(stage, tuple((n, v) for n, v in constant if v), steps))
+        budget = None
+        if schedule.budget is not None:
+            activations = given[stage].activation
+            whole = sum(activations[min(chunk, len(activations) - 1)] for chunk in range(chunks))
+            own = schedule.budget - lent_slots(schedule, stage) / chunks
+            budget = unit * (memory.constant + own * whole)
+        curves.append(Curve(stage, tuple((n, v) for n, v in constant if v), steps, budget))
     return curves
 
 

@@ -6,6 +6,7 @@ Units: seconds from the start of the iteration that is drawn, bytes.
 from __future__ import annotations
 
 import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,21 +62,31 @@ class Recording:
 
 
 def read_report(folder: Path) -> Recording:
-    """Read a report folder, of its iterations the last.
+    """Read a report folder; of its iterations the one that took the median time.
 
     Raises:
         ReportError: naming what is missing, unreadable or of another version.
     """
     run = read_run(folder)
     timelines = read_timelines(folder, run.p)
+    count = min(len(timeline.iterations) for timeline in timelines)
     try:
-        last = [timeline.iterations[-1] for timeline in timelines]
-        zero = min(event.start for events in last for event in events)
-        stages = tuple(tuple(_seen(event, zero) for event in events) for events in last)
-        end = max(seen.end for line in stages for seen in line)
+        iterations = [
+            [timeline.iterations[n - count] for timeline in timelines] for n in range(count)
+        ]
+        ends = sorted(range(count), key=lambda n: _span(iterations[n])[1])
+        chosen = iterations[ends[(count - 1) // 2]]
+        zero, seconds = _span(chosen)
+        stages = tuple(tuple(_seen(event, zero) for event in events) for events in chosen)
     except (IndexError, ValueError) as error:
         raise ReportError(f"{folder}: its timelines are no iteration ({error}); {AGAIN}") from error
-    return Recording(stages, run, end)
+    return Recording(stages, run, seconds)
+
+
+def _span(iteration: Sequence[Sequence[Event]]) -> tuple[float, float]:
+    """When an iteration began, and how many seconds it took until the last stage was done."""
+    zero = min(event.start for events in iteration for event in events)
+    return zero, max(event.end for events in iteration for event in events) - zero
 
 
 def panel(recording: Recording, title: str) -> Panel:
@@ -84,19 +95,25 @@ def panel(recording: Recording, title: str) -> Panel:
     moves: list[Move] = []
     curves: list[Curve] = []
     p = len(recording.stages)
+    units = measured_bytes(recording)
     for stage, events in enumerate(recording.stages):
         sizes = {event.op.activation: event.size for event in events if event.size}
+        to_host = recording.run.stages[stage].transport == "host"
         steps = [(0.0, 0.0, 0.0)]
         for event in events:
             if event.op.kind.computation:
                 boxes.append(box_of(event.op, stage, event.start, event.end))
             if event.copy is not None:
                 size = sizes.get(event.op.activation, 0)
-                moves.append(move_of(event.op, stage, None, p, event.copy, size))
+                moves.append(move_of(event.op, stage, to_host, p, event.copy, size))
             steps.append((event.end, float(event.live_bytes), 0.0))
         pool = recording.pool_bytes[stage]
         constant = (("pool", float(pool)),) if pool else ()
-        curves.append(Curve(stage, constant, tuple(steps)))
+        budget = None
+        if recording.run.budget is not None:
+            own = recording.run.budget - recording.run.stages[stage].pool_slots
+            budget = pool + own * recording.run.v * units[stage].activation[0]
+        curves.append(Curve(stage, constant, tuple(steps), budget))
     busy = sum(box.end - box.start for box in boxes)
     facts = [
         ("iteration", time_text(recording.seconds, "s")),
@@ -106,7 +123,7 @@ def panel(recording: Recording, title: str) -> Panel:
     if moves:
         facts.append(("evictions", str(sum(move.kind == "E" for move in moves))))
     return Panel(
-        title, tuple(facts), p, recording.seconds, tuple(boxes), tuple(moves), tuple(curves), None
+        title, tuple(facts), p, recording.seconds, tuple(boxes), tuple(moves), tuple(curves)
     )
 
 
@@ -119,8 +136,10 @@ def measured_costs(recording: Recording) -> Costs:
     sends: list[float] = []
     for events in recording.stages:
         took: dict[Kind, list[float]] = {}
+        computed: dict[tuple[Kind, int], list[float]] = {}
         for event in events:
             took.setdefault(event.op.kind, []).append(event.end - event.start)
+            computed.setdefault((event.op.kind, event.op.chunk), []).append(event.end - event.start)
         copies: dict[Kind, list[float]] = {}
         for event in events:
             if event.copy is not None:
@@ -129,8 +148,8 @@ def measured_costs(recording: Recording) -> Costs:
             sends += took.get(kind, [])
         stages.append(
             StageCosts(
-                forward=(statistics.fmean(took[Kind.FORWARD]),),
-                backward=(statistics.fmean(took[Kind.BACKWARD]),),
+                forward=_by_chunk(computed, Kind.FORWARD),
+                backward=_by_chunk(computed, Kind.BACKWARD),
                 evict=statistics.fmean(copies.get(Kind.EVICT_WAIT, [0.0])),
                 load=statistics.fmean(copies.get(Kind.LOAD_WAIT, [0.0])),
             )
@@ -138,17 +157,25 @@ def measured_costs(recording: Recording) -> Costs:
     return Costs(tuple(stages), send=min(sends, default=0.0))
 
 
+def _by_chunk(
+    computed: Mapping[tuple[Kind, int], Sequence[float]], kind: Kind
+) -> tuple[float, ...]:
+    """Mean seconds of this stage's ops of a kind, chunk by chunk."""
+    chunks = sorted(chunk for found, chunk in computed if found is kind)
+    return tuple(statistics.fmean(computed[kind, chunk]) for chunk in chunks)
+
+
 def measured_bytes(recording: Recording) -> tuple[StageBytes, ...]:
-    """Bytes of one micro-batch on each stage: the highest live bytes over those then alive."""
-    p = len(recording.stages)
+    """Bytes of one chunk on each stage: the highest live bytes over the chunks then alive."""
+    p, v = len(recording.stages), recording.run.v
     out = []
     for stage, events in enumerate(recording.stages):
         top = max(events, key=lambda event: event.live_bytes)
-        activation = round(top.live_bytes / max(1, top.live))
+        activation = round(top.live_bytes / max(1, top.live * v))
         other = partner(stage, p)
         slots = recording.run.stages[other].pool_slots if other is not None else 0
         pool = recording.pool_bytes[other] if other is not None else 0
-        out.append(StageBytes((activation,), moved=round(pool / slots) if slots else None))
+        out.append(StageBytes((activation,), moved=round(pool / (slots * v)) if slots else None))
     return tuple(out)
 
 
