@@ -20,6 +20,13 @@ from typing import Any
 import torch
 
 from megatron_bpipe.integration.checks.arguments import check_arguments, check_megatron
+from megatron_bpipe.integration.checks.hook_points import (
+    ARGUMENTS,
+    FORWARD_BACKWARD,
+    PARALLEL_STATE,
+    SCHEDULES,
+    TRAINING,
+)
 from megatron_bpipe.integration.log import log_rank0
 from megatron_bpipe.integration.options import Options, add_flags
 from megatron_bpipe.integration.patches.forward_backward import make_schedule
@@ -34,12 +41,6 @@ from megatron_bpipe.integration.single_gpu.launch import (
     set_single_gpu,
 )
 from megatron_bpipe.integration.single_gpu.uncoalesced_collectives import REPLACEMENTS
-
-ARGUMENTS = "megatron.training.arguments"
-TRAINING = "megatron.training.training"
-PARALLEL_STATE = "megatron.core.parallel_state"
-SCHEDULES = "megatron.core.pipeline_parallel.schedules"
-REPLACED = "forward_backward_pipelining_without_interleaving"
 
 
 @dataclass
@@ -179,7 +180,9 @@ def _activate(options: Options) -> None:
     make = make_schedule if options.bpipe else make_observed
 
     def replace_schedule(schedules: ModuleType) -> None:
-        patches.replace(schedules, REPLACED, lambda stock: make(stock, schedules, current))
+        patches.replace(
+            schedules, FORWARD_BACKWARD.name, lambda stock: make(stock, schedules, current)
+        )
 
     def end_with_training(training: ModuleType) -> None:
         def wrap(train: Callable[..., Any]) -> Callable[..., Any]:

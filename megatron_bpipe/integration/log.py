@@ -7,6 +7,8 @@ import os
 import sys
 from typing import NoReturn
 
+from megatron_bpipe.integration.checks.hook_points import TRAINING_UTILS
+
 logger = logging.getLogger("megatron_bpipe")
 
 
@@ -14,9 +16,9 @@ def log_rank0(message: str) -> None:
     """Log a line once, on rank 0."""
     if not _rank_zero():
         return
-    utils = sys.modules.get("megatron.training.utils")
-    if utils is not None:
-        utils.print_rank_0(f"bpipe: {message}")
+    training_utils = sys.modules.get(TRAINING_UTILS)
+    if training_utils is not None:
+        training_utils.print_rank_0(f"bpipe: {message}")
     else:
         logger.warning(message)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from megatron_bpipe import __version__
+from megatron_bpipe.integration.checks.hook_points import PACKAGE_INFO
 
 
 def megatron_version() -> str:
@@ -19,7 +20,7 @@ def megatron_version() -> str:
     environment inside a repository is somebody else's. Here a commit counts only where that
     repository is Megatron's own.
     """
-    info = importlib.import_module("megatron.core.package_info")
+    info = importlib.import_module(PACKAGE_INFO)
     checkout = (Path(str(info.__file__)).parents[2] / ".git").exists()
     return str(info.__version__) if checkout else str(info.__version__).partition("+")[0]
 

@@ -35,7 +35,7 @@ def main() -> None:
     core_only = "--core-only" in sys.argv
     folders = [word for word in sys.argv[1:] if word != "--core-only"]
     if folders:
-        _use_megatron_of(Path(folders[0]))
+        use_megatron_of(Path(folders[0]))
         sys.path += folders[1:]
     import megatron.core.datasets.gpt_dataset
     import megatron.core.models.gpt
@@ -52,7 +52,7 @@ def main() -> None:
         answers.flush()
 
 
-def _use_megatron_of(folder: Path) -> None:
+def use_megatron_of(folder: Path) -> None:
     """Take all of ``megatron`` from ``folder``: a namespace package would mix two releases."""
     sys.path.insert(0, str(folder))
     importlib.import_module("megatron").__path__ = [str(folder / "megatron")]

@@ -15,15 +15,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from megatron_bpipe.integration.checks.hook_points import DATASET_EXTENSION, DATASET_UTILS
 from megatron_bpipe.integration.patches.import_hook import after_import
-
-UTILS = "megatron.core.datasets.utils"
-EXTENSION = "megatron.core.datasets.helpers_cpp"
 
 
 def install() -> None:
     """Skip the compilation where it is not needed, explain where it cannot run."""
-    after_import(UTILS, _patch)
+    after_import(DATASET_UTILS, _patch)
 
 
 def compiled_helpers(folder: Path) -> Path | None:
@@ -69,16 +67,16 @@ def _source_in(folder: Path) -> bytes | None:
     return source.read_bytes() if source.is_file() else None
 
 
-def _patch(utils: Any) -> None:
+def _patch(dataset_utils: Any) -> None:
     """Put this release's helpers in place on every rank, or guard their compilation."""
-    folder = Path(utils.__file__).parent
+    folder = Path(dataset_utils.__file__).parent
     extension = compiled_helpers(folder)
     if extension is not None:
         if extension.parent != folder:
             _load(extension)
-        utils.compile_helpers = lambda: None
+        dataset_utils.compile_helpers = lambda: None
         return
-    stock = utils.compile_helpers
+    stock = dataset_utils.compile_helpers
 
     def compile_helpers() -> None:
         """Compile the helpers, or say what is missing for that."""
@@ -97,13 +95,13 @@ def _patch(utils: Any) -> None:
                 f"Put those of Python {sys.version_info[0]}.{sys.version_info[1]} first there."
             )
 
-    utils.compile_helpers = compile_helpers
+    dataset_utils.compile_helpers = compile_helpers
 
 
 def _load(extension: Path) -> None:
     """Import an extension of another folder under the name that Megatron uses."""
-    loader = importlib.machinery.ExtensionFileLoader(EXTENSION, str(extension))
-    spec = importlib.machinery.ModuleSpec(EXTENSION, loader, origin=str(extension))
+    loader = importlib.machinery.ExtensionFileLoader(DATASET_EXTENSION, str(extension))
+    spec = importlib.machinery.ModuleSpec(DATASET_EXTENSION, loader, origin=str(extension))
     module = importlib.util.module_from_spec(spec)
     loader.exec_module(module)
-    sys.modules[EXTENSION] = module
+    sys.modules[DATASET_EXTENSION] = module

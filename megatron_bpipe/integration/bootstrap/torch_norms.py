@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from megatron_bpipe.integration.checks.hook_points import TORCH_NORM
 from megatron_bpipe.integration.patches.import_hook import after_import
 
 
 def let_torch_norms_have_sequence_parallelism() -> None:
     """Put that in place; before or after Megatron was imported."""
-    after_import("megatron.core.transformer.torch_norm", _mark_parameters)
+    after_import(TORCH_NORM, _mark_parameters)
 
 
 def _mark_parameters(torch_norm: Any) -> None:

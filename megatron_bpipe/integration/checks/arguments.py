@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from megatron_bpipe.integration.checks.hook_points import KNOWN_RELEASES, missing, release
+from megatron_bpipe.integration.checks.hook_points import KNOWN_RELEASES
+from megatron_bpipe.integration.checks.probe import missing, release
 from megatron_bpipe.integration.log import abort, log_rank0
 from megatron_bpipe.integration.options import TRANSPORTS, Options
 from megatron_bpipe.runtime.transport.pair.links import DeviceInfo, PairTopology, obstacle
@@ -75,7 +76,7 @@ def check_megatron() -> None:
     Raises:
         Abort: it lacks something; rank 0 has named it.
     """
-    lacking = missing(training=False)
+    lacking = missing("schedule")
     if lacking:
         abort(
             f"--bpipe needs a Megatron that has {lacking[0]}; use a supported release "

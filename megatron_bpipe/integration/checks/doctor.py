@@ -16,7 +16,8 @@ import torch
 from megatron_bpipe.estimate.time.fused_softmax_rules import why_not_fused
 from megatron_bpipe.integration import cpu
 from megatron_bpipe.integration.checks.driver import why_unusable
-from megatron_bpipe.integration.checks.hook_points import HOOK_POINTS, missing
+from megatron_bpipe.integration.checks.hook_points import HOOK_POINTS, Feature
+from megatron_bpipe.integration.checks.probe import missing
 from megatron_bpipe.integration.versions import megatron_version
 from megatron_bpipe.runtime.transport.base import TransportError
 from megatron_bpipe.runtime.transport.node_memory import available_bytes
@@ -103,15 +104,26 @@ def _megatron() -> list[Finding]:
         return [Finding("megatron-core", f"cannot be imported: {error}", False, remedy=remedy)]
     where = Path(megatron.core.__file__).parents[2]
     findings = [Finding("megatron-core", f"{megatron_version()} in {where}")]
-    core = missing(training=False)
-    count = sum(not point.training for point in HOOK_POINTS)
-    remedy = "this Megatron lacks what is listed: use a supported release"
-    found = "; ".join(core) or f"all {count} hook points there"
-    findings.append(Finding("schedule hook points", found, not core, remedy=remedy))
-    loop = [m for m in missing(training=True) if m not in core]
-    remedy = "use a wheel from 0.18 on or a checkout for pretrain(); core-only loops can do without"
-    found = "; ".join(loop) or "all there"
-    findings.append(Finding("training loop", found, not loop, needed=False, remedy=remedy))
+    features: list[tuple[Feature, str, str]] = [
+        ("schedule", "schedule hook points", "use a supported release"),
+        (
+            "training",
+            "training loop",
+            "use a wheel from 0.18 on or a checkout for pretrain(); loops on megatron.core alone "
+            "can do without",
+        ),
+        ("profile", "profile", "only the command profile needs it: use a wheel from 0.18 on"),
+    ]
+    if cpu.installed():
+        features.insert(
+            2, ("cpu", "CPU backend", "only CPU ranks need it: use a supported release")
+        )
+    for feature, name, remedy in features:
+        lacking = missing(feature)
+        count = sum(point.feature == feature for point in HOOK_POINTS)
+        found = "; ".join(lacking) or f"all {count} hook points there"
+        needed = feature == "schedule"
+        findings.append(Finding(name, found, not lacking, needed=needed, remedy=remedy))
     return findings
 
 

@@ -4,13 +4,14 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
+from megatron_bpipe.integration.checks.hook_points import ARGUMENTS
 from megatron_bpipe.integration.cpu.flags import CPU_FLAGS
 from megatron_bpipe.integration.patches.import_hook import after_import
 
 
 def install() -> None:
     """Change the defaults of Megatron's parser, as soon as it is imported."""
-    after_import("megatron.training.arguments", _wrap)
+    after_import(ARGUMENTS, _wrap)
 
 
 def set_cpu_defaults(parser: argparse.ArgumentParser) -> None:

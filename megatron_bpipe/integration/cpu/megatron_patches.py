@@ -11,17 +11,23 @@ import torch
 from megatron_bpipe.integration.bootstrap.torch_norms import (
     let_torch_norms_have_sequence_parallelism,
 )
+from megatron_bpipe.integration.checks.hook_points import (
+    ARGUMENTS,
+    FUSED_KERNELS,
+    INITIALIZE,
+    MOE_UTILS,
+)
 from megatron_bpipe.integration.log import abort
 from megatron_bpipe.integration.patches.import_hook import after_import
 
 
 def install() -> None:
     """Register the patches for the modules they concern."""
-    after_import("megatron.training.arguments", _refuse_gpu_only)
-    after_import("megatron.training.initialize", _allow_no_cuda)
-    after_import("megatron.legacy.fused_kernels", _no_kernels)
+    after_import(ARGUMENTS, _refuse_gpu_only)
+    after_import(INITIALIZE, _allow_no_cuda)
+    after_import(FUSED_KERNELS, _no_kernels)
     let_torch_norms_have_sequence_parallelism()
-    after_import("megatron.core.transformer.moe.moe_utils", _splits_as_numbers)
+    after_import(MOE_UTILS, _splits_as_numbers)
 
 
 def _refuse_gpu_only(arguments: Any) -> None:

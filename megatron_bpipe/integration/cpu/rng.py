@@ -10,9 +10,8 @@ from collections.abc import Callable, Iterable
 
 import torch
 
+from megatron_bpipe.integration.checks.hook_points import RANDOM
 from megatron_bpipe.integration.cpu.replace import replace
-
-TRACKER_LOGGER = "megatron.core.tensor_parallel.random"
 
 
 def _get_state(device: object = "cuda") -> torch.Tensor:
@@ -72,4 +71,4 @@ def install() -> None:
             set_rng_state_all=_set_state_all,
         )
     replace(torch.cuda, default_generators=_TheGenerator((torch.default_generator,)))
-    logging.getLogger(TRACKER_LOGGER).addFilter(_is_not_cpu_changed)
+    logging.getLogger(RANDOM).addFilter(_is_not_cpu_changed)

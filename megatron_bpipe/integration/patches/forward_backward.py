@@ -20,7 +20,7 @@ from megatron_bpipe.integration.checks.arguments import incompatible_flags
 from megatron_bpipe.integration.link_forecast import forward_flops
 from megatron_bpipe.integration.patches.p2p_sync import StreamWaits
 from megatron_bpipe.integration.patches.process_groups import GROUPS_NAMES, default_groups
-from megatron_bpipe.integration.patches.stage import MegatronStage, StageCall, call_known
+from megatron_bpipe.integration.patches.stage import MegatronStage, StageCall
 from megatron_bpipe.integration.session import Session
 from megatron_bpipe.runtime.executor import Run
 from megatron_bpipe.schedule.stage_plan import stage_plan
@@ -45,8 +45,7 @@ def make_schedule(
         plan = stage_plan(group.size(), call.microbatches, group.rank(), session.options.budget)
         session.begin(plan, group, call.model, _flops_of(call, arguments))
         _timer(call.config, start=True)
-        embedding = call_known(
-            schedules.clear_embedding_activation_buffer,
+        embedding = schedules.clear_embedding_activation_buffer(
             config=call.config,
             model=call.model,
             is_last_stage=call.is_last,
@@ -70,7 +69,9 @@ def _stage_call(schedules: Any, arguments: dict[str, Any]) -> StageCall:
     model = _only(arguments["model"], "model chunk")
     config = schedules.get_model_config(model)
     if config.overlap_p2p_comm:
-        raise ValueError("bpipe: overlap_p2p_comm needs interleaving; use --no-overlap-p2p-comm")
+        raise ValueError(
+            "bpipe: overlap_p2p_comm needs interleaving; use --no-overlap-p2p-communication"
+        )
     for flag, given, remedy in incompatible_flags(config):  # a loop without Megatron's parser
         raise ValueError(f"bpipe: cannot run with {flag} {given}; {remedy}")
     communicator = arguments["p2p_communicator"]
@@ -112,8 +113,7 @@ def _only(value: Any, what: str) -> Any:
 
 def _shapes(schedules: Any, config: Any, groups: Any, arguments: dict[str, Any]) -> tuple[Any, Any]:
     def shapes() -> Any:
-        return call_known(
-            schedules.get_tensor_shapes,
+        return schedules.get_tensor_shapes(
             seq_length=arguments["seq_length"],
             micro_batch_size=arguments["micro_batch_size"],
             decoder_seq_length=arguments["decoder_seq_length"],
@@ -147,8 +147,7 @@ def _finish_gradients(
         config.grad_sync_func(call.model.parameters())
     if config.finalize_model_grads_func is None:
         return
-    call_known(
-        call.schedules.finish_embedding_wgrad_compute,
+    call.schedules.finish_embedding_wgrad_compute(
         config=config,
         embedding_module=embedding,
         is_last_stage=call.is_last,
@@ -157,8 +156,7 @@ def _finish_gradients(
     named = {call.groups_name: call.groups}
     if "force_all_reduce" in arguments:
         named["force_all_reduce"] = arguments["force_all_reduce"]
-    call_known(
-        config.finalize_model_grads_func,
+    config.finalize_model_grads_func(
         [call.model],
         stage.tokens if config.calculate_per_token_loss else None,
         **named,

@@ -1,7 +1,6 @@
 """The process groups of a call that brings none, as Megatron's own schedule makes them.
 
-What they are called and who makes them has changed twice; `probe.HOOK_POINTS` asks for one of the
-three ways.
+What they are called and who makes them has changed twice (`checks/hook_points.py`).
 """
 
 from __future__ import annotations
@@ -24,15 +23,16 @@ def default_groups(schedules: Any) -> Any:
     if hasattr(schedules, "_build_default_pg_collection"):
         return schedules._build_default_pg_collection()
     if hasattr(schedules, "ProcessGroupCollection"):
-        kind = schedules.ProcessGroupCollection
-        known = {field.name for field in fields(kind)}
-        return kind.use_mpu_process_groups([name for name in NEEDED if name in known])
-    state = schedules.parallel_state
+        known = {field.name for field in fields(schedules.ProcessGroupCollection)}
+        return schedules.ProcessGroupCollection.use_mpu_process_groups(
+            [name for name in NEEDED if name in known]
+        )
+    parallel_state = schedules.parallel_state
     groups = schedules.GradFinalizeProcessGroups()
-    groups.tp = state.get_tensor_model_parallel_group()
-    groups.cp = state.get_context_parallel_group()
-    groups.pp = state.get_pipeline_model_parallel_group()
-    groups.embd = state.get_embedding_group(check_initialized=False)
-    groups.pos_embd = state.get_position_embedding_group(check_initialized=False)
-    groups.dp_cp = state.get_data_parallel_group(with_context_parallel=True)
+    groups.tp = parallel_state.get_tensor_model_parallel_group()
+    groups.cp = parallel_state.get_context_parallel_group()
+    groups.pp = parallel_state.get_pipeline_model_parallel_group()
+    groups.embd = parallel_state.get_embedding_group(check_initialized=False)
+    groups.pos_embd = parallel_state.get_position_embedding_group(check_initialized=False)
+    groups.dp_cp = parallel_state.get_data_parallel_group(with_context_parallel=True)
     return groups

@@ -5,38 +5,22 @@
     B             schedules.backward_step
 
 What the helpers need beside the micro-batch's number (shapes, groups, the rule for partial
-activation checkpointing) is worked out once per iteration, in `StageCall`. The helpers' signatures
-differ between releases: arguments a release does not know are not passed.
+activation checkpointing) is worked out once per iteration, in `StageCall`. Where the signature of a
+helper differs between releases, `checks/hook_points.py` says how.
 """
 
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any
 
 import torch
 
+from megatron_bpipe.integration.checks.hook_points import BACKWARD_STEP
+from megatron_bpipe.integration.checks.probe import call_known
 from megatron_bpipe.schedule.ops import Op
-
-
-@lru_cache(maxsize=64)
-def _known(function: Callable[..., Any]) -> frozenset[str] | None:
-    parameters = inspect.signature(function).parameters.values()
-    if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        return None
-    return frozenset(p.name for p in parameters)
-
-
-def call_known(function: Callable[..., Any], *positional: Any, **named: Any) -> Any:
-    """Call ``function`` with those of ``named`` that its signature has."""
-    known = _known(function)
-    if known is not None:
-        named = {name: value for name, value in named.items() if name in known}
-    return function(*positional, **named)
 
 
 @dataclass
@@ -104,8 +88,7 @@ class MegatronStage:
         call, i = self.call, op.microbatch
         if call.is_first:  # no message comes in, but the helpers expect its empty shape
             self.recv_forward(op)
-        output, tokens = call_known(
-            call.schedules.forward_step,
+        output, tokens = call.schedules.forward_step(
             forward_step_func=call.forward_step_func,
             data_iterator=call.data_iterator,
             model=call.model,
@@ -153,6 +136,7 @@ class MegatronStage:
         if call.is_last:
             self.recv_backward(op)
         self._gradients[i] = call_known(
+            BACKWARD_STEP,
             call.schedules.backward_step,
             input_tensor=self._inputs.pop(i),
             output_tensor=self._outputs.pop(i),

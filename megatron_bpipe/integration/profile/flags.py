@@ -18,6 +18,7 @@ from megatron_bpipe.integration.bootstrap.torch_norms import (
     let_torch_norms_have_sequence_parallelism,
 )
 from megatron_bpipe.integration.checks.driver import why_unusable
+from megatron_bpipe.integration.checks.hook_points import ARGUMENTS
 from megatron_bpipe.integration.options import add_flags
 from megatron_bpipe.integration.profile.settings import ProfileError
 
@@ -88,7 +89,7 @@ def read_flags(words: Sequence[str]) -> Any:
 
 def _arguments() -> Any:
     try:
-        return importlib.import_module("megatron.training.arguments")
+        return importlib.import_module(ARGUMENTS)
     except ImportError as error:
         raise ProfileError(
             f"Megatron's argument parser cannot be imported ({error}): install megatron-core 0.18 "

@@ -93,7 +93,7 @@ def _count_moved(part: Part, micro_batch: int) -> int:
     books = LiveActivations()
     hidden, labels = part.new_input(micro_batch), part.new_labels(micro_batch)
     output = part.forward(hidden, labels)
-    books.track_graph(ActivationKey(0), output, storage_ids(part.module))
+    books.track_graph(ActivationKey(0), output, storage_ids(part.gpt_model))
     with_shared, _ = books.sample()
     with part.no_sync():  # MoE layers keep tensors of the graph: only a backward frees it all
         torch.autograd.backward(output, torch.ones_like(output))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -30,13 +29,13 @@ class Part:
         share: what it is a part of.
         ddp: Megatron's wrapper: its hooks add every gradient into ``main_grad`` and drop it, as
             between the micro-batches of a training step.
-        module: the GPTModel inside it.
+        gpt_model: the GPTModel inside it.
         head: it is the output layer, not the layers.
     """
 
     share: Share
     ddp: Any
-    module: Any
+    gpt_model: Any
     head: bool
 
     def new_input(self, micro_batch: int) -> torch.Tensor:
@@ -60,15 +59,15 @@ class Part:
 
     def forward(self, hidden: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
         """The stage's output [s, b, h], or the mean loss."""
-        self.module.set_input_tensor(hidden)
+        self.gpt_model.set_input_tensor(hidden)
         # the attention mask is None on every stage but the first and last: layers make the causal
-        output: torch.Tensor = self.module(None, None, None, labels=labels)
+        output: torch.Tensor = self.gpt_model(None, None, None, labels=labels)
         return output.float().mean() if self.head else output
 
     def forget(self) -> None:
         """Drop the input and all gradients, also those an error left half done."""
-        self.module.set_input_tensor(None)
-        for parameter in self.module.parameters():
+        self.gpt_model.set_input_tensor(None)
+        for parameter in self.gpt_model.parameters():
             parameter.grad = None
         self.ddp.zero_grad_buffer()
 
@@ -113,39 +112,39 @@ def _part(share: Share, layers: int, attention: Attention, head: bool) -> Part:
         for name in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"):
             os.environ.pop(name, None)  # Megatron sets them for each model, and refuses to change
     config = core_transformer_config_from_args(args)
-    spec = get_gpt_decoder_block_spec(
+    block_spec = get_gpt_decoder_block_spec(
         config,
         use_transformer_engine=engine,
         normalization=args.normalization,
         qk_l2_norm=args.qk_l2_norm,
     )
     if attention == "flash" and not engine:
-        for layer in spec.layer_specs:
+        for layer in block_spec.layer_specs:
             layer.submodules.self_attention.submodules.core_attention = SDPACoreAttention
-    model = GPTModel(
+    gpt_model = GPTModel(
         config=config,
-        transformer_layer_spec=spec,
+        transformer_layer_spec=block_spec,
         vocab_size=share.vocab,
         max_sequence_length=args.max_position_embeddings,
         pre_process=False,
         post_process=head,
         # the weight is as large when it is tied, but then another stage has to exist
         share_embeddings_and_output_weights=False,
-        **_known(args),
+        **_from_flags(args),
     )
     if head:
-        model.decoder.layers = torch.nn.ModuleList()
-    model.cuda(torch.cuda.current_device())
-    wrapped = Float16Module(config, model) if args.fp16 or args.bf16 else model
+        gpt_model.decoder.layers = torch.nn.ModuleList()
+    gpt_model.cuda(torch.cuda.current_device())
+    wrapped = Float16Module(config, gpt_model) if args.fp16 or args.bf16 else gpt_model
     in_fp32 = args.accumulate_allreduce_grads_in_fp32
     ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=in_fp32)
     ddp = DistributedDataParallel(config=config, ddp_config=ddp_config, module=wrapped)
-    return Part(share, ddp, model, head)
+    return Part(share, ddp, gpt_model, head)
 
 
-def _known(args: Any) -> dict[str, Any]:
-    """GPTModel's parameters that have a flag, as far as this release knows them."""
-    from_flags = {
+def _from_flags(args: Any) -> dict[str, Any]:
+    """GPTModel's parameters that have a flag, as far as this release has the flag."""
+    flags = {
         "fp16_lm_cross_entropy": "fp16_lm_cross_entropy",
         "position_embedding_type": "position_embedding_type",
         "rotary_percent": "rotary_percent",
@@ -153,9 +152,4 @@ def _known(args: Any) -> dict[str, Any]:
         "rope_scaling": "use_rope_scaling",
         "seq_len_interpolation_factor": "rotary_seq_len_interpolation_factor",
     }
-    known = inspect.signature(GPTModel).parameters
-    return {
-        name: getattr(args, flag)
-        for name, flag in from_flags.items()
-        if name in known and hasattr(args, flag)
-    }
+    return {name: getattr(args, flag) for name, flag in flags.items() if hasattr(args, flag)}

@@ -1,8 +1,9 @@
-"""Switch BPipe on, on a Megatron with a made-up version, or that lacks a symbol.
+"""Switch BPipe on, on a Megatron with a made-up version, or that lacks a symbol or a parameter.
 
-unknown_release.py options|flags VERSION [SYMBOL]
+unknown_release.py options|flags VERSION [SYMBOL|SYMBOL:PARAMETER]
 """
 
+import inspect
 import os
 import sys
 
@@ -14,8 +15,15 @@ import megatron_bpipe
 way, version, *lacking = sys.argv[1:]
 if version:
     package_info.__version__ = version
-for name in lacking:
-    delattr(schedules, name)
+for text in lacking:
+    name, _, parameter = text.partition(":")
+    if parameter:  # as if Megatron had renamed it
+        function = getattr(schedules, name)
+        signature = inspect.signature(function)
+        kept = [p for p in signature.parameters.values() if p.name != parameter]
+        function.__signature__ = signature.replace(parameters=kept)
+    else:
+        delattr(schedules, name)
 stock = schedules.forward_backward_pipelining_without_interleaving
 if way == "flags":
     import megatron.training.arguments as arguments
