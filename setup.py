@@ -20,6 +20,7 @@ setup(
     install_requires=[],
     extras_require={
         "train": ["torch>=2.6", "megatron-core>=0.18", "numpy", "psutil"],
+        "gpu": ["nvidia-ml-py"],  # tells NVLink from PCIe
         "plot": ["matplotlib"],
         "dev": ["pytest", "hypothesis", "mypy", "ruff", "pre-commit"],
     },

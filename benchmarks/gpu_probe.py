@@ -4,19 +4,22 @@
     python benchmarks/gpu_probe.py [--output probe.json]
 
 Two processes on GPU 0. Each answer stands on its own: one that fails says why, the others go on.
-The overlap is measured with CUDA_DEVICE_MAX_CONNECTIONS=1, as Megatron demands, and without. Exit
-status 77: no CUDA device.
+The overlap is measured with CUDA_DEVICE_MAX_CONNECTIONS=1, as Megatron demands, with queues of
+their own for copies beside it, and with neither; for large copies and for 200 of 5 MiB, which is
+what a micro-batch looks like. Exit status 77: no CUDA device.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +36,16 @@ COPY = GIB
 SIDE = 8192  # of the matrices
 PRODUCTS = 20
 REPEATS = 7
+SMALL, SMALL_COPIES = 5 * MIB, 200
+QUEUES = {
+    "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+    "CUDA_DEVICE_MAX_COPY_CONNECTIONS": "8",
+}
+VARIANTS = {
+    "CUDA_DEVICE_MAX_CONNECTIONS=1": ("CUDA_DEVICE_MAX_CONNECTIONS",),
+    "both variables": tuple(QUEUES),
+    "neither variable": (),
+}
 
 
 def main() -> int:
@@ -54,9 +67,10 @@ def main() -> int:
     result = {
         "environment": environment(),
         "ipc": _ask(_ipc),
-        "overlap, CUDA_DEVICE_MAX_CONNECTIONS=1": _ask(lambda: _child("--overlap", one=True)),
-        "overlap, variable not set": _ask(lambda: _child("--overlap", one=False)),
     }
+    for name, variables in VARIANTS.items():
+        ask = functools.partial(_child, "--overlap", variables=variables)
+        result[f"overlap, {name}"] = _ask(ask)
     text = json.dumps(result, indent=1)
     print(text)
     if arguments.output:
@@ -71,12 +85,12 @@ def _ask(question: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         return {"error": f"{type(error).__name__}: {error}"}
 
 
-def _child(*words: str, one: bool) -> dict[str, Any]:
-    variables = {k: v for k, v in os.environ.items() if k != "CUDA_DEVICE_MAX_CONNECTIONS"}
-    variables |= {"CUDA_DEVICE_MAX_CONNECTIONS": "1"} if one else {}
+def _child(*words: str, variables: Collection[str]) -> dict[str, Any]:
+    environment = {k: v for k, v in os.environ.items() if k not in QUEUES}
+    environment |= {name: QUEUES[name] for name in variables}
     command = [sys.executable, __file__, *words]
     done = subprocess.run(
-        command, env=variables, capture_output=True, text=True, timeout=120, check=False
+        command, env=environment, capture_output=True, text=True, timeout=120, check=False
     )
     if done.returncode:
         raise RuntimeError(done.stderr.strip().splitlines()[-1] if done.stderr else "no message")
@@ -94,7 +108,7 @@ def _ipc() -> dict[str, Any]:
     pool = tensor_at(address, POOL, device)
     pool.zero_()
     torch.cuda.synchronize()
-    answer = _child("--open", driver.share(address).hex(), one=True)
+    answer = _child("--open", driver.share(address).hex(), variables=())
     torch.cuda.synchronize()
     answer["written_there_read_here"] = bool((pool == 7).all())
     driver.free(address)
@@ -102,6 +116,7 @@ def _ipc() -> dict[str, Any]:
 
 
 def _open(handle: str) -> dict[str, Any]:
+    from megatron_bpipe.runtime.transport.copies import Part
     from megatron_bpipe.runtime.transport.cuda import driver
     from megatron_bpipe.runtime.transport.cuda.ipc import tensor_at
     from megatron_bpipe.runtime.transport.cuda.streams import StreamCopies
@@ -121,7 +136,7 @@ def _open(handle: str) -> dict[str, Any]:
     ):
         seconds = []
         for _ in range(REPEATS):
-            transfer = copies.start(name, [target], [source])
+            transfer = copies.start(name, [Part(target, 0, source, 0, POOL)], out=True)
             transfer.wait()
             start, end = transfer.span
             seconds.append(end - start)
@@ -133,49 +148,89 @@ def _open(handle: str) -> dict[str, Any]:
 
 def _overlap() -> dict[str, Any]:
     """Copies alone, products alone, both at once."""
-    from megatron_bpipe.runtime.transport.cuda.pinned import pin
+    from megatron_bpipe.runtime.transport.cuda import driver
     from megatron_bpipe.runtime.transport.cuda.streams import StreamCopies
-    from megatron_bpipe.runtime.transport.host_memory import anonymous
+    from megatron_bpipe.runtime.transport.host import HostMemory
 
     device = torch.device("cuda", 0)
     copies = StreamCopies(device)
     a = torch.randn(SIDE, SIDE, device=device, dtype=torch.bfloat16)
     source = torch.ones(COPY, dtype=torch.uint8, device=device)
     near = torch.empty_like(source)
-    host = anonymous(COPY, "probe")
-    pin(host, "probe")
+    host = HostMemory("probe", COPY, device)
 
     def products() -> None:
         for _ in range(PRODUCTS):
             torch.mm(a, a)
 
-    rows: dict[str, Any] = {"bytes": COPY, "product": f"{PRODUCTS} of {SIDE}^3, bf16"}
+    def in_one_call(part: list[driver.Copy]) -> None:
+        if not driver.copy_all(part, copies.stream.cuda_stream):
+            raise RuntimeError("the driver takes no batch of these copies")
+
+    def one_by_one(part: list[driver.Copy]) -> None:
+        driver.copy_each(part, copies.stream.cuda_stream)
+
     alone = _median(products)
-    rows["products_alone_s"] = alone
-    for name, target in (("same_device", near), ("pinned_host", host)):
-        once = _median(lambda target=target: copies.start("copy", [target], [source]).wait())
-        # as many copies as take about as long as the products: what hides can be told from noise
-        times = max(1, round(alone / once))
-        targets, sources = [target] * times, [source] * times
-
-        def copy(targets: list[torch.Tensor] = targets, sources: list[torch.Tensor] = sources):
-            copies.start("copy", targets, sources).wait()
-
-        def both(targets: list[torch.Tensor] = targets, sources: list[torch.Tensor] = sources):
-            transfer = copies.start("copy", targets, sources)
-            products()
-            transfer.wait()
-
-        copy_alone, together = _median(copy), _median(both)
-        rows[name] = {
-            "copies": times,
-            "copies_alone_s": copy_alone,
-            "gib_s": times * COPY / copy_alone / GIB,
-            "together_s": together,
-            # 1: all of the shorter one hid behind the longer one; 0: one after the other
-            "hidden": (copy_alone + alone - together) / min(copy_alone, alone),
-        }
+    rows: dict[str, Any] = {
+        "product": f"{PRODUCTS} of {SIDE}^3, bf16",
+        "products_alone_s": alone,
+        "copies_in_one_call": driver.copies_in_one_call(),
+    }
+    pair = SMALL * SMALL_COPIES, SMALL_COPIES
+    for name, target in (("same_device", near), ("pinned_host", host.map())):
+        for size, count, queue in (
+            (COPY, 1, one_by_one),
+            (*pair, one_by_one),
+            (*pair, in_one_call),
+        ):
+            there, here, each = target.data_ptr(), source.data_ptr(), size // count
+            batch = [(there + i * each, here + i * each, each) for i in range(count)]
+            label = f"{name}, {count} of {each // MIB} MiB, {queue.__name__}"
+            rows[label] = _ask(
+                lambda batch=batch, queue=queue: _beside(copies, batch, queue, products, alone)
+            )
+    host.close()
     return rows
+
+
+def _beside(
+    copies: Any,
+    batch: list[tuple[int, int, int]],
+    queue: Callable[[list[tuple[int, int, int]]], None],
+    products: Callable[[], None],
+    alone: float,
+) -> dict[str, Any]:
+    """As many batches as take about as long as the products: what hides can be told from noise."""
+
+    def copy(times: int) -> Any:
+        start = copies.begin()
+        for _ in range(times):
+            queue(batch)
+        return copies.end(start, [])
+
+    once = _median(lambda: copy(1).wait())
+    times = max(1, round(alone / once))
+
+    def both() -> None:
+        transfer = copy(times)
+        products()
+        transfer.wait()
+
+    torch.cuda.synchronize()
+    begun = time.perf_counter()
+    queue(batch)
+    host = time.perf_counter() - begun
+    copies_alone, together = _median(lambda: copy(times).wait()), _median(both)
+    size = sum(size for _, _, size in batch)
+    return {
+        "batches": times,
+        "host_s_a_batch": host,
+        "copies_alone_s": copies_alone,
+        "gib_s": times * size / copies_alone / GIB,
+        "together_s": together,
+        # 1: all of the shorter one hid behind the longer one; 0: one after the other
+        "hidden": (copies_alone + alone - together) / min(copies_alone, alone),
+    }
 
 
 def _median(action: Callable[[], None]) -> float:

@@ -6,7 +6,6 @@ import importlib.metadata
 import os
 import resource
 import shutil
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from megatron_bpipe.integration.checks.probe import missing
 from megatron_bpipe.integration.versions import megatron_version
 from megatron_bpipe.runtime.transport.base import TransportError
 from megatron_bpipe.runtime.transport.node_memory import available_bytes
-from megatron_bpipe.runtime.transport.pair.links import Link, classify, parse_topology
+from megatron_bpipe.runtime.transport.pair.links import Link
 from megatron_bpipe.runtime.transport.pair.rendezvous import Identity
 
 GIB = 2**30
@@ -128,25 +127,23 @@ def _megatron() -> list[Finding]:
 
 
 def _links() -> list[Finding]:
+    """How the GPUs that this process sees are linked, two by two."""
     if not torch.cuda.is_available() or torch.cuda.device_count() < 2:
         return []
-    findings = []
-    tool = shutil.which("nvidia-smi")
-    if tool is not None:
-        shown = subprocess.run([tool, "topo", "-m"], capture_output=True, text=True, check=False)
-        cells = parse_topology(shown.stdout)
-        pairs = [cell for (a, b), cell in cells.items() if a != b and b.startswith("GPU")]
-        fast = any(classify(cell) is Link.NVLINK for cell in pairs)
-        remedy = "without NVLink between partners BPipe was seen to cost 11-17 %"
-        found = "NVLink present" if fast else "no NVLink"
-        findings.append(Finding("links", found, fast, needed=False, remedy=remedy))
-    count = torch.cuda.device_count()
-    closed = [
-        f"{a}-{b}"
-        for a in range(count)
-        for b in range(a + 1, count)
-        if not torch.cuda.can_device_access_peer(a, b)
-    ]
+    from megatron_bpipe.runtime.transport.cuda.device_info import device_info, link_between
+
+    gpus = [device_info(torch.device("cuda", i)) for i in range(torch.cuda.device_count())]
+    pairs = [(a, b) for a in range(len(gpus)) for b in range(a + 1, len(gpus))]
+    links = {(a, b): link_between(gpus[a], gpus[b], one_host=True) for a, b in pairs}
+    kinds = sorted({link.value for link in links.values()})
+    fast = Link.NVLINK in links.values()
+    remedy = (
+        "pip install nvidia-ml-py to know"
+        if Link.PEER in links.values()
+        else "without NVLink between partners BPipe was seen to cost 11-17 %"
+    )
+    findings = [Finding("links", ", ".join(kinds), fast, needed=False, remedy=remedy)]
+    closed = [f"{a}-{b}" for (a, b), link in links.items() if link is Link.HOST]
     found = f"no peer access between GPUs {', '.join(closed)}" if closed else "between all GPUs"
     findings.append(Finding("peer access", found, not closed, needed=False))
     return findings

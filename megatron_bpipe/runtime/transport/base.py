@@ -59,6 +59,10 @@ class Transport(Protocol):
     def hosted_bytes(self) -> int:
         """Bytes of this process's own host memory that the transport keeps for activations."""
 
+    @property
+    def spilled_bytes(self) -> int:
+        """Bytes evicted since the start that found no room in the pool the partner had lent."""
+
     def close(self) -> None:
         """Stop threads and unmap memory."""
 

@@ -12,16 +12,20 @@ Placed = tuple[torch.Tensor, int]  # a flat uint8 tensor and where it begins
 
 
 def divide(pieces: Sequence[torch.Tensor], slot: int) -> tuple[list[Placed], list[torch.Tensor]]:
-    """Pieces that go into ``slot`` bytes, each with its place; and those that do not fit."""
+    """What goes into ``slot`` bytes, each with its place; and what is left over.
+
+    A piece that does not fit whole is cut: what spills is what is too much, no more.
+    """
     fitting: list[Placed] = []
     rest: list[torch.Tensor] = []
     at = 0
     for piece in pieces:
-        if at + piece.numel() <= slot:
-            fitting.append((piece, at))
-            at += padded(piece.numel())
-        else:
-            rest.append(piece)
+        size = min(piece.numel(), max(0, slot - at))
+        if size:
+            fitting.append((piece[:size], at))
+        if size < piece.numel():
+            rest.append(piece[size:])
+        at += padded(piece.numel())
     return fitting, rest
 
 

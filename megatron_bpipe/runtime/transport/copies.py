@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -11,13 +11,24 @@ from megatron_bpipe.runtime.transport.base import TransferHandle
 from megatron_bpipe.runtime.transport.worker import Job, Worker
 
 
+class Part(NamedTuple):
+    """``size`` bytes of the pool, and the bytes of an activation that belong there.
+
+    Both tensors are flat and uint8.
+    """
+
+    pool: torch.Tensor
+    at: int
+    piece: torch.Tensor
+    begin: int
+    size: int
+
+
 class Copies(Protocol):
     """Copies in the order in which they are started, one micro-batch each."""
 
-    def start(
-        self, label: str, targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]
-    ) -> TransferHandle:
-        """Start to copy each source to its target (flat uint8 tensors of equal sizes)."""
+    def start(self, label: str, parts: Sequence[Part], *, out: bool) -> TransferHandle:
+        """Start to copy each part, out to the pool or back."""
 
     def close(self) -> None:
         """Wait for what is under way, then stop."""
@@ -29,16 +40,16 @@ class ThreadCopies:
     def __init__(self, deadline: float) -> None:
         self._worker = Worker(deadline)
 
-    def start(
-        self, label: str, targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]
-    ) -> Job:
+    def start(self, label: str, parts: Sequence[Part], *, out: bool) -> Job:
         """See `Copies`."""
-        targets, sources = list(targets), list(sources)
+        there = [part.pool[part.at : part.at + part.size] for part in parts]
+        here = [part.piece[part.begin : part.begin + part.size] for part in parts]
 
         def copy() -> None:
             # one call for a whole micro-batch lets the interpreter lock go once, so the main
             # thread keeps computing; a copy a storage would ask for the lock dozens of times
-            torch._foreach_copy_(targets, sources)
+            if here:
+                torch._foreach_copy_(*((there, here) if out else (here, there)))
 
         return self._worker.start(label, copy)
 

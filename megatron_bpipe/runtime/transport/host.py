@@ -18,7 +18,7 @@ from megatron_bpipe.schedule.ops import ActivationKey
 
 
 class HostMemory:
-    """This process's own host memory, pinned if activations are on a GPU; see `Memory`.
+    """This process's own host memory, pinned if activations are on a GPU; see `PoolMemory`.
 
     Args:
         pair: the pair's name, for messages.
@@ -35,14 +35,14 @@ class HostMemory:
         self._pinned = device.type == "cuda"
         self._segments: list[torch.Tensor] = []
         if wanted:
-            self.more(wanted)
+            self.grow(wanted)
 
-    def first(self) -> torch.Tensor:
-        """See `Memory`."""
-        return self._segments[0] if self._segments else self.more(1)
+    def map(self) -> torch.Tensor:
+        """See `PoolMemory`."""
+        return self._segments[0] if self._segments else self.grow(1)
 
-    def more(self, size: int) -> torch.Tensor:
-        """See `Memory`.
+    def grow(self, size: int) -> torch.Tensor:
+        """See `PoolMemory`.
 
         Raises:
             TransportError: the host has no memory left, or does not pin it.
@@ -59,15 +59,15 @@ class HostMemory:
         return segment
 
     def check(self) -> None:
-        """See `Memory`; it is nobody else's."""
+        """See `PoolMemory`; it is nobody else's."""
 
     @property
     def hosted_bytes(self) -> int:
-        """See `Memory`."""
+        """See `PoolMemory`."""
         return sum(segment.numel() for segment in self._segments)
 
     def close(self) -> None:
-        """See `Memory`."""
+        """See `PoolMemory`."""
         if self._pinned:
             from megatron_bpipe.runtime.transport.cuda.pinned import unpin
 

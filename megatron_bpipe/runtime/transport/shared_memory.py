@@ -66,7 +66,7 @@ class SharedMemoryAcceptor:
 
 
 class SharedMemory:
-    """The evictor's view of the lent pool; see `Memory`.
+    """The evictor's view of the lent pool; see `PoolMemory`.
 
     Args:
         rendezvous: with the acceptor, which must be on this host.
@@ -78,7 +78,7 @@ class SharedMemory:
         self._descriptor = -1
         rendezvous.publish("want", str(max(wanted, mmap.PAGESIZE)))
 
-    def first(self) -> torch.Tensor:
+    def map(self) -> torch.Tensor:
         """Map what is lent.
 
         Raises:
@@ -96,7 +96,7 @@ class SharedMemory:
             ) from error
         return self._map(0, size)
 
-    def more(self, size: int) -> torch.Tensor:
+    def grow(self, size: int) -> torch.Tensor:
         """Lengthen the file.
 
         Raises:
@@ -114,16 +114,16 @@ class SharedMemory:
         return self._map(start, size)
 
     def check(self) -> None:
-        """See `Memory`."""
+        """See `PoolMemory`."""
         self._rendezvous.check_peer()
 
     @property
     def hosted_bytes(self) -> int:
-        """See `Memory`: the pool is the acceptor's."""
+        """See `PoolMemory`: the pool is the acceptor's."""
         return 0
 
     def close(self) -> None:
-        """See `Memory`."""
+        """See `PoolMemory`."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1

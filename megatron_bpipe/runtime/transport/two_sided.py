@@ -83,6 +83,11 @@ class TwoSidedTransport:
         """See `Transport`: the memory is the acceptor's."""
         return 0
 
+    @property
+    def spilled_bytes(self) -> int:
+        """See `Transport`: the acceptor takes whatever comes."""
+        return 0
+
     def close(self) -> None:
         """See `Transport`."""
         self._worker.close()

@@ -3,9 +3,10 @@
 What it can show: that the code runs at all, that the calls go to the driver with their arguments in
 place (a real library, built from driver.c, that two processes can share memory through), and that
 every copy is waited for before its bytes are used or its memory is given away, since copies run as
-late as the events allow (streams.py); that each batch of copies waits for the computing stream
-first; and that memory is freed, unmapped or unpinned only when no copy and no other process uses
-it. What only a GPU can show: whether contexts are in place, speed, and what the real driver
+late as the events allow (streams.py); that every copy waits for the computation that makes its
+bytes or still uses its target (computation.py); that none reaches past the end of the memory it
+begins in; and that memory is freed, unmapped or unpinned only when no copy and no other process
+uses it. What only a GPU can show: whether contexts are in place, speed, and what the real driver
 refuses.
 """
 
@@ -33,17 +34,39 @@ NEEDS_COMPILER = pytest.mark.skipif(
 )
 SOURCE = Path(__file__).with_name("driver.c")
 Release = ctypes.CFUNCTYPE(None, ctypes.c_uint64, ctypes.c_size_t)
-Copy = ctypes.CFUNCTYPE(None, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_size_t, ctypes.c_void_p)
+Copy = ctypes.CFUNCTYPE(
+    ctypes.c_int, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_size_t, ctypes.c_void_p
+)
+
+
+NEWEST = 13000
+INVALID_VALUE = 1
 
 
 @functools.cache
-def library() -> Any:
-    """The stand-in for libcuda, built once a process."""
+def _build(release: int) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "libcuda.so")
-        command = ["cc", "-shared", "-fPIC", "-O1", "-Wall", "-Werror", "-o", path, SOURCE]
-        subprocess.run(command, check=True)
+        command = ["cc", "-shared", "-fPIC", "-O1", "-Wall", "-Werror", f"-DCUDA={release}"]
+        subprocess.run([*command, "-o", path, SOURCE], check=True)
         return ctypes.CDLL(str(path))
+
+
+_releases = [NEWEST]
+
+
+def library() -> Any:
+    """The stand-in for libcuda in use, built once a process."""
+    return _build(_releases[-1])
+
+
+def number(name: str, to: int | None = None) -> int:
+    """A number of the stand-in: what it is; or was, where it is set to another one."""
+    variable = ctypes.c_int.in_dll(library(), f"stand_in_{name}")
+    found = variable.value
+    if to is not None:
+        variable.value = to
+    return found
 
 
 def bytes_of(kind: str) -> int:
@@ -60,12 +83,12 @@ def set_capacity(size: int) -> None:
 
 def set_devices(count: int) -> None:
     """GPUs that the driver shows."""
-    ctypes.c_int.in_dll(library(), "stand_in_devices").value = count
+    number("devices", count)
 
 
 def forbid_ipc(forbidden: bool) -> None:
     """Whether opening another process's memory is refused."""
-    ctypes.c_int.in_dll(library(), "stand_in_ipc_forbidden").value = forbidden
+    number("ipc_forbidden", int(forbidden))
 
 
 def _memory(device: Any = None) -> tuple[int, int]:
@@ -75,8 +98,8 @@ def _memory(device: Any = None) -> tuple[int, int]:
 
 
 @Copy
-def _queue_copy(target: int, source: int, size: int, stream: int) -> None:
-    streams.stream_of(stream).copy(functools.partial(ctypes.memmove, target, source, size))
+def _queue_copy(target: int, source: int, size: int, stream: int) -> int:
+    return 0 if streams.copy(stream, target, source, size, ctypes.memmove) else INVALID_VALUE
 
 
 @Release
@@ -95,22 +118,25 @@ def _load(name: Any, *positional: Any, **named: Any) -> Any:
 
 
 @contextlib.contextmanager
-def simulated_gpu(*, late: bool = True, one_process: bool = False) -> Iterator[None]:
+def simulated_gpu(
+    *, late: bool = True, one_process: bool = False, release: int = NEWEST
+) -> Iterator[None]:
     """Let ``runtime/transport/cuda`` run on the CPU.
 
     Args:
         late: copies run as late as the events allow; False: at once.
         one_process: a process may open its own memory by IPC, which CUDA refuses.
+        release: of CUDA, as ``cuDriverGetVersion`` says it.
     """
+    _releases.append(release)
     loaded = library()
-    ctypes.c_int.in_dll(loaded, "stand_in_one_process").value = one_process
+    number("one_process", int(one_process))
     for name, callback in (
         ("stand_in_on_copy", _queue_copy),
         ("stand_in_on_release", _on_release),
     ):
         address = ctypes.cast(callback, ctypes.c_void_p).value
         ctypes.c_void_p.in_dll(loaded, name).value = address
-    streams.violations.clear()
     stand_ins: dict[str, Any] = {
         "Stream": streams.Stream,
         "Event": streams.Event,
@@ -130,6 +156,8 @@ def simulated_gpu(*, late: bool = True, one_process: bool = False) -> Iterator[N
         patches.enter_context(mock.patch.object(ctypes, "CDLL", _load))
         driver._library.cache_clear()
         driver._library()
+        patches.enter_context(streams.fresh())
         yield
     driver._library.cache_clear()
+    _releases.pop()
     assert not streams.violations, set(streams.violations)

@@ -7,6 +7,10 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#ifndef CUDA
+#define CUDA 13000 /* its release, as cuDriverGetVersion says it */
+#endif
+
 enum { INVALID_VALUE = 1, OUT_OF_MEMORY = 2, INVALID_CONTEXT = 201, REGISTERED_ALREADY = 712,
        NOT_REGISTERED = 713, NOT_SUPPORTED = 801, STILL_MAPPED = 999, COUNT = 4096 };
 
@@ -17,7 +21,7 @@ typedef struct { uint64_t address; size_t size; int descriptor; char kind; } spa
 static span spans[1024];
 size_t stand_in_capacity = (size_t)1 << 40;
 int stand_in_ipc_forbidden = 0, stand_in_one_process = 0;
-void (*stand_in_on_copy)(uint64_t, uint64_t, size_t, void *) = 0;
+int (*stand_in_on_copy)(uint64_t, uint64_t, size_t, void *) = 0;
 void (*stand_in_on_release)(uint64_t, size_t) = 0;
 
 /* kinds: 'a' allocated, 'm' mapped from another process, 'p' pinned */
@@ -60,7 +64,7 @@ int cuDeviceGetCount(int *count) {
 }
 
 int cuDriverGetVersion(int *version) {
-  *version = 12040;
+  *version = CUDA;
   return 0;
 }
 
@@ -148,7 +152,72 @@ int cuMemHostUnregister(void *at) {
   return 0;
 }
 
+int stand_in_copy_calls = 0, stand_in_batch_refused = 0;
+
+/* the bytes that lie within one piece of memory the driver knows of, or that it knows nothing of */
+static int within(uint64_t address, size_t size) {
+  for (int i = 0; i < 1024; i++)
+    if (spans[i].kind && address >= spans[i].address && address < spans[i].address + spans[i].size)
+      return address + size <= spans[i].address + spans[i].size;
+  return 1;
+}
+
+static int copy(uint64_t target, uint64_t source, size_t size, void *stream) {
+  if (!size || !within(target, size) || !within(source, size)) return INVALID_VALUE;
+  return stand_in_on_copy(target, source, size, stream);
+}
+
 int cuMemcpyAsync(uint64_t target, uint64_t source, size_t size, void *stream) {
-  stand_in_on_copy(target, source, size, stream);
+  stand_in_copy_calls++;
+  return copy(target, source, size, stream);
+}
+
+#if CUDA >= 12080
+typedef struct { int source_order, source_hint[2], target_hint[2]; unsigned flags; } attributes;
+
+static int batch(uint64_t *targets, uint64_t *sources, size_t *sizes, size_t count,
+                 attributes *how, size_t *from, size_t kinds, void *stream) {
+  stand_in_copy_calls++;
+  if (stand_in_batch_refused) return NOT_SUPPORTED;
+  /* one kind of attributes, for all of them: read in stream order, beside computation */
+  if (!count || !stream || kinds != 1 || from[0] || how->source_order != 1 || how->flags != 1)
+    return INVALID_VALUE;
+  for (size_t i = 0; i < count; i++) {
+    int code = copy(targets[i], sources[i], sizes[i], stream);
+    if (code) return code;
+  }
+  return 0;
+}
+
+int cuMemcpyBatchAsync(uint64_t *targets, uint64_t *sources, size_t *sizes, size_t count,
+                       attributes *how, size_t *from, size_t kinds, size_t *failed, void *stream) {
+  *failed = SIZE_MAX;
+  return batch(targets, sources, sizes, count, how, from, kinds, stream);
+}
+#endif
+#if CUDA >= 13000
+int cuMemcpyBatchAsync_v2(uint64_t *targets, uint64_t *sources, size_t *sizes, size_t count,
+                          attributes *how, size_t *from, size_t kinds, void *stream) {
+  return batch(targets, sources, sizes, count, how, from, kinds, stream);
+}
+#endif
+
+/* NVML, in the same library: which GPUs there are, and how each two are linked */
+int stand_in_p2p_nvlink = 0, stand_in_p2p_write = 0;
+
+int nvmlInitWithFlags(unsigned flags) { return flags; }
+int nvmlShutdown(void) { return 0; }
+const char *nvmlErrorString(int code) { return code ? "an error" : "success"; }
+
+int nvmlDeviceGetHandleByUUID(const char *uuid, void **device) {
+  enum { NOT_FOUND = 6 };
+  *device = (void *)uuid;
+  return strncmp(uuid, "GPU-", 4) || strstr(uuid, "MIG") ? NOT_FOUND : 0;
+}
+
+int nvmlDeviceGetP2PStatus(void *here, void *there, int what, unsigned *status) {
+  enum { UNKNOWN = 6 };
+  (void)here, (void)there;
+  *status = what == 2 ? stand_in_p2p_nvlink : what == 1 ? stand_in_p2p_write : UNKNOWN;
   return 0;
 }

@@ -16,7 +16,8 @@ def test_out_and_back(chunk: int, slot: int) -> None:
     dice = torch.Generator().manual_seed(0)
     pieces = [torch.randint(0, 256, (n,), dtype=torch.uint8, generator=dice) for n in SIZES]
     fitting, rest = divide(pieces, slot)
-    assert len(fitting) + len(rest) == len(pieces)
+    assert sum(p.numel() for p in [*(p for p, _ in fitting), *rest]) == sum(SIZES)
+    assert all(at + piece.numel() <= slot for piece, at in fitting)
     messages = []
     for low, high in chunks(slot, chunk):
         message = torch.zeros(high - low, dtype=torch.uint8)
@@ -34,8 +35,9 @@ def test_out_and_back(chunk: int, slot: int) -> None:
     assert [r.numel() for r in rest_again] == [r.numel() for r in rest]
 
 
-def test_what_does_not_fit_is_left_over_whole() -> None:
-    pieces = [torch.zeros(n, dtype=torch.uint8) for n in (600, 600, 100)]
-    fitting, rest = divide(pieces, 1700)
+def test_only_what_is_too_much_is_left_over() -> None:
+    pieces = [torch.full((n,), i, dtype=torch.uint8) for i, n in enumerate((600, 600, 100))]
+    fitting, rest = divide(pieces, 1500)
     assert [place for _, place in fitting] == [0, 1024]
-    assert [r.numel() for r in rest] == [100]  # 2048 + 100 is past the end
+    assert [p.numel() for p, _ in fitting] == [600, 476]
+    assert [(r.numel(), int(r[0])) for r in rest] == [(124, 1), (100, 2)]  # 2048 is past the end

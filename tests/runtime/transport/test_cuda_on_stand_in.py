@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -160,7 +159,8 @@ def test_it_is_unmapped_and_unpinned(tmp_path: Path) -> None:
     transport.evict(0, pieces(0, 3000)).wait()
     transport.evict(1, pieces(1, 3 * MIB)).wait()
     assert bytes_of("mapped") == 2 * MIB  # of whole pages
-    assert bytes_of("pinned") == transport.hosted_bytes >= 3 * MIB
+    assert bytes_of("pinned") == transport.hosted_bytes > 0
+    assert transport.spilled_bytes == MIB + 3072  # what the first takes in the pool, in blocks
     said_at: dict[str, int] = {}  # bytes mapped when something was said
     tell = here.publish
 
@@ -292,9 +292,10 @@ def test_the_driver_s_error_names_the_call() -> None:
 def test_gpus_that_torch_cannot_use_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     assert why_unusable() is None  # the driver shows none
-    set_devices(2)
-    said = why_unusable()
-    set_devices(0)
+    with simulated_gpu(release=12040):
+        set_devices(2)
+        said = why_unusable()
+        set_devices(0)
     assert said is not None
     assert "2 GPU(s)" in said
     assert "built for CUDA 13.0" in said
@@ -307,42 +308,3 @@ def test_a_torch_without_cuda_is_a_wish_for_the_cpu(monkeypatch: pytest.MonkeyPa
     set_devices(2)
     assert why_unusable() is None
     set_devices(0)
-
-
-@pytest.fixture
-def two_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], None]:
-    """Two visible GPUs, linked as nvidia-smi says."""
-
-    def install(connection: str) -> None:
-        tool = tmp_path / "nvidia-smi"
-        matrix = f"\\tGPU0\\tGPU1\\nGPU0\\t X \\t{connection}\\nGPU1\\t{connection}\\t X \\n"
-        listing = "0, GPU-aaa\\n1, GPU-bbb\\n"
-        tool.write_text(
-            f'#!/bin/sh\ncase "$1" in topo) printf "{matrix}";; *) printf "{listing}";; esac\n'
-        )
-        tool.chmod(0o755)
-        monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-
-    from types import SimpleNamespace
-
-    uuids = [SimpleNamespace(uuid=name) for name in ("aaa", "bbb")]
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: uuids[index])
-    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda here, there: True)
-    return install
-
-
-@pytest.mark.parametrize(
-    ("connection", "link"), [("NV18", Link.NVLINK), ("PIX", Link.PCIE), ("SYS", Link.PCIE)]
-)
-def test_a_link_is_looked_up_by_uuid(
-    two_gpus: Callable[[str], None], connection: str, link: Link
-) -> None:
-    from megatron_bpipe.runtime.transport.cuda.device_info import device_info, link_between
-
-    two_gpus(connection)
-    here, there = (device_info(torch.device("cuda", i)) for i in range(2))
-    assert here == DeviceInfo("aaa", ("aaa", "bbb"))
-    assert link_between(here, there, one_host=True) is link
-    assert link_between(here, here, one_host=True) is Link.SAME_GPU
-    assert link_between(here, there, one_host=False) is Link.NODE

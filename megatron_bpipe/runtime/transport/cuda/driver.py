@@ -17,10 +17,13 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 _LAZY_PEER_ACCESS = 1
 _PORTABLE = 1
+_INVALID_VALUE, _NOT_SUPPORTED = 1, 801
+Copy = tuple[int, int, int]  # target, source, bytes
 
 
 class DriverError(RuntimeError):
@@ -28,10 +31,26 @@ class DriverError(RuntimeError):
 
     def __init__(self, call: str, code: int, text: str) -> None:
         super().__init__(f"{call}: {text} ({code})")
+        self.code = code
 
 
 class _IpcHandle(ctypes.Structure):
     _fields_ = [("bytes", ctypes.c_ubyte * 64)]  # CU_IPC_HANDLE_SIZE, cuda.h
+
+
+class _CopyAttributes(ctypes.Structure):
+    """CUmemcpyAttributes of cuda.h; the two hints where operands lie are for managed memory."""
+
+    _fields_ = [
+        ("source_access_order", ctypes.c_int),
+        ("source_hint", ctypes.c_int * 2),
+        ("target_hint", ctypes.c_int * 2),
+        ("flags", ctypes.c_uint),
+    ]
+
+
+_IN_STREAM_ORDER = 1  # CU_MEMCPY_SRC_ACCESS_ORDER_STREAM
+_BESIDE_COMPUTATION = 1  # CU_MEMCPY_FLAG_PREFER_OVERLAP_WITH_COMPUTE, a hint
 
 
 @functools.cache
@@ -57,7 +76,22 @@ def _library() -> Any:
     for name, arguments in signatures.items():
         function = getattr(library, name)
         function.argtypes, function.restype = arguments, ctypes.c_int
+    for name, arguments in _batch_signatures().items():
+        function = getattr(library, name, None)
+        if function is not None:
+            function.argtypes, function.restype = arguments, ctypes.c_int
     return library
+
+
+def _batch_signatures() -> dict[str, tuple[Any, ...]]:
+    """The batched copy as CUDA 13 has it, and as 12.8 had: with the index of what failed."""
+    sizes, addresses = ctypes.POINTER(ctypes.c_size_t), ctypes.POINTER(ctypes.c_uint64)
+    what = (addresses, addresses, sizes, ctypes.c_size_t)
+    how = (ctypes.POINTER(_CopyAttributes), sizes, ctypes.c_size_t)
+    return {
+        "cuMemcpyBatchAsync_v2": (*what, *how, ctypes.c_void_p),
+        "cuMemcpyBatchAsync": (*what, *how, sizes, ctypes.c_void_p),
+    }
 
 
 def _call(name: str, *arguments: object) -> None:
@@ -132,6 +166,42 @@ def unpin(address: int) -> None:
     _call("cuMemHostUnregister", address)
 
 
-def copy(target: int, source: int, size: int, stream: int) -> None:
-    """Queue a copy on ``stream``, between any two of: this GPU, a peer's memory, pinned memory."""
-    _call("cuMemcpyAsync", target, source, size, stream)
+def copies_in_one_call() -> str | None:
+    """The call that takes many copies at once; None before CUDA 12.8."""
+    return next((name for name in _batch_signatures() if hasattr(_library(), name)), None)
+
+
+def copy_each(copies: Sequence[Copy], stream: int) -> None:
+    """Queue copies on ``stream``, between any two of: this GPU, a peer's memory, pinned memory."""
+    for target, source, size in copies:
+        _call("cuMemcpyAsync", target, source, size, stream)
+
+
+def copy_all(copies: Sequence[Copy], stream: int) -> bool:
+    """As `copy_each`, in one call; in no order among themselves.
+
+    Returns:
+        False, and nothing is queued for certain, where the driver does not take them so.
+    """
+    name = copies_in_one_call()
+    if name is None:
+        return False
+    count = len(copies)
+    targets, sources, sizes = zip(*copies, strict=True)
+    attributes = _CopyAttributes(_IN_STREAM_ORDER, flags=_BESIDE_COMPUTATION)
+    first, failed = ctypes.c_size_t(0), ctypes.c_size_t()  # all copies have these attributes
+    arguments: list[Any] = [
+        (ctypes.c_uint64 * count)(*targets),
+        (ctypes.c_uint64 * count)(*sources),
+        (ctypes.c_size_t * count)(*sizes),
+        *(count, ctypes.byref(attributes), ctypes.byref(first), 1),
+    ]
+    if name == "cuMemcpyBatchAsync":
+        arguments.append(ctypes.byref(failed))
+    try:
+        _call(name, *arguments, stream)
+    except DriverError as error:
+        if error.code in (_INVALID_VALUE, _NOT_SUPPORTED):
+            return False
+        raise
+    return True

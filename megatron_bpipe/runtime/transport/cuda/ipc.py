@@ -19,6 +19,7 @@ import json
 import torch
 
 from megatron_bpipe.runtime.transport.base import TransportError
+from megatron_bpipe.runtime.transport.copies import Part
 from megatron_bpipe.runtime.transport.cuda import driver
 from megatron_bpipe.runtime.transport.cuda.streams import StreamCopies
 from megatron_bpipe.runtime.transport.host import HostMemory
@@ -72,7 +73,7 @@ class IpcAcceptor:
 
 
 class IpcMemory:
-    """The evictor's view of the lent pool; see `Memory`.
+    """The evictor's view of the lent pool; see `PoolMemory`.
 
     Args:
         rendezvous: with the acceptor, which must be on this node.
@@ -88,7 +89,7 @@ class IpcMemory:
         # CUDA shares whole 2 MiB pages: a smaller pool would show its neighbours too
         rendezvous.publish("want", str(max(1, -(-wanted // GRANULE)) * GRANULE))
 
-    def first(self) -> torch.Tensor:
+    def map(self) -> torch.Tensor:
         """Map what is lent.
 
         Raises:
@@ -105,21 +106,21 @@ class IpcMemory:
             ) from error
         return tensor_at(self._address, size, self._device)
 
-    def more(self, size: int) -> torch.Tensor:
-        """See `Memory`: pinned host memory."""
-        return self._spill.more(size)
+    def grow(self, size: int) -> torch.Tensor:
+        """See `PoolMemory`: pinned host memory."""
+        return self._spill.grow(size)
 
     def check(self) -> None:
-        """See `Memory`."""
+        """See `PoolMemory`."""
         self._rendezvous.check_peer()
 
     @property
     def hosted_bytes(self) -> int:
-        """See `Memory`."""
+        """See `PoolMemory`."""
         return self._spill.hosted_bytes
 
     def close(self) -> None:
-        """See `Memory`."""
+        """See `PoolMemory`."""
         if self._address:
             driver.close_shared(self._address)
             self._address = 0
@@ -190,8 +191,8 @@ def try_to_open(handle: str, device: torch.device) -> str:
             address = driver.open_shared(bytes.fromhex(handle))
             there = tensor_at(address, GRANULE, device)
             copies = StreamCopies(device)
-            copies.start("trial", [there[:256]], [sent]).wait()
-            copies.start("trial", [back], [there[:256]]).wait()
+            copies.start("trial", [Part(there, 0, sent, 0, 256)], out=True).wait()
+            copies.start("trial", [Part(there, 0, back, 0, 256)], out=False).wait()
             copies.close()
             driver.close_shared(address)
     except driver.DriverError as error:

@@ -22,8 +22,15 @@ import torch
 
 from megatron_bpipe.runtime.activation import padded
 from megatron_bpipe.runtime.transport.base import TransportError
-from megatron_bpipe.runtime.transport.chunks import chunks, divide, overlaps
-from megatron_bpipe.runtime.transport.cuda.streams import StreamCopies, StreamTransferHandle
+from megatron_bpipe.runtime.transport.chunks import Placed, chunks, divide, overlaps
+from megatron_bpipe.runtime.transport.copies import Part
+from megatron_bpipe.runtime.transport.cuda.driver import Copy
+from megatron_bpipe.runtime.transport.cuda.streams import (
+    StreamCopies,
+    StreamTransferHandle,
+    addresses,
+    copy_stream,
+)
 from megatron_bpipe.runtime.transport.host import HostMemory
 from megatron_bpipe.runtime.transport.one_sided import OneSidedTransport
 from megatron_bpipe.runtime.transport.pair.rendezvous import PairRendezvous
@@ -59,7 +66,8 @@ class NcclTransport:
         self._spill = OneSidedTransport(
             rendezvous.pair, HostMemory(rendezvous.pair, 0, device), self._copies
         )
-        self._spilled: dict[ActivationKey, bool] = {}
+        self._spilled: dict[ActivationKey, int] = {}
+        self._spilled_bytes = 0
         _wait(group.send([self._staging[0, :1]], ACCEPTOR, TAG))  # connects, before any op needs it
 
     def evict(self, key: ActivationKey, pieces: Sequence[torch.Tensor]) -> StreamTransferHandle:
@@ -72,15 +80,15 @@ class NcclTransport:
             with torch.cuda.stream(stream):
                 if self._sending[i % STAGES] is not None:
                     self._sending[i % STAGES].wait()  # the stream waits, not the host
-                for piece, at in overlaps(fitting, low, high):
-                    self._copies.copy(chunk[at : at + piece.numel()], piece)
+                self._copies.copy(_packing(chunk, overlaps(fitting, low, high), out=True))
                 request = self._group.send([chunk[: high - low]], ACCEPTOR, TAG)
             self._sending[i % STAGES] = request
         with torch.cuda.stream(stream):
             for request in self._sending:
                 _wait(request)
         self._sending = [None] * STAGES
-        self._spilled[key] = bool(rest)
+        self._spilled[key] = sum(piece.numel() for piece in rest)
+        self._spilled_bytes += self._spilled[key]
         if rest:
             self._spill.evict(key, rest)
         return self._copies.end(start, pieces)
@@ -94,8 +102,8 @@ class NcclTransport:
         for i, (low, high) in enumerate(spans):
             with torch.cuda.stream(self._copies.stream):
                 _wait(coming[i])
-            for piece, at in overlaps(fitting, low, high):
-                self._copies.copy(piece, self._staging[i % STAGES][at : at + piece.numel()])
+            chunk = self._staging[i % STAGES]
+            self._copies.copy(_packing(chunk, overlaps(fitting, low, high), out=False))
             if i + STAGES < len(spans):  # into what was just unpacked
                 coming.append(self._receive(i + STAGES, *spans[i + STAGES]))
         if rest:
@@ -115,6 +123,11 @@ class NcclTransport:
     def occupied_bytes(self) -> int:
         """See `Transport`."""
         return self._slot * len(self._spilled) + self._spill.occupied_bytes
+
+    @property
+    def spilled_bytes(self) -> int:
+        """See `Transport`."""
+        return self._spilled_bytes
 
     @property
     def hosted_bytes(self) -> int:
@@ -137,7 +150,7 @@ class NcclAcceptor:
     def __init__(self, group: Any, rendezvous: PairRendezvous, device: torch.device) -> None:
         self._size, slots = json.loads(rendezvous.get("slot"))
         self._group, self._pair, self._device = group, rendezvous.pair, device
-        self._stream = torch.cuda.Stream(device)
+        self._stream = copy_stream(device)
         self._slots: list[torch.Tensor] = []
         for _ in range(slots):
             self._add_slot()
@@ -207,6 +220,12 @@ class NcclAcceptor:
         # from here on it is used on that stream alone
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         self._slots.append(slot)
+
+
+def _packing(chunk: torch.Tensor, placed: Sequence[Placed], *, out: bool) -> list[Copy]:
+    """Copies between pieces and their places in a staging chunk."""
+    parts = [Part(chunk, at, piece, 0, piece.numel()) for piece, at in placed]
+    return addresses(parts, out=out)
 
 
 def _wait(request: Any) -> None:

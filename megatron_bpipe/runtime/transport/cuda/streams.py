@@ -29,6 +29,7 @@ from collections.abc import Sequence
 
 import torch
 
+from megatron_bpipe.runtime.transport.copies import Part
 from megatron_bpipe.runtime.transport.cuda import driver
 
 
@@ -101,19 +102,17 @@ class StreamCopies:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.stream = torch.cuda.Stream(device)
+        self.stream = copy_stream(device)
         self._device = device
         self._clock = _Clock(self.stream)
+        self._in_one_call = driver.copies_in_one_call() is not None
 
-    def start(
-        self, label: str, targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]
-    ) -> StreamTransferHandle:
+    def start(self, label: str, parts: Sequence[Part], *, out: bool) -> StreamTransferHandle:
         """See `Copies`; ``label`` is a range in a profile."""
         with torch.cuda.nvtx.range(label):
             start = self.begin()
-            for target, source in zip(targets, sources, strict=True):
-                self.copy(target, source)
-            return self.end(start, [*targets, *sources])
+            self.copy(addresses(parts, out=out))
+            return self.end(start, [part.piece for part in parts])
 
     def begin(self) -> torch.cuda.Event:
         """Make the copy stream wait for all that the current stream has been given so far."""
@@ -122,14 +121,19 @@ class StreamCopies:
         start.record(self.stream)
         return start
 
-    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        """Queue one copy of flat uint8 tensors."""
-        size = source.numel()
-        if size:
-            driver.copy(target.data_ptr(), source.data_ptr(), size, self.stream.cuda_stream)
+    def copy(self, copies: Sequence[driver.Copy]) -> None:
+        """Queue copies, which must not depend on each other."""
+        if not copies:
+            return
+        stream = self.stream.cuda_stream
+        if self._in_one_call:
+            self._in_one_call = driver.copy_all(copies, stream)
+            if self._in_one_call:
+                return
+        driver.copy_each(copies, stream)
 
     def end(self, start: torch.cuda.Event, held: Sequence[torch.Tensor]) -> StreamTransferHandle:
-        """The transfer of all that has been queued since ``start``."""
+        """The handle of all that has been queued since ``start``."""
         end = torch.cuda.Event(enable_timing=True)
         end.record(self.stream)
         return StreamTransferHandle(start, end, self._clock, held)
@@ -137,3 +141,23 @@ class StreamCopies:
     def close(self) -> None:
         """See `Copies`."""
         self.stream.synchronize()
+
+
+def copy_stream(device: torch.device) -> torch.cuda.Stream:
+    """A stream that no message runs on.
+
+    torch deals streams from one round-robin pool a priority. NCCL's process groups draw theirs
+    with the lowest priority, and with the highest where asked to (``is_high_priority_stream``); a
+    copy on a stream dealt twice would wait for messages, and they for it. Between the two is a pool
+    that neither draws from, on every GPU with more than two priorities (V100 and later have six).
+    """
+    return torch.cuda.Stream(device, priority=-1)
+
+
+def addresses(parts: Sequence[Part], *, out: bool) -> list[driver.Copy]:
+    """What the driver is to copy, out to the pool or back."""
+    pools = {id(part.pool): part.pool.data_ptr() for part in parts}
+    there = [pools[id(part.pool)] + part.at for part in parts]
+    here = [part.piece.data_ptr() + part.begin for part in parts]
+    targets, sources = (there, here) if out else (here, there)
+    return list(zip(targets, sources, (part.size for part in parts), strict=True))

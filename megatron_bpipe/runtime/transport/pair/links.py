@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import enum
 import json
-import re
 from dataclasses import asdict, dataclass
 
 
@@ -52,47 +51,6 @@ def plain_uuid(text: str) -> str:
     return text.strip().removeprefix("GPU-")
 
 
-def parse_index(listing: str) -> dict[str, str]:
-    """Names in the topology matrix by uuid.
-
-    Args:
-        listing: of ``nvidia-smi --query-gpu=index,uuid --format=csv,noheader``.
-    """
-    names = {}
-    for line in listing.splitlines():
-        index, comma, uuid = line.partition(",")
-        if comma:
-            names[plain_uuid(uuid)] = f"GPU{index.strip()}"
-    return names
-
-
-def parse_topology(matrix: str) -> dict[tuple[str, str], str]:
-    """Kind of connection by (row, column).
-
-    Args:
-        matrix: of ``nvidia-smi topo -m``.
-    """
-    # the header is underlined and the cells separated by tabs, both on some releases only
-    lines = [re.sub(r"\x1b\[[0-9;]*m", "", line) for line in matrix.splitlines()]
-    header = next((line for line in lines if re.match(r"\s+GPU0\b", line)), "")
-    columns = [word for word in header.split() if re.fullmatch(r"GPU\d+|NIC\d+|mlx\d+_\d+", word)]
-    found = {}
-    for line in lines:
-        row, *cells = line.split()[: len(columns) + 1] or [""]
-        if re.fullmatch(r"GPU\d+", row):
-            found.update(
-                {(row, column): cell for column, cell in zip(columns, cells, strict=False)}
-            )
-    return found
-
-
-def classify(connection: str | None) -> Link:
-    """The link of two GPUs of one host that have peer access, from a cell of the matrix."""
-    if connection is None:
-        return Link.PEER
-    return Link.NVLINK if re.fullmatch(r"NV\d+", connection) else Link.PCIE
-
-
 @dataclass(frozen=True)
 class PairTopology:
     """What one end of a pair knows about both.
@@ -133,11 +91,6 @@ def obstacle(transport: str, topology: PairTopology) -> str:
         return "it is for GPUs; use shm"
     if not topology.one_host:
         return "its ranks are on two hosts; place pairs on one node, or use p2p"
-    if topology.theirs.uuid not in topology.mine.visible:
-        return (
-            "the acceptor's GPU is hidden from the evictor; let every rank see all GPUs of its "
-            "node (srun --gpus-per-task hides them: use --gpus-per-node)"
-        )
     if topology.link is Link.HOST:
         return "the GPUs have no peer access to each other; use host"
     return ""
