@@ -5,6 +5,7 @@ Units: FLOP/s, bytes/s, GiB.  Bandwidths are one direction.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 
 from megatron_bpipe.estimate.errors import EstimateError
@@ -77,12 +78,21 @@ B200 = Gpu(
 GPUS = {gpu.name: gpu for gpu in (A100_40G, A100_80G, H100_80G, H200, B200)}
 
 
-def recognised(device: str) -> Gpu | None:
-    """The GPU whose device name this is, as the driver gives it; None if it is none of these.
+# Names as the driver gives them, in full. Cards that share a chip but not its figures have other
+# names and are not here: PCIe cards and NVL pairs, GH200 and GB200, parts of a GPU (MIG), A800 and
+# H800, and chips built for one site (A100-SXM-64GB).
+_DEVICE_NAMES = (
+    (re.compile(r"(NVIDIA )?A100-SXM4?-40GB"), A100_40G),
+    (re.compile(r"(NVIDIA )?A100-SXM4?-80GB"), A100_80G),
+    (re.compile(r"NVIDIA H100 80GB HBM3"), H100_80G),
+    (re.compile(r"NVIDIA H200"), H200),
+    (re.compile(r"NVIDIA B200"), B200),
+)
 
-    Devices that differ in memory only (A100) have one entry here: take no memory size from it.
-    """
-    return next((gpu for name, gpu in GPUS.items() if name.split("-")[0] in device), None)
+
+def recognised(device: str) -> Gpu | None:
+    """The GPU whose device name this is, as the driver gives it; None if it is none of these."""
+    return next((gpu for name, gpu in _DEVICE_NAMES if name.fullmatch(device)), None)
 
 
 def gpu_named(name: str) -> Gpu:

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_bpipe.estimate.hardware import A100_80G, GPUS, recognised
+from megatron_bpipe.estimate.hardware import A100_80G
 from megatron_bpipe.integration import link_forecast
 from megatron_bpipe.integration.link_forecast import bandwidth, forecast, forward_flops
 from megatron_bpipe.runtime.transport.pair.bandwidth import Speed
@@ -79,20 +79,3 @@ def test_what_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_a_known_gpu_nothing_is_said() -> None:
     assert link_forecast.gpu_here() is None
     assert forecast("host", None, GIB, 1.0, None) is None
-
-
-@pytest.mark.parametrize(
-    ("device", "name"),
-    [
-        ("NVIDIA A100-SXM4-80GB", "A100-40GB"),  # one peak for both
-        ("NVIDIA H100 80GB HBM3", "H100-80GB"),
-        ("NVIDIA H200", "H200"),
-        ("NVIDIA B200", "B200"),
-    ],
-)
-def test_devices_are_recognised(device: str, name: str) -> None:
-    assert recognised(device) is GPUS[name]
-
-
-def test_others_are_not() -> None:
-    assert recognised("NVIDIA GeForce RTX 4090") is None

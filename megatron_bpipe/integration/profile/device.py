@@ -17,15 +17,10 @@ from pathlib import Path
 
 import torch
 
-from megatron_bpipe.estimate.hardware import A100_80G, H100_80G
+from megatron_bpipe.estimate.hardware import recognised
 from megatron_bpipe.estimate.profile import Device
 from megatron_bpipe.runtime.transport.node_memory import available_bytes, limit_bytes
 
-# torch's names of the devices whose datasheet peak estimate/hardware.py has; all A100s share one
-PUBLISHED = (
-    (re.compile(r"NVIDIA A100\b"), A100_80G),
-    (re.compile(r"NVIDIA H100 80GB HBM3"), H100_80G),
-)
 GIB = 2**30
 
 
@@ -110,10 +105,9 @@ def empty_caches() -> None:
 
 
 def _peak(name: str, dtype: torch.dtype) -> tuple[float, str]:
-    if torch.cuda.is_available() and dtype.itemsize == 2:
-        for pattern, gpu in PUBLISHED:
-            if pattern.match(name):
-                return gpu.flops, f"datasheet of {gpu.name}, dense bf16"
+    gpu = recognised(name) if torch.cuda.is_available() and dtype.itemsize == 2 else None
+    if gpu is not None:
+        return gpu.flops, f"datasheet of {gpu.name}, dense bf16"
     sizes = (4096, 8192) if torch.cuda.is_available() else (1024, 2048)
     best, size = max((_matmul_flops(size, dtype), size) for size in sizes)
     kind = str(dtype).removeprefix("torch.")
