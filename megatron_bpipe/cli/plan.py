@@ -21,6 +21,7 @@ from megatron_bpipe.estimate.profile import read_profile
 from megatron_bpipe.estimate.runs import Attention
 from megatron_bpipe.estimate.time.fused_softmax_rules import softmax_trap
 from megatron_bpipe.placement import PlacementError
+from megatron_bpipe.planner.check.show import check_text
 from megatron_bpipe.planner.evaluate import Predictor
 from megatron_bpipe.planner.inputs.cluster import Cluster, preset, read_cluster
 from megatron_bpipe.planner.inputs.flags import Asked, Fixed, model_flags, read_flags
@@ -59,6 +60,9 @@ class _Task:
 def run(args: argparse.Namespace) -> int:
     """Plan and print; returns 2 after one line on stderr if that is not possible."""
     try:
+        if args.check:
+            print(check_text(as_json=args.json))
+            return 0
         if args.from_report is not None:
             print(_measured(args))
             return 0
@@ -103,7 +107,7 @@ def _task(args: argparse.Namespace) -> _Task:
     )
     if args.profile is None:
         predictor = from_layer_model(asked.element, cluster.overhead)
-        source = "the model of a layer, fitted on the ten stages of the paper's table 5"
+        source = "the model of a layer (plan --check compares it with published runs)"
     elif args.profile == "table-5":
         predictor, source = from_table_5(cluster.overhead), "the paper's table 5"
         question = replace(question, fixed=replace(asked.fixed, tp=4))

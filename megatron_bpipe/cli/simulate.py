@@ -13,11 +13,11 @@ from megatron_bpipe.estimate.errors import EstimateError
 from megatron_bpipe.estimate.hardware import gpu_named
 from megatron_bpipe.estimate.models import model_named
 from megatron_bpipe.estimate.paper.calibration import outside_calibration
+from megatron_bpipe.estimate.paper.op_costs import Inputs, inputs_for
 from megatron_bpipe.estimate.paper.published import EXPERIMENTS
 from megatron_bpipe.estimate.paper.refined import Measured
 from megatron_bpipe.estimate.paper.tables import published_cases, published_constants
 from megatron_bpipe.estimate.runs import Layout, Run
-from megatron_bpipe.estimate.time.op_costs import Inputs, inputs_for
 from megatron_bpipe.report.fields import ReportError
 from megatron_bpipe.schedule.bases.catalogue import CATALOGUE, build
 from megatron_bpipe.schedule.lowering.lower import lower

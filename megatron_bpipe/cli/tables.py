@@ -16,6 +16,7 @@ from megatron_bpipe.estimate.paper.tables import (
     table_rows,
 )
 from megatron_bpipe.placement.columns import columns
+from megatron_bpipe.planner.check.show import check_text
 
 _NOTES = """\
 eq.3      the paper's equation 3 read without its factor p: only the bubble
@@ -28,6 +29,9 @@ fits      on 80 GiB as run / without BPipe (our inference: the paper does not sa
 
 def run(args: argparse.Namespace) -> int:
     """Print the table."""
+    if args.measured:
+        print(check_text(as_json=args.json))
+        return 0
     rows = table_rows()
     if args.json:
         print(json.dumps([asdict(row) for row in rows], indent=2))

@@ -1,4 +1,4 @@
-"""Models: the sizes that FLOPs and memory depend on, and those of the paper's table 2.
+"""Models: the sizes that FLOPs, memory and time depend on, and those of the paper's table 2.
 
 Units: sizes in elements; ``seq`` in tokens.
 
@@ -15,20 +15,43 @@ Table 2 gives h, a, s and l.  What it leaves out is assumed here:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from megatron_bpipe.estimate.errors import EstimateError
+
+LayerKind = Literal["dense", "moe"]
+
+
+@dataclass(frozen=True)
+class Mla:
+    """Multi-latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1).
+
+    ``q_lora`` 0: queries straight from the hidden state.  ``nope`` and ``rope`` are the parts of a
+    head's query and key without and with rotation, ``v`` the width of its value.
+    """
+
+    q_lora: int
+    kv_lora: int
+    nope: int
+    rope: int
+    v: int
 
 
 @dataclass(frozen=True)
 class Model:
     """A GPT-like decoder.
 
-    ``ffn`` is the inner width of the FFN (of one expert in a mixture of experts); ``gated`` means
-    SwiGLU, three matrices instead of two; ``kv_heads`` below ``heads`` means grouped-query
-    attention.  ``experts`` = 0 is a dense model; otherwise every layer has that many experts, of
-    which a token visits ``experts_per_token``.  Raises EstimateError for sizes that cannot be.
+    ``ffn`` is the inner width of a dense FFN; ``gated`` means SwiGLU, three matrices instead of
+    two; ``kv_heads`` below ``heads`` means grouped-query attention; ``head_dim`` is the width of a
+    head, 0 for hidden / heads.  ``experts`` = 0 is a dense model; otherwise the layers that have
+    a 1 in ``moe_layers`` (empty: all) are mixtures of that many experts of width ``expert_ffn``
+    (0: ``ffn``), of which a token visits ``experts_per_token``, besides a shared expert of width
+    ``shared_ffn``.  ``mtp`` layers of multi-token prediction follow the last layer.  ``positions``
+    is the length of a learned position table (0: ``seq``), ``window`` the tokens that sliding
+    attention sees (0: all) in all layers but every ``full_every``-th.
+
+    Raises EstimateError for sizes that cannot be.
     """
 
     name: str
@@ -47,14 +70,28 @@ class Model:
     dropout: bool
     experts: int = 0
     experts_per_token: int = 1
+    head_dim: int = 0
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    expert_ffn: int = 0
+    moe_layers: str = ""
+    shared_ffn: int = 0
+    shared_gate: bool = False
+    mla: Mla | None = None
+    mtp: int = 0
+    positions: int = 0
+    window: int = 0
+    full_every: int = 0
+    sinks: bool = False
+    vocab_multiple: int = field(default=128, compare=False)
 
     def __post_init__(self) -> None:
-        for field in ("hidden", "heads", "kv_heads", "layers", "seq", "vocab", "ffn"):
-            if getattr(self, field) < 1:
+        for name in ("hidden", "heads", "kv_heads", "layers", "seq", "vocab", "ffn"):
+            if getattr(self, name) < 1:
                 raise EstimateError(
-                    f"{self.name}: {field} is {getattr(self, field)}; give a positive number"
+                    f"{self.name}: {name} is {getattr(self, name)}; give a positive number"
                 )
-        if self.hidden % self.heads:
+        if self.hidden % self.heads and not self.head_dim and self.mla is None:
             raise EstimateError(
                 f"{self.name}: hidden {self.hidden} is not a multiple of {self.heads} heads: "
                 "change one of them"
@@ -69,16 +106,70 @@ class Model:
                 f"{self.name}: a token cannot visit {self.experts_per_token} of {self.experts} "
                 "experts: choose 1 to that number"
             )
+        if self.moe_layers and (
+            len(self.moe_layers) != self.layers or set(self.moe_layers) - {"0", "1"}
+        ):
+            raise EstimateError(
+                f"{self.name}: the MoE layers {self.moe_layers} are {len(self.moe_layers)}: give a "
+                f"0 or a 1 for each of {self.layers} layers"
+            )
+
+    @property
+    def head_width(self) -> int:
+        """Width of a head's query."""
+        if self.mla:
+            return self.mla.nope + self.mla.rope
+        return self.head_dim or self.hidden // self.heads
+
+    @property
+    def value_width(self) -> int:
+        """Width of a head's value."""
+        return self.mla.v if self.mla else self.head_width
+
+    @property
+    def q_width(self) -> int:
+        """Width of all queries."""
+        return self.heads * self.head_width
 
     @property
     def kv_width(self) -> int:
-        """Width of keys (and of values): h for multi-head attention, less for grouped queries."""
-        return self.hidden // self.heads * self.kv_heads
+        """Width of keys: that of the queries for multi-head attention, less for grouped queries."""
+        return self.head_width * self.kv_heads
+
+    @property
+    def context_width(self) -> int:
+        """Width of what attention yields, the input of the projection."""
+        return self.heads * self.value_width
 
     @property
     def ffn_matrices(self) -> int:
         """Matrices of one FFN: 2, or 3 with SwiGLU."""
         return 3 if self.gated else 2
+
+    @property
+    def expert_width(self) -> int:
+        """Inner width of one expert."""
+        return self.expert_ffn or self.ffn
+
+    def kind(self, layer: int) -> LayerKind:
+        """Whether a layer, counted from 0, is a mixture of experts."""
+        if not self.experts or (self.moe_layers and self.moe_layers[layer] == "0"):
+            return "dense"
+        return "moe"
+
+    @property
+    def mtp_kind(self) -> LayerKind:
+        """The kind of the layers of multi-token prediction: that of the last layer."""
+        return self.kind(self.layers - 1)
+
+    @property
+    def seen(self) -> float:
+        """Tokens of a sequence that a query sees if the mask is not used, mean over the layers."""
+        if not self.window or self.window >= self.seq:
+            return self.seq
+        full = 1 / self.full_every if self.full_every else 0.0
+        # a causal query sees half the sequence on average, one with a window all of that
+        return full * self.seq + (1 - full) * 2 * self.window
 
 
 def gpt(name: str, *, hidden: int, heads: int, layers: int, seq: int, vocab: int = 51200) -> Model:

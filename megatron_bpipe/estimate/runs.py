@@ -5,22 +5,27 @@ Units: sequences for batches.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal, get_args
 
 from megatron_bpipe.estimate.errors import EstimateError
-from megatron_bpipe.estimate.models import Model
+from megatron_bpipe.estimate.models import LayerKind, Model
+from megatron_bpipe.estimate.settings import DEFAULT, Recompute, Settings
 
 Attention = Literal["none", "recompute", "flash", "full"]
 """How attention is computed: stock; recomputed in the backward (selective); flash attention; or
-the whole layer recomputed."""
+the whole layer recomputed, with flash attention."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes of the parallel groups; ``ep`` is carved out of ``cp * dp``.
+    """Sizes of the parallel groups; experts lie on ``ep`` times ``etp`` of the ``tp * cp * dp``.
 
-    Raises EstimateError for sizes below 1 and for an ``ep`` that does not divide ``cp * dp``.
+    ``etp`` cuts an expert, as ``tp`` does the rest; None is Megatron's default, ``tp``.
+
+    Raises EstimateError for sizes below 1 and for an ``ep`` that does not divide what is there.
     """
 
     tp: int = 1
@@ -29,17 +34,30 @@ class Layout:
     dp: int = 1
     pp: int = 1
     sequence_parallel: bool = False
+    etp: int | None = None
 
     def __post_init__(self) -> None:
-        for axis in ("tp", "cp", "ep", "dp", "pp"):
-            if getattr(self, axis) < 1:
+        for axis in ("tp", "cp", "ep", "dp", "pp", "etp"):
+            value = getattr(self, axis)
+            if value is not None and value < 1:
                 raise EstimateError(
-                    f"{axis} is {getattr(self, axis)}: give a size of at least 1 (1 turns it off)"
+                    f"{axis} is {value}: give a size of at least 1 (1 turns it off)"
                 )
-        if self.cp * self.dp % self.ep:
+        if self.tp * self.cp * self.dp % (self.ep * self.expert_tp):
             raise EstimateError(
-                f"ep {self.ep} does not divide cp x dp = {self.cp} x {self.dp}: change ep or dp"
+                f"ep {self.ep} x expert-tensor {self.expert_tp} does not divide "
+                f"tp x cp x dp = {self.tp} x {self.cp} x {self.dp}: change ep or dp"
             )
+
+    @property
+    def expert_tp(self) -> int:
+        """Tensor-parallel size of the experts."""
+        return self.tp if self.etp is None else self.etp
+
+    @property
+    def expert_dp(self) -> int:
+        """How many ranks hold the same experts."""
+        return self.tp * self.cp * self.dp // (self.ep * self.expert_tp)
 
     @property
     def gpus(self) -> int:
@@ -58,7 +76,10 @@ class Run:
 
     At most one of ``bpipe``, ``host`` (the same evictions, to the host's memory) and ``chunks``
     above 1 (interleaved 1F1B) is on.  ``budget`` is that of the first two, None the paper's.
-    ``partition`` has the layers of each stage; empty: the same on all.
+    ``partition`` has the layers of each stage; empty: the same on all.  With chunks it has those of
+    each chunk in the order that a micro-batch meets them, stage x's c-th at c p + x.
+    ``recompute`` replaces what ``attention`` says of recomputation; ``unfused`` is for "full"
+    with attention outside one kernel.
 
     Raises EstimateError when heads, layers, sequence, experts or batch do not divide as the layout
     asks, or for a combination that no schedule has.
@@ -75,11 +96,28 @@ class Run:
     host: bool = False
     chunks: int = 1
     partition: tuple[int, ...] = ()
+    recompute: Recompute | None = None
+    unfused: bool = False
+    settings: Settings = DEFAULT
 
     @property
     def evicts(self) -> bool:
         """Whether micro-batches leave their stage, to the partner or to the host."""
         return self.bpipe or self.host
+
+    @property
+    def one_kernel(self) -> bool:
+        """Whether attention runs in one kernel that keeps no s x s matrix."""
+        return self.attention == "flash" or (self.attention == "full" and not self.unfused)
+
+    @property
+    def recomputes(self) -> Recompute:
+        """What is recomputed."""
+        if self.recompute is not None:
+            return self.recompute
+        if self.attention == "full":
+            return Recompute("uniform", 1)
+        return Recompute(modules=("core_attn",) if self.attention == "recompute" else ())
 
     def __post_init__(self) -> None:
         model, layout = self.model, self.layout
@@ -91,7 +129,8 @@ class Run:
             if getattr(self, field) < 1:
                 raise EstimateError(f"{field} is {getattr(self, field)}: give at least 1 sequence")
         _divides(layout.tp, model.heads, "attention heads", "tensor-parallel size")
-        _divides(layout.tp, model.kv_heads, "key/value heads", "tensor-parallel size")
+        if model.mla is None:
+            _divides(layout.tp, model.kv_heads, "key/value heads", "tensor-parallel size")
         self._check_schedule()
         _divides(layout.cp * layout.sp, model.seq, "tokens of a sequence", "cp x sequence-parallel")
         _divides(
@@ -110,17 +149,22 @@ class Run:
                 f"bpipe {self.bpipe}, host {self.host} and {self.chunks} chunks: use one of BPipe, "
                 "host offload and interleaving (2 chunks or more)"
             )
+        parts = p * self.chunks
         if self.partition:
-            if len(self.partition) != p or sum(self.partition) != layers or min(self.partition) < 1:
+            inner = self.partition[1:-1]
+            if (
+                len(self.partition) != parts
+                or sum(self.partition) != layers
+                or min(self.partition) < 0
+                or min(inner, default=1) < 1
+            ):
                 raise EstimateError(
-                    f"partition {self.partition}: give {p} positive numbers that add up to "
+                    f"partition {self.partition}: give {parts} positive numbers that add up to "
                     f"{layers} layers"
                 )
-            if self.chunks > 1:
-                raise EstimateError(f"partition {self.partition}: not with {self.chunks} chunks")
         else:
             by = "number of stages" if self.chunks == 1 else "number of stages x chunks"
-            _divides(p * self.chunks, layers, "layers", by)
+            _divides(parts, layers, "layers", by)
 
     @property
     def micro_batches(self) -> int:
@@ -135,11 +179,40 @@ class Run:
     @property
     def layers_per_stage(self) -> int:
         """Transformer layers of the largest stage."""
-        return max(self.partition, default=self.model.layers // self.layout.pp)
+        return max(self.layers_of(stage) for stage in range(self.layout.pp))
 
     def layers_of(self, stage: int) -> int:
         """Transformer layers of a stage, 0 to p-1."""
-        return self.partition[stage] if self.partition else self.model.layers // self.layout.pp
+        if not self.partition:
+            return self.model.layers // self.layout.pp
+        return sum(self.partition[stage :: self.layout.pp])
+
+    def kinds_of(self, stage: int, chunk: int | None = None) -> Counter[LayerKind]:
+        """How many layers of each kind a stage has, or one chunk of it."""
+        return _kinds(self.model, self.layout.pp, self.chunks, self.partition, stage, chunk)
+
+    def extra_of(self, stage: int) -> int:
+        """Layers of multi-token prediction on a stage: all are on the last one."""
+        return self.model.mtp if stage == self.layout.pp - 1 else 0
+
+
+@lru_cache(maxsize=65536)
+def _kinds(
+    model: Model, p: int, chunks: int, partition: tuple[int, ...], stage: int, chunk: int | None
+) -> Counter[LayerKind]:
+    parts = p * chunks
+    sizes = partition or (model.layers // parts,) * parts
+    found: Counter[LayerKind] = Counter()
+    if not model.moe_layers and not partition:
+        found[model.kind(0)] = model.layers // parts * (chunks if chunk is None else 1)
+        return found
+    mine = range(stage, parts, p) if chunk is None else (chunk * p + stage,)
+    starts = [0]
+    for size in sizes:
+        starts.append(starts[-1] + size)
+    for part in mine:
+        found.update(model.kind(i) for i in range(starts[part], starts[part + 1]))
+    return found
 
 
 def _divides(divisor: int, number: int, what: str, by: str) -> None:

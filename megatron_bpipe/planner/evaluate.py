@@ -1,8 +1,7 @@
 """One candidate: where its stages run, what it needs, how long it takes.
 
-Memory is ``estimate.memory.stages``'s and time the simulation of the very schedule, as for the
-published tables; only the pace of a layer comes from elsewhere (a profile, the paper's table 5, or
-``layer_model``).
+Memory is ``estimate.memory.stages``'s and time the simulation of the very schedule; the pace of a
+layer comes from ``layer_model``, a profile, or the paper's table 5.
 
 Units: seconds, bytes, GiB, MFU in per cent.
 """
@@ -22,12 +21,19 @@ from megatron_bpipe.estimate.memory.stages import (
     memory_by_stage,
     verdict,
 )
-from megatron_bpipe.estimate.paper.refined import Constants, bytes_moved
+from megatron_bpipe.estimate.paper.refined import bytes_moved
 from megatron_bpipe.estimate.profile import Profile
 from megatron_bpipe.estimate.runs import Run
+from megatron_bpipe.estimate.time.collectives import ring_bandwidth
 from megatron_bpipe.estimate.time.flops import matmul_flops, mfu_percent
 from megatron_bpipe.estimate.time.layer_time import StageTimes
-from megatron_bpipe.estimate.time.op_costs import Machine, Stored, costs_for, network_for
+from megatron_bpipe.estimate.time.op_costs import (
+    Machine,
+    Stored,
+    costs_for,
+    network_for,
+    stage_seconds,
+)
 from megatron_bpipe.estimate.time.scheduled import lowered_of
 from megatron_bpipe.estimate.time.simulated import at_steady_pace
 from megatron_bpipe.placement import ParallelShape, make_report
@@ -39,13 +45,16 @@ from megatron_bpipe.simulate.engine import simulate
 class Predictor:
     """What predictions are made with.
 
-    ``times`` the pace of a layer; ``constants`` fitted ones; ``stored`` formats; ``profile`` where
+    ``times`` the pace of a layer; ``stored`` formats; ``exchange`` seconds per byte of a message
+    between stages where that was fitted, None: the links decide; ``bpipe`` seconds that BPipe costs
+    per byte that the busiest evictor moves, beyond what the simulation shows; ``profile`` where
     bytes were measured too.
     """
 
     times: StageTimes
-    constants: Constants
     stored: Stored
+    exchange: float | None = None
+    bpipe: float = 0.0
     profile: Profile | None = None
 
     def stored_for(self, run: Run) -> Stored:
@@ -88,10 +97,14 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Memory:
-    """Peak of each stage and what its GPU has, in GiB."""
+    """Peak of each stage and what its GPU has, in GiB.
+
+    ``allocated`` is what of the peak PyTorch's allocator sees.
+    """
 
     needed: tuple[float, ...]
     there: tuple[float, ...]
+    allocated: tuple[float, ...] = ()
 
     @property
     def fits(self) -> Verdict:
@@ -106,41 +119,43 @@ class Memory:
         return shares.index(max(shares))
 
 
-def place(run: Run, cluster: Cluster, times: StageTimes) -> Candidate:
+def place(run: Run, cluster: Cluster, predictor: Predictor) -> Candidate:
     """Where the stages of this run lie on the cluster, and at what pace they go there.
 
     Raises EstimateError where a stage would lie on two kinds of GPU, or its pace is not known.
     """
     placement = "pair-adjacent" if run.bpipe else "megatron"
-    layout = run.layout
+    layout, domain = run.layout, cluster.domain
     nodes, together = _nodes_of_stages(
-        layout.tp, layout.cp, layout.dp, layout.pp, cluster.gpus_per_node, placement
+        layout.tp, layout.cp, layout.dp, layout.pp, domain, placement
     )
     gpus = []
     for stage, where in enumerate(nodes):
-        kinds = {cluster.gpu_of_node(node) for node in where}
+        kinds = {cluster.gpu_of(node * domain) for node in where}
         if len(kinds) > 1:
             raise EstimateError(f"stage {stage} would lie on two kinds of GPU")
         gpus.append(kinds.pop())
-    paces = {gpu: times(run, gpu) for gpu in set(gpus)}
+    paces = {gpu: predictor.times(run, gpu) for gpu in set(gpus)}
     slowest = min(gpus, key=lambda gpu: gpu.network)
-    inside = layout.tp * layout.cp * layout.dp <= cluster.gpus_per_node
+    share = max(1, domain // (layout.tp * layout.cp))
     machine = Machine(
         gpus=tuple(gpus),
         paces=tuple(paces[gpu] for gpu in gpus),
         pair=min(gpu.nvlink for gpu in gpus) if together else slowest.network,
-        replicas=min(gpu.nvlink for gpu in gpus) if inside else slowest.network,
+        replicas=min(ring_bandwidth(gpu, layout.dp, share) for gpu in set(gpus)),
         host=min(gpu.host for gpu in gpus),
+        nodes=tuple(min(where) for where in nodes),
+        exchange=exchange_on(cluster, predictor.exchange),
     )
     return Candidate(run, cluster, machine)
 
 
 @lru_cache(maxsize=1024)
 def _nodes_of_stages(
-    tp: int, cp: int, dp: int, pp: int, gpus_per_node: int, placement: str
+    tp: int, cp: int, dp: int, pp: int, domain: int, placement: str
 ) -> tuple[tuple[frozenset[int], ...], bool]:
-    """The nodes of each stage, and whether every pair is on one node."""
-    report = make_report(ParallelShape(tp=tp, cp=cp, dp=dp, pp=pp), gpus_per_node, placement)
+    """The NVLink domains of each stage, and whether every pair is in one."""
+    report = make_report(ParallelShape(tp=tp, cp=cp, dp=dp, pp=pp), domain, placement)
     nodes: list[set[int]] = [set() for _ in range(pp)]
     for slots in report.nodes:
         for slot in slots:
@@ -159,23 +174,26 @@ def memory_of(candidate: Candidate, predictor: Predictor) -> Memory:
     return Memory(
         tuple(stage.total / GIB for stage in stages),
         tuple(gpu.memory_gib for gpu in candidate.gpus),
+        tuple(stage.allocated / GIB for stage in stages),
     )
 
 
-def constants_on(cluster: Cluster, constants: Constants) -> Constants:
-    """The fitted exchange on another network: its own rate if measured, else scaled with speed."""
-    slowest = min(kind.gpu.network for kind in cluster.nodes)
-    exchange = constants.exchange * A100_80G.network / slowest
+def exchange_on(cluster: Cluster, exchange: float | None) -> float | None:
+    """Seconds per byte of a message: the cluster's own if measured, else a fitted one's.
+
+    The latter was fitted on A100s and is scaled with the network's speed.
+    """
     if cluster.messages is not None:
-        exchange = 1 / cluster.messages
-    return replace(constants, exchange=exchange)
+        return 1 / cluster.messages
+    if exchange is None:
+        return None
+    return exchange * A100_80G.network / min(kind.gpu.network for kind in cluster.nodes)
 
 
 def least_seconds(candidate: Candidate, predictor: Predictor) -> float:
     """A bound from below: no stage can be faster than its own work, the fill and the drain."""
     run, paces = candidate.run, candidate.machine.paces
-    work = [run.layers_of(x) * pace.layer for x, pace in enumerate(paces)]
-    work[-1] += paces[-1].head
+    work = [sum(map(sum, stage_seconds(run, x, pace))) for x, pace in enumerate(paces)]
     bound, before = 0.0, 0.0
     for seconds in work:
         bound = max(bound, before / run.chunks + run.micro_batches * seconds)
@@ -185,8 +203,7 @@ def least_seconds(candidate: Candidate, predictor: Predictor) -> float:
 
 def seconds_of(candidate: Candidate, predictor: Predictor) -> float:
     """One iteration, simulated; long ones from a shorter simulation and its steady pace."""
-    constants = constants_on(candidate.cluster, predictor.constants)
-    found = _simulated(candidate, constants, predictor.stored_for(candidate.run).kernels)
+    found = _simulated(candidate, predictor.stored_for(candidate.run))
     return found + _penalty(candidate.run, predictor)
 
 
@@ -197,17 +214,16 @@ def mfu_of(candidate: Candidate, seconds: float) -> float:
 
 
 def _penalty(run: Run, predictor: Predictor) -> float:
-    """What BPipe costs beyond what the simulation shows (see ``refined``)."""
+    """What BPipe costs beyond what the simulation shows (see ``estimate.paper.refined``)."""
     if not run.bpipe:
         return 0.0
-    return predictor.constants.bpipe * bytes_moved(run, predictor.stored_for(run).kernels)
+    return predictor.bpipe * bytes_moved(run, predictor.stored_for(run).kernels)
 
 
-def _simulated(candidate: Candidate, constants: Constants, kernels: Kernels) -> float:
-    run = candidate.run
-    first, step = _windows(run)
+def _simulated(candidate: Candidate, stored: Stored) -> float:
+    first, step = _windows(candidate.run)
     return at_steady_pace(
-        lambda n: _iteration(candidate, n, constants, kernels), run.micro_batches, first, step
+        lambda n: _iteration(candidate, n, stored), candidate.run.micro_batches, first, step
     )
 
 
@@ -221,9 +237,9 @@ def _windows(run: Run) -> tuple[int, int]:
     return 2 * p, 1
 
 
-def _iteration(candidate: Candidate, m: int, constants: Constants, kernels: Kernels) -> float:
+def _iteration(candidate: Candidate, m: int, stored: Stored) -> float:
     run = candidate.run
     part = replace(run, global_batch=m * run.micro_batch * run.layout.dp)
     lowered = lowered_of(part)
-    costs = costs_for(part, lowered, candidate.machine, constants, kernels)
+    costs = costs_for(part, lowered, candidate.machine, stored)
     return simulate(lowered, costs, network_for(candidate.machine)).seconds

@@ -94,7 +94,7 @@ def ways(
     want = question.fixed.bpipe
     for cluster in question.cluster.orders():
         try:
-            base = place(run, cluster, predictor.times)
+            base = place(run, cluster, predictor)
         except EstimateError as error:
             refused.add(error)
             continue
@@ -194,7 +194,7 @@ def _tried(
     """Those that a schedule exists for; of budgets only the largest that fits."""
     for run in runs:
         try:
-            candidate = place(run, cluster, predictor.times)
+            candidate = place(run, cluster, predictor)
             memory = memory_of(candidate, predictor)
         except EstimateError as error:
             refused.add(error)

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from megatron_bpipe.estimate.paper.multipliers import multipliers_leave_one_out
+from megatron_bpipe.estimate.paper.op_costs import inputs_for
 from megatron_bpipe.estimate.paper.published import EXPERIMENTS, LAYOUT
 from megatron_bpipe.estimate.paper.refined import Measured
 from megatron_bpipe.estimate.paper.tables import (
@@ -14,7 +15,6 @@ from megatron_bpipe.estimate.paper.tables import (
     published_constants,
     table_rows,
 )
-from megatron_bpipe.estimate.time.op_costs import inputs_for
 from megatron_bpipe.schedule.bases.catalogue import build
 from megatron_bpipe.schedule.lowering.lower import lower
 from megatron_bpipe.simulate import Link, Network, exposed_seconds, simulate

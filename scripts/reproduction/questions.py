@@ -10,12 +10,12 @@ from megatron_bpipe.estimate.hardware import A100_80G
 from megatron_bpipe.estimate.memory.activations import MEGATRON_2023, micro_batch_bytes
 from megatron_bpipe.estimate.models import TABLE_2
 from megatron_bpipe.estimate.paper.equations import equation_4
+from megatron_bpipe.estimate.paper.op_costs import inputs_for
 from megatron_bpipe.estimate.paper.published import EXPERIMENTS, GLOBAL_BATCH, LAYOUT
 from megatron_bpipe.estimate.paper.refined import costs, predict_mfu
 from megatron_bpipe.estimate.paper.tables import measured, published_constants
 from megatron_bpipe.estimate.time.flops import equation_1
 from megatron_bpipe.estimate.time.fused_softmax_rules import why_not_fused
-from megatron_bpipe.estimate.time.op_costs import inputs_for
 from megatron_bpipe.schedule.bases.catalogue import build
 from megatron_bpipe.schedule.lowering.lower import lower
 from megatron_bpipe.schedule.validation.occupancy import occupancy

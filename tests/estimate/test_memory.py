@@ -5,7 +5,12 @@ from dataclasses import replace
 import pytest
 
 from megatron_bpipe.estimate.errors import EstimateError
-from megatron_bpipe.estimate.memory.activations import MEGATRON_2023, micro_batch_bytes
+from megatron_bpipe.estimate.memory.activations import (
+    FUSED,
+    MEGATRON_2023,
+    TRANSFORMER_ENGINE,
+    micro_batch_bytes,
+)
 from megatron_bpipe.estimate.memory.parameters import stage_parameters
 from megatron_bpipe.estimate.memory.stages import (
     FP32,
@@ -17,6 +22,7 @@ from megatron_bpipe.estimate.memory.stages import (
 from megatron_bpipe.estimate.models import gpt, model_named
 from megatron_bpipe.estimate.paper.published import EXPERIMENTS, LAYOUT
 from megatron_bpipe.estimate.runs import Layout, Run
+from megatron_bpipe.estimate.settings import Settings
 
 
 def test_row_7_by_hand():
@@ -54,10 +60,47 @@ def test_a_short_iteration_holds_no_more_than_it_has():
 
 
 def test_logits_are_on_the_last_stage_only():
-    """10 bytes a logit of 32000 padded to 32256, a quarter of them, and two inputs of h/4."""
-    stages = memory_by_stage(Run(model_named("LLaMA 65B"), LAYOUT, 2, 128, "flash"))
-    assert [stage.logits for stage in stages[:-1]] == [0] * 7
-    assert stages[-1].logits == 2 * 2048 * (10 * 32256 // 4 + 2 * 2 * 8192 // 4)
+    """A quarter of 32000 padded to 32256 and two inputs of h/4.  A logit takes 2 bytes and an fp32
+    copy; in 2023 a second one, as the maximum was subtracted into a new tensor."""
+    run = Run(model_named("LLaMA 65B"), LAYOUT, 2, 128, "flash")
+    for kernels, each in ((FUSED, 6), (MEGATRON_2023, 10)):
+        stages = memory_by_stage(run, kernels)
+        assert [stage.logits for stage in stages[:-1]] == [0] * 7
+        assert stages[-1].logits == 2 * 2048 * (each * 32256 // 4 + 2 * 2 * 8192 // 4)
+
+
+def test_a_fused_loss_works_in_place():
+    run = Run(
+        model_named("LLaMA 65B"), LAYOUT, 2, 128, "flash", settings=Settings(loss_fusion=True)
+    )
+    assert memory_by_stage(run)[-1].logits == 2 * 2048 * (4 * 32256 // 4 + 2 * 2 * 8192 // 4)
+
+
+def test_the_word_embeddings_gradient_is_there_when_one_micro_batch_is_gone():
+    """256,000 x 4096 in fp16 is 1.95 GiB, more than the 0.8 of a micro-batch of three layers."""
+    model = replace(
+        gpt("wide", hidden=4096, heads=32, layers=48, seq=2048, vocab=256_000),
+        tied_embeddings=False,
+    )
+    run = Run(model, Layout(pp=16), 1, 128, "flash")
+    first, second = memory_by_stage(run)[:2]
+    layers = 3 * 34 * 2048 * 4096
+    assert first.embedding == 2 * 256_000 * 4096 - layers
+    assert first.working == first.embedding > second.working
+    assert first.allocated == first.total - first.overhead
+
+
+def test_transformer_engine_keeps_one_gradient_of_each_shape():
+    """QKV, projection, both matrices of the FFN, in bf16; not without fused accumulation."""
+    model = gpt("small", hidden=512, heads=8, layers=4, seq=256)
+    run = Run(model, Layout(), 1, 16, "flash")
+    with_it, plain = (
+        memory_by_stage(run, kernels)[0].gradients
+        for kernels in (TRANSFORMER_ENGINE, replace(TRANSFORMER_ENGINE, placeholders=False))
+    )
+    assert with_it - plain == 2 * (3 + 1 + 4 + 4) * 512 * 512
+    apart = replace(run, settings=Settings(grad_fusion=False))
+    assert memory_by_stage(apart, TRANSFORMER_ENGINE)[0].gradients == plain
 
 
 def test_distributed_optimizer_shares_the_12_bytes():

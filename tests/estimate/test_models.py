@@ -130,11 +130,11 @@ def test_runs_that_do_not_divide(layout, batches, words):
 def test_unknown_names_say_what_is_known():
     with pytest.raises(EstimateError, match="'LLaMA 65B' or 'GPT-3 96B'"):
         model_named("LLaMA")
-    with pytest.raises(EstimateError, match="use A100-40GB, A100-80GB, H100-80GB, H200, B200"):
+    with pytest.raises(EstimateError, match="use V100-32GB, A100-40GB, A100-80GB, L40S, H100-80GB"):
         gpu_named("A100")
     with pytest.raises(EstimateError, match="use none, recompute, flash, full"):
         Run(model_named("LLaMA 65B"), Layout(), 1, 1, "xformers")
     with pytest.raises(EstimateError, match="tp is 0"):
         Layout(tp=0)
-    with pytest.raises(EstimateError, match="ep 3 does not divide cp x dp = 1 x 4"):
+    with pytest.raises(EstimateError, match="ep 3 x expert-tensor 1 does not divide tp x cp x dp = 1 x 1 x 4"):
         Layout(dp=4, ep=3)

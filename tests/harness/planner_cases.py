@@ -160,7 +160,7 @@ def seconds(
     result = megatron.train(case.flags(size), world=case.pp, steps=steps, report=False)
     assert result.ok, result.logs
     times = re.findall(r"elapsed time per iteration \(ms\): ([0-9.]+)", result.log(case.pp - 1))
-    candidate = place(run, here, predictor.times)
+    candidate = place(run, here, predictor)
     predicted = seconds_of(candidate, predictor)
     pace = candidate.machine.paces[0]
     work = run.micro_batches * (LAYERS * pace.layer + pace.head)

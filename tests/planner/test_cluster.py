@@ -36,9 +36,9 @@ def test_a_file_with_two_kinds(tmp_path: Path) -> None:
     path.write_text(GOOD)
     cluster = read_cluster(path)
     assert (cluster.gpus, cluster.gpus_per_node, cluster.mixed) == (24, 8, True)
-    assert [cluster.gpu_of_node(n).name for n in range(3)] == ["A100-80GB"] * 2 + ["H100-80GB"]
-    assert cluster.gpu_of_node(0).network == 12.5e9  # replaces the preset's 25
-    assert cluster.gpu_of_node(0).nvlink == 300e9
+    assert [cluster.gpu_of(8 * n).name for n in range(3)] == ["A100-80GB"] * 2 + ["H100-80GB"]
+    assert cluster.gpu_of(0).network == 12.5e9  # replaces the preset's 25
+    assert cluster.gpu_of(0).nvlink == 300e9
     assert cluster.messages == 2e9
     assert cluster.peak == 16 * 312e12 + 8 * 989e12
 

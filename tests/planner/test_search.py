@@ -15,7 +15,6 @@ from megatron_bpipe.estimate.runs import Layout, Run
 from megatron_bpipe.estimate.time.op_costs import costs_for, network_for
 from megatron_bpipe.estimate.time.scheduled import lowered_of
 from megatron_bpipe.planner.evaluate import (
-    constants_on,
     least_seconds,
     memory_of,
     place,
@@ -82,12 +81,12 @@ VARIANTS = [
 @pytest.mark.parametrize("run", VARIANTS)
 def test_a_long_iteration_is_foretold_by_a_short_one(run: Run) -> None:
     cluster = preset("A100-80GB", run.layout.gpus, run.layout.gpus // run.layout.pp)
-    candidate = place(run, cluster, PREDICTOR.times)
-    constants = constants_on(cluster, PREDICTOR.constants)
+    candidate = place(run, cluster, PREDICTOR)
     lowered = lowered_of(run)
-    costs = costs_for(run, lowered, candidate.machine, constants, PREDICTOR.stored.kernels)
+    costs = costs_for(run, lowered, candidate.machine, PREDICTOR.stored)
     whole = simulate(lowered, costs, network_for(candidate.machine)).seconds
-    penalty = constants.bpipe * bytes_moved(run) if run.bpipe else 0.0
+    moved = bytes_moved(run, PREDICTOR.stored.kernels)
+    penalty = PREDICTOR.bpipe * moved if run.bpipe else 0.0
     near = 5e-3 if run.host else 2e-3  # a slow link falls behind ever more slowly
     assert seconds_of(candidate, PREDICTOR) == pytest.approx(whole + penalty, rel=near)
     assert least_seconds(candidate, PREDICTOR) <= whole + penalty
@@ -101,7 +100,7 @@ def best(found: Found) -> tuple[int, ...]:
 
 
 def test_faster_gpus_get_more_layers() -> None:
-    """H100s reach 3.0 times what A100s do in large products; memory allowing, as much work."""
+    """H100s reach 3.0 times what A100s do in large products, 2.5 in a layer; memory allowing."""
     found = search(Question(SMALL, MIXED, 64, Fixed(tp=8, pp=4)), PREDICTOR)
     plan = found.best_of()
     assert plan is not None
@@ -138,7 +137,7 @@ def test_nothing_to_look_at_says_why() -> None:
 
 
 def test_memory_of_each_stage_is_for_its_own_gpu() -> None:
-    candidate = place(Run(SMALL, Layout(tp=8, pp=4), 1, 64, "flash"), MIXED, PREDICTOR.times)
+    candidate = place(Run(SMALL, Layout(tp=8, pp=4), 1, 64, "flash"), MIXED, PREDICTOR)
     assert [gpu.name for gpu in candidate.gpus] == ["A100-80GB"] * 2 + ["H100-80GB"] * 2
     gpus = (replace(A100_80G, memory_gib=20.0), *candidate.gpus[1:])
     smaller = replace(candidate, machine=replace(candidate.machine, gpus=gpus))

@@ -13,3 +13,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         description="Print every row of the paper's table 3 beside what the estimates say.",
     )
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
+    parser.add_argument(
+        "--measured",
+        action="store_true",
+        help="published runs of others beside predictions instead, as plan --check",
+    )

@@ -36,18 +36,24 @@ and k = h, bf16::
 and with grouped queries 4 (1 - k/h) less.  Megatron fuses SwiGLU from core_v0.5.0 on.
 
 Mixture of experts: the router's input is the FFN input above; each of the K experts of a token
-keeps its permuted input e h (not cut by t), its first output (f, or 2 f gated), the activation
-and, before the last matrix, the activation weighted by the router: e f/t each.  Routing is
-taken to be even.
+keeps its permuted input e h, its first output (f, or 2 f gated), the activation and, where that is
+not one kernel with it, the activation weighted by the router: e f each, cut by the experts'
+tensor-parallel size; tokens are spread over the tensor-parallel ranks otherwise.  Routing is taken
+to be even.  A shared expert keeps what an FFN of its width does.
+
+Latent attention keeps the compressed queries and keys, what is made of them, and queries, keys and
+values as any other.
 
 Two implementations beside the paper's are known, see ``Kernels``.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from megatron_bpipe.estimate.models import LayerKind
 from megatron_bpipe.estimate.runs import Run
+from megatron_bpipe.estimate.settings import Recompute
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,10 @@ class Kernels:
     RMSNorm keep its input in fp32 beside the normalised one (both for 2-byte elements only);
     ``composed`` is RMSNorm and SwiGLU made of single operations: the one keeps the normalised input
     beside its input, the other a copy of its up half (Megatron-Core 0.19 adds an offset to it).
+    ``fused_norm`` computes RMSNorm, and the rotation of queries and keys, in one kernel each.
+    ``weighted`` keeps an expert's activation a second time, weighted by the router;
+    ``placeholders``: one unused gradient in the weights' format for each shape of weights stays.
+    ``fp32_logits`` is how many fp32 tensors of the logits' size live at once in the loss.
     ``layer`` and ``head`` are bytes that a layer and the output layer were measured to keep at the
     run's micro-batch and attention (a profile); they replace the sum of the table above.
     """
@@ -71,6 +81,10 @@ class Kernels:
     fp32_softmax: bool = False
     fp32_rmsnorm: bool = False
     composed: bool = False
+    fused_norm: bool = True
+    weighted: bool = True
+    placeholders: bool = False
+    fp32_logits: int = 1
     layer: int | None = None
     head: int | None = None
 
@@ -78,8 +92,18 @@ class Kernels:
 FUSED = Kernels()
 """Fused GPU kernels, bf16: the formula of the literature."""
 
-MEGATRON_2023 = Kernels(fused_swiglu=False)
-"""Megatron-LM of the paper's time: SwiGLU in separate kernels (23.06 to core_v0.4.0)."""
+TRANSFORMER_ENGINE = Kernels(fused_rotary=False, weighted=False, placeholders=True)
+"""Megatron-Core from 0.14 on with Transformer Engine.  The rotated queries and keys are new
+tensors, and the values are a view of the QKV output, which so stays whole
+(megatron/core/transformer/attention.py, get_query_key_value_tensors); the router's weights are
+applied inside the activation (megatron/core/fusions/fused_bias_swiglu.py, weighted_*).  With
+gradients accumulated inside the matrix product, a placeholder is handed to autograd, kept for each
+shape (transformer_engine/pytorch/module/base.py, get_dummy_wgrad)."""
+
+MEGATRON_2023 = Kernels(fused_swiglu=False, fused_norm=False, fp32_logits=2)
+"""Megatron-LM of the paper's time: SwiGLU, RMSNorm and rotation in separate kernels (23.06 to
+core_v0.4.0: megatron/model/rms_norm.py, rotary_pos_embedding.py), the logits'
+maximum subtracted into a new tensor (megatron/core/tensor_parallel/cross_entropy.py there)."""
 
 
 def local_kernels(element: int) -> Kernels:
@@ -97,38 +121,99 @@ def local_kernels(element: int) -> Kernels:
     )
 
 
-def layer_activations(run: Run, kernels: Kernels = FUSED) -> dict[str, int]:
-    """What one micro-batch keeps in one layer, by name, in bytes per GPU."""
+_DROPPED: dict[str, tuple[str, ...]] = {
+    "core_attn": ("softmax",),
+    "layernorm": ("qkv input", "ffn input"),
+    "mlp": ("ffn",),
+    "moe": ("expert inputs", "experts", "shared expert"),
+    "moe_act": ("expert activations",),
+    "mla_up_proj": ("queries", "keys and values", "rotated queries and keys"),
+    "shared_experts": ("shared expert",),
+}
+"""What each of --recompute-modules does not keep."""
+
+
+def layer_activations(
+    run: Run, kernels: Kernels = FUSED, kind: LayerKind | None = None
+) -> dict[str, int]:
+    """What one micro-batch keeps in one layer, by name, in bytes per GPU.
+
+    ``kind`` None is that of the last layer.  Where whole layers are recomputed this is a recomputed
+    one.
+    """
+    model, sp = run.model, run.layout.sp
+    kind = kind or model.kind(model.layers - 1)
+    recompute = run.recomputes
+    if recompute.method:
+        every = max(1, recompute.layers) if recompute.method == "uniform" else 1
+        return {"layer input": kernels.element * run.tokens * model.hidden // sp // every}
+    kept = whole_layer(run, kernels, kind)
+    for module in recompute.modules:
+        for name in _DROPPED[module]:
+            kept.pop(name, None)
+    return kept
+
+
+def whole_layer(run: Run, kernels: Kernels, kind: LayerKind) -> dict[str, int]:
+    """What a layer of which nothing is recomputed keeps, by name."""
     model, t, sp = run.model, run.layout.tp, run.layout.sp
     e, tokens, h = kernels.element, run.tokens, model.hidden
-    if run.attention == "full":
-        return {"layer input": e * tokens * h // sp}
     kept = {
         "norm inputs": 2 * e * tokens * h // sp,
         "qkv input": e * tokens * h // sp,
-        "queries": e * tokens * h // t,
-        "keys and values": 2 * e * tokens * model.kv_width // t,
-        "projection input": e * tokens * h // t,
+        **_queries_keys_values(run, kernels),
+        "projection input": e * tokens * model.context_width // t,
         "ffn input": e * tokens * h // sp,
     }
-    if run.attention == "none":
+    if not run.one_kernel:
         kept["softmax"] = softmax_bytes(run, kernels)
     if model.dropout:
         kept["dropout masks"] = 2 * kernels.mask * tokens * h // sp
-    if not kernels.fused_rotary and not model.learned_positions:
-        kept["rotated queries and keys"] = e * tokens * (h + model.kv_width) // t
     if kernels.fp32_rmsnorm and model.norm == "rmsnorm":
         kept["norms in fp32"] = 2 * 4 * tokens * h // sp
     if kernels.composed and model.norm == "rmsnorm":
         kept["normalised inputs"] = 2 * e * tokens * h // sp
-    visits = model.experts_per_token if model.experts else 1
-    widths = 1 + (2 if model.gated else 1)
+    widths = 2 if model.gated else 1
     if model.gated and not kernels.fused_swiglu:
         widths += 2 if kernels.composed else 1
-    if model.experts:
-        widths += 1
-        kept["expert inputs"] = visits * e * tokens * h
-    kept["ffn"] = visits * widths * e * tokens * model.ffn // t
+    if kind == "dense":
+        kept["ffn"] = (widths + 1) * e * tokens * model.ffn // t
+        return kept
+    rows = expert_rows(run)
+    narrow = model.expert_width // run.layout.expert_tp
+    kept["expert inputs"] = e * rows * h
+    kept["experts"] = (widths + kernels.weighted) * e * rows * narrow
+    kept["expert activations"] = e * rows * narrow
+    if model.shared_ffn:
+        kept["shared expert"] = (widths + 1) * e * tokens * model.shared_ffn // t
+    return kept
+
+
+def expert_rows(run: Run) -> int:
+    """Tokens that one GPU's experts receive of a micro-batch, each as often as it is routed."""
+    layout = run.layout
+    return run.model.experts_per_token * run.tokens * layout.expert_tp // layout.tp
+
+
+def _queries_keys_values(run: Run, kernels: Kernels) -> dict[str, int]:
+    model, t = run.model, run.layout.tp
+    e, tokens = kernels.element, run.tokens
+    if model.mla:
+        mla = model.mla
+        keys = model.q_width + model.heads * mla.v
+        return {
+            "latents": e * tokens * 2 * (mla.q_lora + mla.kv_lora + mla.rope) // run.layout.sp,
+            "queries": e * tokens * model.q_width // t,
+            "keys and values": e * tokens * keys // t,
+        }
+    kept = {
+        "queries": e * tokens * model.q_width // t,
+        "keys and values": 2 * e * tokens * model.kv_width // t,
+    }
+    if model.qk_norm:
+        kept["norm inputs of queries and keys"] = e * tokens * (model.q_width + model.kv_width) // t
+    if not kernels.fused_rotary and not model.learned_positions:
+        kept["rotated queries and keys"] = e * tokens * (model.q_width + model.kv_width) // t
     return kept
 
 
@@ -148,8 +233,33 @@ def micro_batch_bytes(run: Run, stage: int, kernels: Kernels = FUSED) -> int:
     This is what BPipe moves.  The output layer of the last stage is not in it: its logits live only
     from the end of a forward to the start of its backward.
     """
-    layer = kernels.layer or sum(layer_activations(run, kernels).values())
-    total = run.layers_of(stage) * layer
+    total = sum(chunk_bytes(run, stage, chunk, kernels) for chunk in range(run.chunks))
+    if run.model.mtp and stage == run.layout.pp - 1:
+        layer = _layer_bytes(run, kernels, run.model.mtp_kind)
+        both = 2 * kernels.element * run.tokens * run.model.hidden
+        total += run.model.mtp * (layer + both)
     if stage == 0 and run.model.dropout:
         total += kernels.mask * run.tokens * run.model.hidden // run.layout.sp
     return total
+
+
+def chunk_bytes(run: Run, stage: int, chunk: int, kernels: Kernels = FUSED) -> int:
+    """The layers of one chunk of one stage."""
+    recompute = run.recomputes
+    left = recompute.layers if recompute.method == "block" else run.model.layers
+    total = 0
+    for kind, number in sorted(run.kinds_of(stage, chunk).items()):
+        again = min(number, left)
+        left -= again
+        total += again * _layer_bytes(run, kernels, kind)
+        if number > again:  # beyond the recomputed block
+            whole = replace(run, recompute=NOTHING)
+            total += (number - again) * _layer_bytes(whole, kernels, kind)
+    return total
+
+
+NOTHING = Recompute()
+
+
+def _layer_bytes(run: Run, kernels: Kernels, kind: LayerKind) -> int:
+    return kernels.layer or sum(layer_activations(run, kernels, kind).values())

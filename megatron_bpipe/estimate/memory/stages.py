@@ -2,25 +2,31 @@
 
 Weights, gradients and optimizer state follow the parameters; activations follow the schedule: how
 many micro-batches a stage holds, and how many slots it lends, is read from the very schedule that
-is executed (1F1B, or that with the balance pass), transfers in flight counted on both sides.
+is executed (1F1B, or that with the balance pass), transfers in flight counted on both sides.  On
+top comes what is there for a moment only: the loss with its logits, what a layer's backward makes,
+the word embedding's gradient.
 
 Units: bytes per GPU; GiB = 2^30 bytes where named so.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from megatron_bpipe.estimate.errors import EstimateError
 from megatron_bpipe.estimate.memory.activations import (
     FUSED,
+    NOTHING,
     Kernels,
+    chunk_bytes,
+    expert_rows,
     layer_activations,
     micro_batch_bytes,
     softmax_bytes,
+    whole_layer,
 )
-from megatron_bpipe.estimate.memory.parameters import stage_parameters
+from megatron_bpipe.estimate.memory.parameters import matrix_shapes, stage_parameters
 from megatron_bpipe.estimate.models import padded_vocab
 from megatron_bpipe.estimate.runs import Run
 from megatron_bpipe.estimate.time.scheduled import held_by_stage
@@ -29,9 +35,9 @@ from megatron_bpipe.schedule.ops import partner
 GIB = 2**30
 
 FIXED_OVERHEAD = 3 * GIB
-"""CUDA context, NCCL and cuBLAS buffers, fragmentation of the allocator.  An assumption, not
-measured: with anything from 0 to 5 GiB all ten rows of table 3 fit as run, and rows 3, 6, 8 and 10
-do not clearly fit without BPipe (tested)."""
+"""CUDA context, NCCL buffers, fragmentation of the allocator: what the allocator does not count as
+allocated.  An assumption, not measured: with anything from 0 to 5 GiB all ten rows of table 3 fit
+as run, and rows 3, 6, 8 and 10 do not clearly fit without BPipe (tested)."""
 
 BORDERLINE = 0.05
 """Within this share of the capacity nothing is claimed."""
@@ -50,6 +56,9 @@ class StateBytes:
 
 BF16 = StateBytes(weights=2, gradients=4, optimizer=12)
 """bf16 weights, fp32 gradients, fp32 master weights and two Adam moments: 18 in all."""
+FP16 = StateBytes(weights=2, gradients=2, optimizer=12)
+"""fp16 as Megatron has it without --accumulate-allreduce-grads-in-fp32, which only bf16 implies:
+gradients are kept in fp16, 16 bytes in all."""
 FP32 = StateBytes(weights=4, gradients=4, optimizer=8)
 """fp32 throughout with two Adam moments: 16 in all."""
 
@@ -60,7 +69,9 @@ class StageMemory:
 
     ``activations`` are this stage's own micro-batches, ``pool`` the slots it lends, ``logits`` the
     output layer's working memory (last stage), ``recompute`` what one layer makes anew in its
-    backward, ``overhead`` a named constant.
+    backward, ``backward`` the gradients that are alive in a layer's backward, ``embedding`` the
+    word embedding's gradient, which is there when one micro-batch is gone already.
+    ``overhead`` is a named constant.
     """
 
     weights: int
@@ -70,12 +81,25 @@ class StageMemory:
     pool: int
     logits: int
     recompute: int
+    backward: int
+    embedding: int
     overhead: int
 
     @property
+    def working(self) -> int:
+        """What is there for a moment only; these moments differ."""
+        return max(self.logits, self.recompute + self.backward, self.embedding)
+
+    @property
+    def allocated(self) -> int:
+        """What PyTorch's allocator hands out at the peak (torch.cuda.max_memory_allocated)."""
+        static = self.weights + self.gradients + self.optimizer
+        return static + self.activations + self.pool + self.working
+
+    @property
     def total(self) -> int:
-        """Everything together."""
-        return sum(getattr(self, field.name) for field in fields(self))
+        """Everything together, with what the allocator does not see."""
+        return self.allocated + self.overhead
 
 
 def memory_by_stage(
@@ -119,42 +143,96 @@ def _stage_memory(
     parameters = stage_parameters(run, stage)
     shards, expert_shards = 1, 1
     if run.distributed_optimizer:
-        shards, expert_shards = layout.dp * layout.cp, layout.dp * layout.cp // layout.ep
+        shards, expert_shards = layout.dp * layout.cp, layout.expert_dp
     optimizer = parameters.dense / shards + parameters.experts / expert_shards
     other = partner(stage, layout.pp)
     lent = 0 if other is None else held[other][1]
     evicted = 0 if other is None else micro_batch_bytes(run, other, kernels)
-    last = stage == layout.pp - 1
+    each = micro_batch_bytes(run, stage, kernels) // run.chunks
+    embedding = 0
+    if stage == 0:  # its first chunk is gone by then
+        embedding = max(0, _embedding_gradient(run, kernels) - chunk_bytes(run, 0, 0, kernels))
     return StageMemory(
         weights=state.weights * parameters.total,
-        gradients=state.gradients * parameters.total,
+        gradients=state.gradients * parameters.total + _placeholders(run, stage, kernels),
         optimizer=round(state.optimizer * optimizer),
-        activations=held[stage][0] * (micro_batch_bytes(run, stage, kernels) // run.chunks),
+        activations=held[stage][0] * each,
         pool=lent * evicted,
-        logits=_logits(run, kernels) if last else 0,
+        logits=_logits(run, kernels) if stage == layout.pp - 1 else 0,
         recompute=_recomputed(run, kernels),
+        backward=_layer_gradients(run, kernels),
+        embedding=embedding,
         overhead=overhead,
     )
 
 
+def _placeholders(run: Run, stage: int, kernels: Kernels) -> int:
+    """One gradient for each shape of a stage's matrices, see ``Kernels.placeholders``."""
+    if not (kernels.placeholders and run.settings.grad_fusion):
+        return 0
+    shapes: set[tuple[int, int]] = set()
+    for kind in run.kinds_of(stage):
+        shapes |= matrix_shapes(run.model, run.layout, kind)
+    return kernels.element * sum(rows * columns for rows, columns in shapes)
+
+
+def _embedding_gradient(run: Run, kernels: Kernels) -> int:
+    """Gradient of the word embedding, a tensor of its own before it is added to the others."""
+    return kernels.element * _vocab(run) * run.model.hidden
+
+
 def _recomputed(run: Run, kernels: Kernels) -> int:
-    """What one layer's backward makes anew: its attention, or all of it (with flash attention)."""
-    if run.attention == "recompute":
-        return softmax_bytes(run, kernels)
-    if run.attention == "full":
-        return sum(layer_activations(replace(run, attention="flash"), kernels).values())
-    return 0
+    """What one layer's backward makes anew: parts of it, or so many whole layers."""
+    recompute = run.recomputes
+    if not recompute.active:
+        return 0
+    kinds = {run.model.kind(0), run.model.kind(run.model.layers - 1)}
+    if recompute.method:
+        layers = max(1, recompute.layers) if recompute.method == "uniform" else 1
+        return layers * max(sum(whole_layer(run, kernels, kind).values()) for kind in kinds)
+    if recompute.modules == ("core_attn",):
+        return 0 if run.one_kernel else softmax_bytes(run, kernels)
+    whole = replace(run, recompute=NOTHING)
+    return max(
+        sum(layer_activations(whole, kernels, kind).values())
+        - sum(layer_activations(run, kernels, kind).values())
+        for kind in kinds
+    )
+
+
+def _layer_gradients(run: Run, kernels: Kernels) -> int:
+    """Gradients that live at once in the backward of an FFN, the widest part of a layer.
+
+    First those of the inner activation and of the first matrix's output, then the latter with
+    those of the FFN's input and that input gathered from all tensor-parallel ranks; beside them the
+    gradient of the layer's output on both sides of the residual connection.
+    """
+    model, layout = run.model, run.layout
+    width = 2 if model.gated else 1
+    found = 0
+    for kind in {model.kind(0), model.kind(model.layers - 1)}:
+        inner = run.tokens * model.ffn // layout.tp
+        if kind == "moe":
+            inner = expert_rows(run) * model.expert_width // layout.expert_tp
+        outer = run.tokens * model.hidden
+        found = max(found, (1 + width) * inner, width * inner + 2 * outer)
+    return kernels.element * (found + 2 * run.tokens * model.hidden // layout.sp)
 
 
 def _logits(run: Run, kernels: Kernels) -> int:
-    """Output layer of one micro-batch: inputs of norm and matrix, logits, two fp32 copies of them.
+    """Output layer of one micro-batch, at the larger of two moments.
 
-    Megatron converts the logits to fp32 and subtracts their maximum into a new tensor, which then
-    becomes the softmax in place (megatron/core/tensor_parallel/cross_entropy.py, core_v0.4.0).
+    In the loss: logits and their fp32 copies, of which the softmax is one in place
+    (megatron/core/tensor_parallel/cross_entropy.py).  A fused loss works in place.  Later, without
+    fused accumulation, the gradients of logits and of the matrix.
     """
-    model, layout = run.model, run.layout
-    logits = run.tokens * padded_vocab(model.vocab, layout.tp) // layout.tp
-    return head_saved_bytes(run, kernels) + (kernels.element + 4) * logits
+    logits = run.tokens * _vocab(run)
+    inputs = _head_inputs(run, kernels)
+    loss = (kernels.element + 4 * kernels.fp32_logits) * logits
+    if run.settings.loss_fusion:
+        loss = 2 * kernels.element * logits
+    matrix = 0 if run.settings.grad_fusion else kernels.element * _vocab(run) * run.model.hidden
+    return inputs + max(loss, kernels.element * logits + matrix)
 
 
 def head_saved_bytes(run: Run, kernels: Kernels = FUSED) -> int:
@@ -165,7 +243,15 @@ def head_saved_bytes(run: Run, kernels: Kernels = FUSED) -> int:
     """
     if kernels.head is not None:
         return kernels.head
+    return _head_inputs(run, kernels) + 4 * run.tokens * _vocab(run)
+
+
+def _head_inputs(run: Run, kernels: Kernels) -> int:
     tensors = 3 if kernels.composed and run.model.norm == "rmsnorm" else 2
-    inputs = tensors * kernels.element * run.tokens * run.model.hidden // run.layout.sp
-    vocab = padded_vocab(run.model.vocab, run.layout.tp) // run.layout.tp
-    return inputs + 4 * run.tokens * vocab
+    return tensors * kernels.element * run.tokens * run.model.hidden // run.layout.sp
+
+
+def _vocab(run: Run) -> int:
+    """This rank's part of the padded vocabulary."""
+    tp = run.layout.tp
+    return padded_vocab(run.model.vocab, tp, run.model.vocab_multiple) // tp

@@ -17,11 +17,11 @@ from megatron_bpipe.estimate.hardware import A100_80G
 from megatron_bpipe.estimate.memory.activations import MEGATRON_2023
 from megatron_bpipe.estimate.memory.stages import GIB, Verdict, verdict
 from megatron_bpipe.estimate.models import model_named
+from megatron_bpipe.estimate.paper.op_costs import inputs_for
 from megatron_bpipe.estimate.paper.published import EXPERIMENTS, GLOBAL_BATCH, LAYOUT
 from megatron_bpipe.estimate.paper.refined import Constants, Measured, bytes_moved
 from megatron_bpipe.estimate.runs import Attention, Run
 from megatron_bpipe.estimate.time.flops import equation_1, mfu_percent
-from megatron_bpipe.estimate.time.op_costs import inputs_for
 from megatron_bpipe.schedule.bases.catalogue import build
 from megatron_bpipe.schedule.lowering.lower import lower
 from megatron_bpipe.simulate.engine import simulate

@@ -35,17 +35,14 @@ from megatron_bpipe.estimate.errors import EstimateError
 from megatron_bpipe.estimate.hardware import Gpu
 from megatron_bpipe.estimate.memory.activations import FUSED, Kernels, micro_batch_bytes
 from megatron_bpipe.estimate.memory.parameters import stage_parameters
+from megatron_bpipe.estimate.paper.stage_pace import pace_of_mfu
 from megatron_bpipe.estimate.runs import Run
 from megatron_bpipe.estimate.time.flops import equation_1, mfu_percent
 from megatron_bpipe.estimate.time.iteration_time import Costs, IterationTime
-from megatron_bpipe.estimate.time.layer_time import pace_of_mfu
 from megatron_bpipe.estimate.time.scheduled import schedule_of
 from megatron_bpipe.estimate.time.simulated import simulated_seconds
+from megatron_bpipe.estimate.time.step_time import OPTIMIZER_BYTES
 from megatron_bpipe.schedule.ops import Kind
-
-OPTIMIZER_BYTES = 42
-"""Memory traffic per parameter of a step: gradient norm (4), Adam reading gradient, master weight
-and two moments (16) and writing three (12), copy to bf16 (6), clearing the gradient (4)."""
 
 
 @dataclass(frozen=True)

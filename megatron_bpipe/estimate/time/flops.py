@@ -12,7 +12,9 @@ halved for the causal mask, as in the paper.
 
 from __future__ import annotations
 
-from megatron_bpipe.estimate.models import Model
+from collections import Counter
+
+from megatron_bpipe.estimate.models import LayerKind, Model
 
 
 def layer_flops_equation_1(model: Model, sequences: int) -> float:
@@ -38,23 +40,38 @@ def head_flops(model: Model, sequences: int) -> float:
     return 6.0 * sequences * model.seq * model.hidden * model.vocab
 
 
-def layer_flops(model: Model, sequences: int) -> float:
+def layer_flops(model: Model, sequences: int, kind: LayerKind | None = None) -> float:
     """Forward and backward of one layer, matrix multiplication by matrix multiplication.
 
-    Per token forwards: QKV 2 h (h + 2 k) with k the width of keys, scores and context 2 s h each,
-    projection 2 h^2, FFN 2 h f for each matrix of each expert visited, router 2 h E.  Backwards
-    twice that.
+    Per token forwards: QKV 2 h (q + 2 k) with q and k the widths of queries and keys (latent
+    attention: its five matrices), scores and context 2 s q each, projection 2 h q, FFN 2 h f for
+    each matrix of each expert visited and of a shared one, router 2 h E.  Backwards twice that.
+    ``kind`` None is that of the last layer.
     """
-    h, f, experts = model.hidden, model.ffn, model.experts
-    attention = 2 * h * (h + 2 * model.kv_width) + 2 * 2 * model.seq * h + 2 * h * h
-    ffn = 2 * h * f * model.ffn_matrices * (model.experts_per_token if experts else 1)
-    router = 2 * h * experts
-    return 3.0 * sequences * model.seq * (attention + ffn + router)
+    h = model.hidden
+    attention = 2 * model.seen * model.heads * (model.head_width + model.value_width)
+    attention += 2 * h * model.context_width
+    if model.mla:
+        mla = model.mla
+        attention += 2 * h * (mla.kv_lora + mla.rope)
+        attention += 2 * mla.kv_lora * model.heads * (mla.nope + mla.v)
+        attention += 2 * (h + model.q_width) * mla.q_lora if mla.q_lora else 2 * h * model.q_width
+    else:
+        attention += 2 * h * (model.q_width + 2 * model.kv_width)
+    ffn, router = model.ffn, 0
+    if (kind or model.kind(model.layers - 1)) == "moe":
+        ffn = model.expert_width * model.experts_per_token + model.shared_ffn
+        router = 2 * h * model.experts
+    return 3.0 * sequences * model.seq * (attention + 2 * h * ffn * model.ffn_matrices + router)
 
 
 def matmul_flops(model: Model, sequences: int) -> float:
-    """Forward and backward of all layers and the head, exact for GQA, SwiGLU and experts."""
-    return model.layers * layer_flops(model, sequences) + head_flops(model, sequences)
+    """Forward and backward of all layers and heads, exact for GQA, SwiGLU, experts, prediction."""
+    kinds = Counter(model.kind(layer) for layer in range(model.layers))
+    layers = sum(n * layer_flops(model, sequences, kind) for kind, n in kinds.items())
+    joined = 12.0 * sequences * model.seq * model.hidden**2
+    ahead = model.mtp * (layer_flops(model, sequences, model.mtp_kind) + joined)
+    return layers + ahead + (1 + model.mtp) * head_flops(model, sequences)
 
 
 def mfu_percent(flops: float, seconds: float, gpus: int, peak_flops: float) -> float:

@@ -1,37 +1,40 @@
 """What computing costs: seconds of one layer, and of the output layer, for one micro-batch.
 
-A pace comes from the MFU of a single stage (here), from a profile (``profiled_pace``) or from a
-model of the layer (``layer_model``).  Everything after that, schedule, messages, transfers,
-optimizer, is the same for all three.
+A pace comes from a profile (here), from a model of the layer (``layer_model``), or from the MFU of
+a single stage (``estimate.paper.stage_pace``).  Everything after that, schedule, messages,
+transfers, optimizer, is the same for all three.
 
-Units: seconds, MFU in per cent.
+Units: seconds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from megatron_bpipe.estimate.errors import EstimateError
 from megatron_bpipe.estimate.hardware import Gpu
+from megatron_bpipe.estimate.models import LayerKind
 from megatron_bpipe.estimate.profile import Profile
 from megatron_bpipe.estimate.runs import Run
-from megatron_bpipe.estimate.time.flops import head_flops, layer_flops_equation_1
-
-CROSS_ENTROPY_BYTES = 52
-"""Memory traffic per logit of Megatron's cross entropy: to fp32 (6), max (4), subtract (8), exp
-(8), sum (4), divide (8), and backwards scale (8) and to bf16 (6).  Read in
-megatron/core/tensor_parallel/cross_entropy.py, core_v0.4.0."""
 
 
 @dataclass(frozen=True)
 class Pace:
-    """Forward and backward of one layer and of the output layer with its loss."""
+    """Forward and backward of one layer and of the output layer with its loss.
+
+    ``again`` is what of the layer's backward is its recomputation as a whole; ``dense`` has
+    forward, backward and that of the dense layers of a model whose others are mixtures of experts;
+    ``embedding`` is the gradient of the word embedding, on the first stage.
+    """
 
     forward: float
     backward: float
     head_forward: float
     head_backward: float
+    again: float = 0.0
+    dense: tuple[float, float, float] | None = None
+    embedding: float = 0.0
 
     @property
     def layer(self) -> float:
@@ -43,31 +46,33 @@ class Pace:
         """Forward and backward of the output layer."""
         return self.head_forward + self.head_backward
 
+    def of(
+        self, kinds: Mapping[LayerKind, int], recomputed: int | None = None
+    ) -> tuple[float, float]:
+        """Forward and backward of so many layers of each kind.
+
+        ``recomputed`` says how many of them are recomputed as a whole, None: all.
+        """
+        forward = backward = 0.0
+        left = sum(kinds.values()) if recomputed is None else recomputed
+        for kind, number in sorted(kinds.items()):
+            there, back, again = self.forward, self.backward, self.again
+            if kind == "dense" and self.dense:
+                there, back, again = self.dense
+            repeated = min(left, number)
+            left -= repeated
+            forward += number * there
+            backward += number * back - (number - repeated) * again
+        return forward, backward
+
 
 StageTimes = Callable[[Run, Gpu], Pace]
 """The pace of a run on a kind of GPU; raises EstimateError where it is not known."""
 
 
-def pace_of_mfu(run: Run, gpu: Gpu, stage_mfu: float) -> Pace:
-    """From the MFU of a single stage by equation 1; a backward takes twice a forward."""
-    peak = gpu.flops * run.layout.tp * run.layout.cp
-    flops = layer_flops_equation_1(run.model, run.micro_batch) / run.model.layers
-    return thirds(flops / (peak * stage_mfu / 100), head_seconds(run, gpu))
-
-
 def thirds(layer: float, head: float) -> Pace:
     """A pace whose backwards take twice its forwards."""
     return Pace(layer / 3, 2 * layer / 3, head / 3, 2 * head / 3)
-
-
-def head_seconds(run: Run, gpu: Gpu) -> float:
-    """Output layer and loss, forward and backward: products at the measured share, traffic."""
-    peak = gpu.flops * run.layout.tp * run.layout.cp
-    logits = run.tokens * run.model.vocab / run.layout.tp
-    return (
-        head_flops(run.model, run.micro_batch) / (peak * gpu.matmul_share)
-        + CROSS_ENTROPY_BYTES * logits / gpu.memory_bandwidth
-    )
 
 
 def messages_seconds(run: Run, gpu: Gpu, element: int = 2) -> float:
@@ -77,7 +82,7 @@ def messages_seconds(run: Run, gpu: Gpu, element: int = 2) -> float:
     (t-1)/t of the layer's input over NVLink in either case.
     """
     t = run.layout.tp
-    return 4 * (t - 1) / t * element * run.tokens * run.model.hidden / gpu.nvlink
+    return 4 * (t - 1) / t * element * run.tokens * run.model.hidden / (gpu.nvlink * gpu.link_share)
 
 
 def profiled_pace(profile: Profile) -> StageTimes:

@@ -1,47 +1,29 @@
-"""A training run as the simulator needs it: seconds of each op, bytes of each stage, links.
+"""A training run as the simulator needs it: seconds of each op, bytes of each message, links.
 
-A stage's time is that of its layers, the output layer on top of it where that lies; where the
-backward is split, half of it is for the weights.  Stages may have unlike numbers of layers and run
-on unlike GPUs.  The exchange between stages is the constant fitted on the published runs.
+A stage's time is that of its layers; the output layer comes on top of it on the last one, the word
+embedding's gradient on the first.  Stages may have unlike numbers of layers and run on unlike GPUs.
 
-Units: seconds, bytes, MFU in per cent.
+Units: seconds, bytes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_bpipe.estimate.hardware import Gpu
 from megatron_bpipe.estimate.memory.activations import FUSED, Kernels, micro_batch_bytes
-from megatron_bpipe.estimate.memory.stages import (
-    BF16,
-    FIXED_OVERHEAD,
-    StageMemory,
-    StateBytes,
-    memory_by_stage,
-)
-from megatron_bpipe.estimate.paper.refined import (
-    Constants,
-    Measured,
-    exchange_seconds,
-    once_seconds,
-)
+from megatron_bpipe.estimate.memory.stages import BF16, FIXED_OVERHEAD, StateBytes
 from megatron_bpipe.estimate.runs import Run
-from megatron_bpipe.estimate.time.layer_time import Pace, pace_of_mfu
-from megatron_bpipe.schedule.ops import Kind, Schedule
+from megatron_bpipe.estimate.time.collectives import NETWORK_LATENCY, NETWORK_SHARE
+from megatron_bpipe.estimate.time.layer_time import Pace
+from megatron_bpipe.estimate.time.step_time import step_seconds
+from megatron_bpipe.schedule.ops import Schedule
 from megatron_bpipe.simulate.costs import Costs, StageCosts
-from megatron_bpipe.simulate.memory import StageBytes
 from megatron_bpipe.simulate.network import Link, Network
 
-
-@dataclass(frozen=True)
-class Inputs:
-    """What ``simulate`` and ``memory_steps`` take."""
-
-    costs: Costs
-    sizes: tuple[StageBytes, ...]
-    network: Network
+SYNCHRONISED = 60e-6
+"""Seconds from a message's end to the next kernel, where the host waits for it
+(--no-overlap-p2p-communication and 1F1B: torch.cuda.synchronize, then Python launches)."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +31,9 @@ class Machine:
     """What the stages run on.
 
     ``gpus`` and ``paces`` by stage; bytes a second of the link of a pair (``pair``), of the one
-    between data-parallel replicas of a stage (``replicas``) and to the host (``host``).
+    between data-parallel replicas of a stage (``replicas``) and to the host (``host``); ``nodes``
+    the NVLink domain of each stage (empty: all in one); ``exchange`` seconds per byte of a message
+    between stages where that was fitted, None: by the links.
     """
 
     gpus: tuple[Gpu, ...]
@@ -57,6 +41,8 @@ class Machine:
     pair: float
     replicas: float
     host: float
+    nodes: tuple[int, ...] = ()
+    exchange: float | None = None
 
 
 @dataclass(frozen=True)
@@ -68,91 +54,64 @@ class Stored:
     overhead: int = FIXED_OVERHEAD
 
 
-def inputs_for(case: Measured, constants: Constants, schedule: Schedule) -> Inputs:
-    """Costs and sizes of this run under that schedule; ``case.mfu`` and its ``bpipe`` are ignored.
-
-    Fixed overhead and the working memory of the output layer are counted with the gradients.
-    """
-    run, p = case.run, case.run.layout.pp
-    pace = pace_of_mfu(run, case.gpu, case.stage_mfu)
-    machine = Machine(
-        (case.gpu,) * p, (pace,) * p, case.gpu.nvlink, case.gpu.network, case.gpu.host
-    )
-    stored = Stored(case.kernels)
-    given = costs_for(run, schedule, machine, constants, stored.kernels)
-    return Inputs(given, _sizes(run, schedule, stored), network_for(machine))
+def message_bytes(run: Run, kernels: Kernels = FUSED) -> int:
+    """One message between stages, of one GPU."""
+    split = run.layout.tp if run.settings.scatter_messages else run.layout.sp
+    return kernels.element * run.tokens * run.model.hidden // split
 
 
-def costs_for(
-    run: Run,
-    schedule: Schedule,
-    machine: Machine,
-    constants: Constants,
-    kernels: Kernels = FUSED,
-) -> Costs:
-    """Seconds of every op of this schedule."""
-    chunks = 1 + max(op.chunk for op in schedule.stages[0])
-    split = any(op.kind is Kind.WEIGHT for op in schedule.stages[0])
-    head_stage = _head_stage(schedule)
-    stages = []
-    for stage, pace in enumerate(machine.paces):
-        layers = run.layers_of(stage) / chunks
-        forward, backward = [layers * pace.forward] * chunks, [layers * pace.backward] * chunks
-        if stage == head_stage:
-            forward[-1] += pace.head_forward
-            backward[-1] += pace.head_backward
-        half = [seconds / 2 for seconds in backward]
-        moved = micro_batch_bytes(run, stage, kernels) // chunks
+def costs_for(run: Run, schedule: Schedule, machine: Machine, stored: Stored) -> Costs:
+    """Seconds of every op of this schedule: 1F1B, balanced or not, or interleaved."""
+    kernels = stored.kernels
+    stages, once = [], 0.0
+    for stage, (gpu, pace) in enumerate(zip(machine.gpus, machine.paces, strict=True)):
+        forward, backward = stage_seconds(run, stage, pace)
         stages.append(
-            StageCosts(tuple(forward), tuple(half if split else backward), tuple(half), moved=moved)
+            StageCosts(
+                tuple(forward),
+                tuple(backward),
+                moved=micro_batch_bytes(run, stage, kernels) // run.chunks,
+            )
         )
-    once = max(
-        once_seconds(run, stage, gpu, machine.replicas) for stage, gpu in enumerate(machine.gpus)
-    )
-    return Costs(tuple(stages), send=exchange_seconds(run, constants, kernels), once=once)
+        beside = (sum(forward), sum(backward))
+        once = max(once, step_seconds(run, stage, gpu, machine.replicas, stored.state, beside))
+    message = message_bytes(run, kernels)
+    if machine.exchange is not None:
+        return Costs(tuple(stages), send=machine.exchange * message, once=once)
+    gathered = 0.0
+    if run.settings.scatter_messages and not run.layout.sequence_parallel:
+        gpu = machine.gpus[0]
+        t = run.layout.tp
+        gathered = (t - 1) * message / (gpu.nvlink * gpu.link_share)
+    return Costs(tuple(stages), send=SYNCHRONISED + gathered, message=message, once=once)
+
+
+def stage_seconds(run: Run, stage: int, pace: Pace) -> tuple[list[float], list[float]]:
+    """Forward and backward of each chunk of a stage, for one micro-batch."""
+    recompute = run.recomputes
+    again = recompute.layers if recompute.method == "block" else None
+    forward, backward = [], []
+    for chunk in range(run.chunks):
+        there, back = pace.of(run.kinds_of(stage, chunk), again)
+        forward.append(there)
+        backward.append(back)
+    if stage == 0:
+        backward[0] += pace.embedding
+    if stage == run.layout.pp - 1:
+        forward[-1] += pace.head_forward + run.model.mtp * pace.forward
+        backward[-1] += pace.head_backward + run.model.mtp * pace.backward
+    return forward, backward
 
 
 def network_for(machine: Machine) -> Network:
-    """The links on which evictions and loads travel."""
-    return Network(local=Link(machine.pair), host=Link(machine.host))
-
-
-def _sizes(run: Run, schedule: Schedule, stored: Stored) -> tuple[StageBytes, ...]:
-    chunks = 1 + max(op.chunk for op in schedule.stages[0])
-    memories = memory_by_stage(run, stored.kernels, stored.state, stored.overhead)
-    head_stage, sizes = _head_stage(schedule), []
-    for stage in range(run.layout.pp):
-        memory = _with_head(memories, stage, head_stage)
-        working = memory.logits + memory.recompute + memory.overhead
-        sizes.append(
-            StageBytes(
-                activation=(micro_batch_bytes(run, stage, stored.kernels) // chunks,),
-                weights=memory.weights,
-                gradients=memory.gradients + working,
-                optimizer=memory.optimizer,
-            )
-        )
-    return tuple(sizes)
-
-
-def _with_head(memories: Sequence[StageMemory], stage: int, head_stage: int) -> StageMemory:
-    """One stage's memory, the output layer's part on ``head_stage`` and not on the last."""
-    last = len(memories) - 1
-    if head_stage == last or last < 2:
-        return memories[stage]
-    inner = memories[1]
-    if stage == last:
-        return inner
-    if stage != head_stage:
-        return memories[stage]
-    parts = {
-        name: value + getattr(memories[last], name) - getattr(inner, name)
-        for name, value in vars(memories[stage]).items()
-    }
-    return StageMemory(**parts)
-
-
-def _head_stage(schedule: Schedule) -> int:
-    """Where the last layers lie: stage 0 for V shapes, whose last chunk goes up."""
-    last = max(schedule.stages[0], key=lambda op: op.chunk)
-    return 0 if last.chunk and last.direction.value else schedule.p - 1
+    """The links on which messages, evictions and loads travel."""
+    if machine.exchange is not None:
+        return Network(local=Link(machine.pair), host=Link(machine.host))
+    near = min(gpu.nvlink * gpu.link_share for gpu in machine.gpus)
+    far = min(gpu.network for gpu in machine.gpus) * NETWORK_SHARE
+    return Network(
+        local=Link(near),
+        remote=Link(far, NETWORK_LATENCY),
+        host=Link(machine.host),
+        nodes=machine.nodes,
+    )

@@ -102,13 +102,23 @@ class Cluster:
         """FLOP/s of all GPUs together."""
         return sum(kind.count * kind.gpus * kind.gpu.flops for kind in self.nodes)
 
-    def gpu_of_node(self, node: int) -> Gpu:
-        """What is in that node, counted from 0 in the order of ``nodes``."""
+    @property
+    def domain(self) -> int:
+        """GPUs that NVLink joins: those of a node, or of all nodes of a rack."""
+        kind, size = self.nodes[0], self.gpus_per_node
+        if self.mixed or kind.gpu.domain <= size:
+            return size
+        # whole nodes, the same number from every rack
+        nodes = range(1, kind.gpu.domain // size + 1)
+        return max(n * size for n in nodes if self.gpus % (n * size) == 0)
+
+    def gpu_of(self, rank: int) -> Gpu:
+        """Which GPU is there, counted from 0 in the order of ``nodes``."""
         for kind in self.nodes:
-            if node < kind.count:
+            if rank < kind.count * kind.gpus:
                 return kind.gpu
-            node -= kind.count
-        raise IndexError(node)
+            rank -= kind.count * kind.gpus
+        raise IndexError(rank)
 
     def orders(self) -> tuple[Cluster, ...]:
         """This cluster with its kinds of nodes in either order (one, where there is one kind)."""

@@ -90,6 +90,7 @@ def plan_data(plan: Plan) -> dict[str, object]:
         "seconds": plan.seconds,
         "mfu": plan.mfu,
         "peak_gib": plan.memory.needed,
+        "allocated_gib": plan.memory.allocated,
         "capacity_gib": plan.memory.there,
         "fits": plan.memory.fits,
     }
@@ -104,6 +105,7 @@ def too_large_data(large: TooLarge) -> dict[str, object]:
         "micro_batch": run.micro_batch,
         "attention": run.attention,
         "peak_gib": large.memory.needed,
+        "allocated_gib": large.memory.allocated,
         "capacity_gib": large.memory.there,
         "stage": large.memory.tightest,
         "most_mfu": large.most_mfu,
