@@ -136,5 +136,5 @@ def test_unknown_names_say_what_is_known():
         Run(model_named("LLaMA 65B"), Layout(), 1, 1, "xformers")
     with pytest.raises(EstimateError, match="tp is 0"):
         Layout(tp=0)
-    with pytest.raises(EstimateError, match="ep 3 x expert-tensor 1 does not divide tp x cp x dp = 1 x 1 x 4"):
+    with pytest.raises(EstimateError, match=r"ep 3 x expert-tensor 1 does not divide .* 1 x 1 x 4"):
         Layout(dp=4, ep=3)
