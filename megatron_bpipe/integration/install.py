@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 
+from megatron_bpipe.integration.bootstrap.copy_queues import ask_for_copy_queues
 from megatron_bpipe.integration.checks.arguments import check_arguments, check_megatron
 from megatron_bpipe.integration.checks.hook_points import (
     ARGUMENTS,
@@ -75,6 +77,8 @@ def install(options: Options | None = None) -> None:
     if _installed is not None:
         return
     _installed = _PatchSet()
+    if options.bpipe if options is not None else "--bpipe" in sys.argv:
+        ask_for_copy_queues()  # before anything of Megatron's starts CUDA
     if options is not None:
         if options.bpipe:
             _installed.when_imported(SCHEDULES, lambda _: check_megatron())

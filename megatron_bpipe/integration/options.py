@@ -24,6 +24,7 @@ class Options:
         measure_links: time copies over each pair's link before the first eviction.
         keep_local: copy, but never drop the local copy.
         rehearsal: all ranks share one GPU.
+        timed: Megatron's timers around every forward, backward and message are on.
         deadline: seconds after which a transfer or a silent partner is an error.
     """
 
@@ -35,7 +36,13 @@ class Options:
     measure_links: bool = False
     keep_local: bool = False
     rehearsal: bool = False
+    timed: bool = False
     deadline: float = 600.0
+
+    @property
+    def clocked(self) -> bool:
+        """Whether somebody reads the host's clock before and after each op."""
+        return self.report is not None or self.timed
 
     @classmethod
     def from_arguments(cls, args: Any) -> Options:
@@ -49,6 +56,7 @@ class Options:
             measure_links=args.bpipe_measure_links,
             keep_local=args.bpipe_keep_local,
             rehearsal=args.bpipe_rehearsal,
+            timed=getattr(args, "timing_log_level", 0) >= 2,
             deadline=60.0 * getattr(args, "distributed_timeout_minutes", 10),
         )
 

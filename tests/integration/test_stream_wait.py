@@ -15,6 +15,7 @@ from megatron_bpipe.integration.patches import stage as megatron_stage
 from megatron_bpipe.integration.patches.p2p_sync import (
     MESSAGES,
     StreamWaits,
+    host_waits,
     waits_for_this_stream_only,
 )
 
@@ -61,6 +62,28 @@ def test_a_message_waits_for_the_stream_and_everything_else_for_the_device(
     assert waited == ["stream", "device"]
     assert torch.cuda.synchronize is stock
     assert communicator.pp_group == "the pipeline"
+
+
+def test_a_host_that_need_not_wait_does_not(waited: list[str]) -> None:
+    communicator = StreamWaits(Communicator(), host=False)
+    assert communicator.recv_forward("shape", is_first=False) == "shape"
+    assert waited == []
+    communicator.reset()
+    thread = threading.Thread(target=torch.cuda.synchronize)
+    thread.start()
+    thread.join()
+    assert waited == ["device", "device"]
+
+
+@pytest.mark.parametrize(
+    ("backend", "clocked", "waits"),
+    [("nccl", False, False), ("nccl", True, True), ("gloo", False, True)],
+)
+def test_who_has_to_wait(
+    backend: str, clocked: bool, waits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.distributed, "get_backend", lambda group: backend)
+    assert host_waits("the pipeline", clocked=clocked) is waits
 
 
 def test_torch_is_put_back_when_a_message_fails(waited: list[str]) -> None:

@@ -14,6 +14,7 @@ import torch
 import megatron_bpipe
 from megatron_bpipe.integration import cpu
 from megatron_bpipe.integration.bootstrap import dataset_helpers
+from megatron_bpipe.integration.bootstrap.copy_queues import ask_for_copy_queues
 from megatron_bpipe.integration.checks.driver import why_unusable
 from megatron_bpipe.integration.log import abort
 
@@ -37,6 +38,8 @@ def run_script(script: str, argv: list[str]) -> None:
         )
     sys.path.insert(0, str(path.resolve().parent))
     sys.argv = [script, *argv]
+    if "--bpipe" in argv:
+        ask_for_copy_queues()  # here, since the next line starts CUDA
     if not torch.cuda.is_available():
         unusable = why_unusable()
         if unusable is not None:

@@ -58,6 +58,12 @@ def check_arguments(args: Any, options: Options) -> str | None:
             f"--bpipe-budget {budget} is too small for {stages} stages: the least is "
             f"{error.least}; raise it or leave the flag out (default {default_budget(stages)})"
         )
+    if options.timed and torch.cuda.is_available():
+        log_rank0(
+            "--timing-log-level 2 makes every rank wait for its whole GPU around every forward and "
+            "backward: no copy is hidden, so BPipe looks slower than it is; use level 0 or 1 to "
+            "train, and --bpipe-report to see times"
+        )
     return None
 
 

@@ -18,7 +18,7 @@ import torch
 
 from megatron_bpipe.integration.checks.arguments import incompatible_flags
 from megatron_bpipe.integration.link_forecast import forward_flops
-from megatron_bpipe.integration.patches.p2p_sync import StreamWaits
+from megatron_bpipe.integration.patches.p2p_sync import StreamWaits, host_waits
 from megatron_bpipe.integration.patches.process_groups import GROUPS_NAMES, default_groups
 from megatron_bpipe.integration.patches.stage import MegatronStage, StageCall
 from megatron_bpipe.integration.session import Session
@@ -51,7 +51,8 @@ def make_schedule(
             is_last_stage=call.is_last,
         )
         if plan.slots_borrowed or plan.slots_lent:
-            call = replace(call, communicator=StreamWaits(call.communicator))
+            waits = host_waits(group, clocked=session.options.clocked)
+            call = replace(call, communicator=StreamWaits(call.communicator, host=waits))
         stage = MegatronStage(call)
         store, acceptor_end = session.store_for(plan), session.acceptor_end
         name = f"rank {torch.distributed.get_rank()} (stage {group.rank()} of {group.size()})"
