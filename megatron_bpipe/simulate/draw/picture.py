@@ -204,7 +204,8 @@ def time_text(value: float, unit: str) -> str:
 def memory_text(value: float, unit: str) -> str:
     """A size for people: 3.2 GiB, 17 MiB, 4.5 micro-batches."""
     if unit != "bytes":
-        return f"{value:.3g} {unit}"
+        shown = f"{value:.3g}"
+        return f"{shown} {unit.removesuffix('es') if shown == '1' else unit}"
     for power, name in ((30, "GiB"), (20, "MiB"), (10, "KiB")):
         if value >= 2**power:
             return f"{value / 2**power:.3g} {name}"

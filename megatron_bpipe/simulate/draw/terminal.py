@@ -1,48 +1,84 @@
-"""A panel as text, for any costs: one character a slice of time.
+"""A panel as text, for any costs: every computation keeps at least one column.
 
-A slice shows the last digit of the micro-batch computed in most of it, forwards as digits,
-backwards as letters (a is micro-batch 0), weight gradients as ``w``, ``.`` idle; below an evictor
-``>`` while an eviction runs and ``<`` while a load does (``x``: both).  On the right the peak of
+Where the terminal is wide enough each computation begins with its name, ``F3--B0----``. Where it is
+not, one sign a column says the last digit of the micro-batch: forwards as digits, backwards as
+letters (a is micro-batch 0), weight gradients as ``w``, ``.`` idle. Where it is too narrow even for
+that, one line says so: signs that stand for several computations would be misread. Below an evictor
+``>`` while an eviction runs and ``<`` while a load does (``x``: both). On the right the peak of
 memory.
 """
 
 from __future__ import annotations
 
-from megatron_bpipe.simulate.draw.picture import Panel, memory_text, time_text
+import math
+
+from megatron_bpipe.simulate.draw.picture import Box, Panel, memory_text, time_text
+
+NEAR = 1e-9  # of a column: sums of floats
 
 
 def draw_panel(panel: Panel, width: int, memory_unit: str, time_unit: str) -> str:
-    """The panel in lines of at most ``width`` characters (at least 40)."""
+    """The panel in lines of at most ``width`` characters (at least 40), the first one apart."""
     label = len(str(panel.stages - 1)) + 2
     tails = {c.stage: "  " + memory_text(c.peak, memory_unit) for c in panel.curves}
-    columns = max(40, width) - label - max(map(len, tails.values()), default=0)
-    slice_ = panel.end / columns if panel.end else 1.0
+    room = max(40, width) - label - max(map(len, tails.values()), default=0)
     facts = ", ".join(f"{name} {value}" for name, value in panel.facts)
     out = [f"{panel.title}: {facts}"]
+    needed = _columns_needed(panel, named=False)
+    if needed > room:
+        peaks = ", ".join(f"{stage}:{tail}" for stage, tail in tails.items())
+        total = needed + max(40, width) - room
+        out.append(f"peak by stage {peaks}")
+        out.append(f"(too narrow to draw: needs {total} columns, has {width}; --html draws a page)")
+        return "\n".join(out)
+    for_names = _columns_needed(panel, named=True)
+    named = 0 < for_names <= room
+    whole = for_names if named else needed
+    columns = whole * (room // whole) if whole else room
+    slice_ = panel.end / columns if panel.end else 1.0
     for stage in range(panel.stages):
-        lane = _lane(panel, stage, columns, slice_)
+        boxes = [box for box in panel.boxes if box.stage == stage]
+        lane = _named(boxes, columns, slice_) if named else _signs(boxes, columns, slice_)
         out.append(f"{stage}".rjust(label - 2) + ": " + lane + tails.get(stage, ""))
         copies = _copies(panel, stage, columns, slice_)
         if copies.strip():
             out.append((" " * label + copies).rstrip())
+    words = "F forward, B backward, W" if named else "digits forward, letters backward, w"
     out.append(
-        f"one column is {time_text(slice_, time_unit)}; digits forward, letters backward, w weight "
-        "gradients, > evict, < load"
+        f"one column is {time_text(slice_, time_unit)}; {words} weight gradients, > evict, < load"
     )
     return "\n".join(out)
 
 
-def _lane(panel: Panel, stage: int, columns: int, slice_: float) -> str:
+def _columns_needed(panel: Panel, *, named: bool) -> int:
+    """Fewest columns in which each computation has one, or room for its name."""
+    finest = math.inf
+    for box in panel.boxes:
+        if box.end > box.start:
+            finest = min(finest, (box.end - box.start) / (len(box.op) if named else 1))
+    return math.ceil(panel.end / finest - NEAR) if finest < math.inf else 0
+
+
+def _named(boxes: list[Box], columns: int, slice_: float) -> str:
+    """``F3--B0----``: each computation from the column in which it begins."""
+    text = ["."] * columns
+    for box in boxes:
+        first = int(box.start / slice_ + NEAR)
+        last = min(columns, max(first + len(box.op), int(box.end / slice_ + NEAR)))
+        shown = box.op.ljust(last - first, "-")
+        text[first:last] = shown[: last - first]
+    return "".join(text)
+
+
+def _signs(boxes: list[Box], columns: int, slice_: float) -> str:
     most = [0.0] * columns
     text = ["."] * columns
-    for box in panel.boxes:
-        if box.stage != stage:
-            continue
-        first = int(box.start / slice_)
+    for box in boxes:
+        first = int(box.start / slice_ + NEAR)
         for column in range(first, min(columns, int(box.end / slice_) + 1)):
             begin, end = column * slice_, (column + 1) * slice_
             share = min(end, box.end) - max(begin, box.start)
-            if share > most[column] and share > slice_ / 4:
+            if share > most[column] + NEAR * slice_ and share > slice_ / 4:
                 most[column], text[column] = share, _sign(box.kind, box.microbatch)
     return "".join(text)
 
