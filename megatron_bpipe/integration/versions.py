@@ -20,7 +20,10 @@ def megatron_version() -> str:
     environment inside a repository is somebody else's. Here a commit counts only where that
     repository is Megatron's own.
     """
-    info = importlib.import_module(PACKAGE_INFO)
+    try:
+        info = importlib.import_module(PACKAGE_INFO)
+    except ImportError:
+        return "of unknown version"
     checkout = (Path(str(info.__file__)).parents[2] / ".git").exists()
     return str(info.__version__) if checkout else str(info.__version__).partition("+")[0]
 

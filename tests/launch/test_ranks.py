@@ -177,7 +177,7 @@ def test_refusals_name_flag_value_and_remedy() -> None:
         inprocess_restart=True,
         inprocess_active_world_size=12,
         expert_tensor_parallel_size=1,
-        gtp_weight_remat_size=2,
+        tensor_parallel_num_weight_shards=4,
     )
     found = incompatible_flags(args)
     assert [flag for flag, _, _ in found] == [
@@ -185,12 +185,12 @@ def test_refusals_name_flag_value_and_remedy() -> None:
         "--replication --replication-jump",
         "--inprocess-active-world-size",
         "--expert-tensor-parallel-size",
-        "--gtp-weight-remat-size",
+        "--tensor-parallel-num-weight-shards",
     ]
-    assert [value for _, value, _ in found] == [True, 8, 12, 1, 2]
+    assert [value for _, value, _ in found] == [True, 8, 12, 1, 4]
     assert all("--bpipe-placement megatron" in remedy for _, _, remedy in found)
     args.async_save = args.replication = args.inprocess_restart = False
-    args.expert_tensor_parallel_size, args.gtp_weight_remat_size = 2, 1
+    args.expert_tensor_parallel_size, args.tensor_parallel_num_weight_shards = 2, 2
     assert incompatible_flags(args) == []
 
 

@@ -16,6 +16,19 @@ from megatron_bpipe.schedule.balancing.balance import BudgetError, balance
 from megatron_bpipe.schedule.base import one_f_one_b
 from megatron_bpipe.schedule.ops import default_budget
 
+# attribute of Megatron's arguments or configuration: what the user gave
+INTERLEAVING = {
+    "num_layers_per_virtual_pipeline_stage": "--num-layers-per-virtual-pipeline-stage",
+    "num_virtual_stages_per_pipeline_rank": "--num-virtual-stages-per-pipeline-rank",
+    "virtual_pipeline_model_parallel_size": "virtual_pipeline_model_parallel_size",  # no flag
+}
+OFFLOADING = {
+    "fine_grained_activation_offloading": "--fine-grained-activation-offloading",
+    "cpu_offloading": "cpu_offloading",  # no flag
+    "cpu_offloading_num_layers": "--cpu-offloading-num-layers",
+    "moe_paged_stash": "--moe-paged-stash",
+}
+
 
 def check_arguments(args: Any, options: Options) -> str | None:
     """Look at Megatron's parsed arguments.
@@ -144,22 +157,11 @@ def incompatible_flags(args: Any) -> list[tuple[str, object, str]]:
         For each, the flag, its value and the remedy.
     """
     found: list[tuple[str, object, str]] = []
-    interleaving = {
-        "num_layers_per_virtual_pipeline_stage": "--num-layers-per-virtual-pipeline-stage",
-        "num_virtual_stages_per_pipeline_rank": "--num-virtual-stages-per-pipeline-rank",
-        "virtual_pipeline_model_parallel_size": "--virtual-pipeline-model-parallel-size",
-    }
-    for name, flag in interleaving.items():
+    for name, flag in INTERLEAVING.items():
         value = getattr(args, name, None)
         if value is not None:
             found.append((flag, value, "BPipe balances the non-interleaved schedule: drop it"))
-    offloading = {
-        "fine_grained_activation_offloading": "--fine-grained-activation-offloading",
-        "cpu_offloading": "--cpu-offloading",
-        "cpu_offloading_num_layers": "--cpu-offloading-num-layers",
-        "moe_paged_stash": "--moe-paged-stash",
-    }
-    for name, flag in offloading.items():
+    for name, flag in OFFLOADING.items():
         value = getattr(args, name, None)
         if value:
             found.append((flag, value, "both take over saved tensors: use one of the two"))

@@ -126,10 +126,16 @@ def incompatible_flags(args: Any) -> list[tuple[str, object, str]]:
     if expert_tp not in (None, tp):
         remedy = f"placement knows experts with the layers' own size only; set it to {tp}, {stock}"
         found.append(("--expert-tensor-parallel-size", expert_tp, remedy))
-    for name in ("gtp_weight_remat_size", "expert_gtp_weight_remat_size"):
-        if given(name, 1) != 1:
+    # read before Megatron has worked out what the number of shards comes to
+    for name, size in (
+        ("tensor_parallel_num_weight_shards", tp),
+        ("expert_tensor_parallel_num_weight_shards", tp if expert_tp is None else expert_tp),
+    ):
+        shards = given(name)
+        if shards not in (None, size):
             flag = "--" + name.replace("_", "-")
-            found.append((flag, given(name), f"it adds an axis to the rank order; use 1, {stock}"))
+            remedy = f"it adds an axis to the rank order; use {size}, {stock}"
+            found.append((flag, shards, remedy))
     return found
 
 
