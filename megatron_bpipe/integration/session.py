@@ -23,6 +23,7 @@ from megatron_bpipe.runtime.observe.link_watch import LinkWatch, watch
 from megatron_bpipe.runtime.observe.memory import (
     allocated_bytes,
     device_bytes,
+    peak_watch,
     static_bytes,
     storage_ids,
 )
@@ -74,7 +75,10 @@ class Session:
             if self.recorder is None:
                 device = torch.device(torch.cuda.current_device())
                 self.recorder = Recorder(
-                    group.rank(), dist.get_rank(), lambda: allocated_bytes(device)
+                    group.rank(),
+                    dist.get_rank(),
+                    lambda: allocated_bytes(device),
+                    peak_watch(device),
                 )
             self.recorder.begin(storage_ids(model))
         if plan is None:

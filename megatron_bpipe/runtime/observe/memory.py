@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import gc
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,6 +46,22 @@ def allocated_bytes(device: torch.device) -> int | None:
         return None
     info = function()
     return int(info.uordblks + info.hblkhd)
+
+
+def peak_watch(device: torch.device) -> Callable[[], Callable[[], int]] | None:
+    """What starts to watch the allocator's peak; None where it keeps none.
+
+    torch builds all its statistics for one number, so it is asked once an iteration, not once a
+    node. ``torch.cuda.max_memory_allocated`` then counts from the start of the last iteration.
+    """
+    if device.type != "cuda":
+        return None
+
+    def watch() -> Callable[[], int]:
+        torch.cuda.reset_peak_memory_stats(device)
+        return lambda: torch.cuda.max_memory_allocated(device)
+
+    return watch
 
 
 def static_bytes(device_type: str) -> int:

@@ -50,11 +50,15 @@ class Recorder:
         stage: pipeline stage of this rank.
         rank: its global rank.
         allocated: the allocator's bytes in use, or None if it cannot say.
+        watch_peak: starts to watch the allocator; what it returns gives the most bytes that were in
+            use since then. None where the allocator keeps no peak: then it is sampled after every
+            op and every node of the first backward.
     """
 
     stage: int
     rank: int
     allocated: Callable[[], int | None]
+    watch_peak: Callable[[], Callable[[], int]] | None = None
     peaks: Peaks = field(default_factory=Peaks)
     iterations: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=KEPT))
     losses: deque[list[str]] = field(default_factory=lambda: deque(maxlen=KEPT))
@@ -64,6 +68,7 @@ class Recorder:
     _live: LiveActivations = field(default_factory=LiveActivations)
     _excluded: Collection[int] = ()
     _baseline: int | None = None
+    _peak: Callable[[], int] | None = None
     _begun: float = 0.0
     # perf_counter to wall clock, so that the ranks of a node share one axis
     _offset: float = field(default_factory=lambda: time.time() - time.perf_counter())
@@ -82,6 +87,7 @@ class Recorder:
         self._excluded = excluded
         self._transfers.clear()
         self._baseline = self.allocated()
+        self._peak = self.watch_peak() if self.watch_peak is not None else None
         self._begun = time.perf_counter()
         self.timeline.append([])
 
@@ -89,6 +95,8 @@ class Recorder:
         """The iteration is over; ``losses`` is what Megatron's schedule returned."""
         span = self._begun + self._offset, time.perf_counter() + self._offset
         self.iterations.append(span)
+        if self._peak is not None:
+            self._allocator_is_at(self._peak())
         events = self.timeline[-1]
         for i, transfer in self._transfers:
             start, end = transfer.span
@@ -104,18 +112,19 @@ class Recorder:
 
     def forward_begins(self, op: Op) -> None:
         """See `executor.Observer`."""
-        self._before_forward = self.allocated()
+        if self._audits(op):
+            self._before_forward = self.allocated()
 
     def forward_done(self, op: Op, output: object) -> None:
         """See `executor.Observer`."""
-        if self.audit is None or (self.audit.microbatch == 0 and op.microbatch == 1):
-            # the second micro-batch if there is one: caches are filled, shared tensors known
+        if self._audits(op):
             now, before = self.allocated(), self._before_forward
             allocated = None if now is None or before is None else now - before
             known = self._live.known()
             self.audit = audit_forward(op.microbatch, output, allocated, self._excluded, known)
         self._live.track_graph(op.key, output, self._excluded)
-        if op.microbatch == 0:  # its backward begins when the stage is fullest
+        # the first micro-batch's backward begins when the stage is fullest
+        if self._peak is None and op.microbatch == 0:
             for node in nodes_below(roots_of(output)):
                 if not node.name().endswith("AccumulateGrad"):  # outlives the micro-batch
                     node.register_hook(self._in_backward)
@@ -135,13 +144,17 @@ class Recorder:
             live, present = self._live.sample()
             self.peaks.activation_bytes = max(self.peaks.activation_bytes, live)
             self.peaks.microbatches = max(self.peaks.microbatches, present)
-            now = self.allocated()
+            now = self.allocated() if self._peak is None else None
         else:  # a message moves no activation
             last = self.timeline[-1][-1]
             live, present, now = last.live_bytes, last.live_microbatches, None
         self._allocator_is_at(now)
         wall = start + self._offset, end + self._offset
         self.timeline[-1].append(Event(str(op), *wall, moved, live, present))
+
+    def _audits(self, op: Op) -> bool:
+        """The second micro-batch if there is one: caches are filled, shared tensors known."""
+        return self.audit is None or (self.audit.microbatch == 0 and op.microbatch == 1)
 
     def _in_backward(self, *_: object) -> None:
         """After a node's backward: what it works with is there besides what was saved."""
