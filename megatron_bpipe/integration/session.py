@@ -37,6 +37,24 @@ from megatron_bpipe.schedule.stage_plan import StagePlan
 
 
 @dataclass
+class Counters:
+    """One rank's figures while it trains, in bytes and seconds; None: not measured in this run.
+
+    ``peak`` of live activations and pool, ``allocated`` the CUDA allocator's peak, ``pool`` lent,
+    ``evicted`` since the start, of it ``spilled`` because the pool had no room, ``exposed`` in the
+    last iteration.
+    """
+
+    stage: int
+    peak: int | None = None
+    allocated: int | None = None
+    pool: int | None = None
+    evicted: int | None = None
+    exposed: float | None = None
+    spilled: int | None = None
+
+
+@dataclass
 class Session:
     """This rank's part of a BPipe (or merely observed) run."""
 
@@ -53,6 +71,7 @@ class Session:
     _link_judged: bool = False
     _announced: bool = False
     _written: bool = False
+    _stage: int | None = None
     # tests look at, and tamper with, what comes back; see ActivationStore.inspect
     inspect_loaded: Any = field(default=None, repr=False)
 
@@ -71,6 +90,7 @@ class Session:
         forward, which comes before any message can reach this stage.
         """
         self._written = False
+        self._stage = group.rank()
         if self.options.report is not None:
             if self.recorder is None:
                 device = torch.device(torch.cuda.current_device())
@@ -147,6 +167,7 @@ class Session:
             pool_bytes=pool,
             pool_slots=self._peak_slots_lent if pool else 0,
             hosted_bytes=transport.hosted_bytes if transport is not None else 0,
+            spilled_bytes=transport.spilled_bytes if transport is not None else 0,
             evicted_bytes=totals.evicted if totals is not None else 0,
             loaded_bytes=totals.loaded if totals is not None else 0,
             exposed_seconds=seen.exposed_seconds,
@@ -159,6 +180,24 @@ class Session:
         return RankReport(
             stage, list(seen.iterations), list(seen.losses), seen.microbatches, seen.chunks
         )
+
+    def counters(self) -> Counters | None:
+        """This rank's figures so far; None before its first training iteration."""
+        if self._stage is None:
+            return None
+        counters = Counters(self._stage)
+        pool = self.acceptor_end.pool_bytes if self.acceptor_end is not None else 0
+        if torch.cuda.is_available():
+            counters.allocated = torch.cuda.max_memory_allocated()
+        if self.recorder is not None:
+            counters.peak = self.recorder.peaks.activation_bytes + pool
+            counters.exposed = self.recorder.last_exposed_seconds
+        if self.plan is not None:
+            counters.pool = pool
+            counters.evicted = self._store.totals.evicted if self._store is not None else 0
+            transport = self._store.transport if self._store is not None else None
+            counters.spilled = transport.spilled_bytes if transport is not None else 0
+        return counters
 
     def _static_bytes(self) -> int:
         """What stays between iterations; on CUDA all of it, workspaces of libraries too."""

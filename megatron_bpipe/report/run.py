@@ -33,6 +33,7 @@ class StageReport:
     pool_bytes: int = 0
     pool_slots: float = 0
     hosted_bytes: int = 0
+    spilled_bytes: int = 0
     evicted_bytes: int = 0
     loaded_bytes: int = 0
     exposed_seconds: float | None = None

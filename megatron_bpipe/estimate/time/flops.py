@@ -24,7 +24,11 @@ def layer_flops_equation_1(model: Model, sequences: int) -> float:
 
 
 def equation_1(model: Model, sequences: int) -> float:
-    """FLOPs of forward and backward of so many sequences, as the paper prints it."""
+    """FLOPs of forward and backward of so many sequences, as the paper prints it.
+
+    For the paper's runs only: it takes every FFN for two matrices of 4 h.  What is logged and
+    planned counts ``matmul_flops``.
+    """
     h, s, v = model.hidden, model.seq, model.vocab
     share = 72 * sequences * s * model.layers * h * h
     return layer_flops_equation_1(model, sequences) + share * v / (16 * model.layers * h)

@@ -1,7 +1,9 @@
 """An MFU line in Megatron's training log, and ``bpipe/*`` scalars for TensorBoard and W&B.
 
-MFU is the paper's: equation 1 (arXiv 2401.02088), as printed, over the GPU's dense bf16 peak. It
-is written by the rank and at the interval that Megatron itself logs at.
+Every scalar is described in docs/timeline.md. MFU counts the matrix multiplications of the model
+that is trained (`estimate/time/flops.py`), over the GPU's dense bf16 peak; without a published peak
+there is no line. Line and scalars are written by the rank and at the interval that Megatron itself
+logs at.
 """
 
 from __future__ import annotations
@@ -13,10 +15,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_bpipe.estimate.models import gpt
-from megatron_bpipe.estimate.time.flops import equation_1
+import torch
+import torch.distributed as dist
+
+from megatron_bpipe.estimate.time.flops import matmul_flops
 from megatron_bpipe.integration.link_forecast import gpu_here
+from megatron_bpipe.integration.model_size import model_of
 from megatron_bpipe.integration.session import Session
+
+MIB, GIB = 2**20, 2**30
+UNKNOWN = -1.0
 
 
 @dataclass
@@ -34,7 +42,7 @@ def make_logging(training_log: Callable[..., Any], training: Any, session: Sessi
     clock: _Clock | None = None
 
     @functools.wraps(training_log)
-    def training_log_with_mfu(*positional: Any, **named: Any) -> Any:
+    def training_log_with_bpipe(*positional: Any, **named: Any) -> Any:
         nonlocal clock
         result = training_log(*positional, **named)
         iteration = signature.bind(*positional, **named).arguments["iteration"]
@@ -47,42 +55,65 @@ def make_logging(training_log: Callable[..., Any], training: Any, session: Sessi
         clock.sequences += training.get_current_global_batch_size()
         if iteration % args.log_interval == 0:
             seconds = (now - clock.began) / clock.iterations
-            scalars = _scalars(args, clock.sequences / clock.iterations, seconds, session)
-            training.print_rank_last(_line(iteration, seconds, scalars))
-            _write(training, iteration, scalars)
+            scalars = _speed(args, clock.sequences / clock.iterations, seconds)
+            if "bpipe/mfu_percent" in scalars:
+                training.print_rank_last(_line(iteration, seconds, scalars))
+            # every rank has the same arguments, so all of them take part or none does
+            if getattr(args, "tensorboard_dir", None) or getattr(args, "wandb_project", None):
+                _write(training, iteration, scalars | _moved(session, args))
             clock = _Clock(now)
         return result
 
-    return training_log_with_mfu
+    return training_log_with_bpipe
 
 
-def _scalars(args: Any, sequences: float, seconds: float, session: Session) -> dict[str, float]:
-    model = gpt(
-        "run",
-        hidden=args.hidden_size,
-        heads=args.num_attention_heads,
-        layers=args.num_layers,
-        seq=args.seq_length,
-        vocab=args.padded_vocab_size,
-    )
-    per_gpu = equation_1(model, 1) * sequences / seconds / args.world_size
+def _speed(args: Any, sequences: float, seconds: float) -> dict[str, float]:
+    model = model_of(args)
+    if model is None:
+        return {}
+    per_gpu = matmul_flops(model, 1) * sequences / seconds / args.world_size
     scalars = {"bpipe/tflops_per_gpu": per_gpu / 1e12}
     gpu = gpu_here()
     if gpu is not None:
         scalars["bpipe/mfu_percent"] = 100 * per_gpu / gpu.flops
+    return scalars
+
+
+def _moved(session: Session, args: Any) -> dict[str, float]:
+    """Memory and transfers of all stages, of each stage the worst rank; a collective of all."""
+    names = ("peak", "allocated", "pool", "evicted", "exposed", "spilled")
+    stages = args.pipeline_model_parallel_size
+    device = torch.device(torch.cuda.current_device())
+    table = torch.full((stages, len(names)), UNKNOWN, dtype=torch.float64, device=device)
+    seen = session.counters()
+    if seen is not None:
+        row = [getattr(seen, name) for name in names]
+        row = [UNKNOWN if value is None else value for value in row]
+        table[seen.stage] = torch.tensor(row, dtype=torch.float64, device=device)
+    dist.all_reduce(table, op=dist.ReduceOp.MAX)
+    columns = {name: table[:, n].tolist() for n, name in enumerate(names)}
+    scalars: dict[str, float] = {}
     if session.plan is not None:
         scalars["bpipe/budget"] = session.plan.budget
-    if session.acceptor_end is not None:
-        scalars["bpipe/pool_mib"] = session.acceptor_end.pool_bytes / 2**20
+    for name in ("peak", "allocated"):
+        for stage, value in enumerate(columns[name]):
+            if value != UNKNOWN:
+                scalars[f"bpipe/{name}_mib/stage_{stage}"] = value / MIB
+    known = {n: [v for v in values if v != UNKNOWN] for n, values in columns.items()}
+    if known["evicted"]:
+        scalars["bpipe/pool_mib"] = max(known["pool"]) / MIB
+        scalars["bpipe/evicted_gib"] = sum(known["evicted"]) / GIB
+        scalars["bpipe/spilled_bytes"] = sum(known["spilled"])
+    if known["exposed"]:
+        scalars["bpipe/exposed_ms"] = 1000 * max(known["exposed"])
     return scalars
 
 
 def _line(iteration: int, seconds: float, scalars: dict[str, float]) -> str:
-    mfu = scalars.get("bpipe/mfu_percent")
-    shown = f"MFU {mfu:.1f} %" if mfu is not None else "MFU unknown (no peak known for this device)"
     return (
-        f"bpipe: iteration {iteration}: {shown}, {scalars['bpipe/tflops_per_gpu']:.4g} TFLOP/s a "
-        f"GPU (equation 1), {seconds:.4f} s an iteration"
+        f"bpipe: iteration {iteration}: MFU {scalars['bpipe/mfu_percent']:.1f} %, "
+        f"{scalars['bpipe/tflops_per_gpu']:.4g} TFLOP/s a GPU (the model's matrix "
+        f"multiplications, attention in full), {seconds:.4f} s an iteration"
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -178,13 +178,13 @@ class Recorder:
     @property
     def exposed_seconds(self) -> float | None:
         """Mean per iteration, over the timeline's; None if nothing moved."""
-        seconds = [
-            [event.exposed for event in events if event.exposed is not None]
-            for events in self.timeline
-        ]
-        if not any(seconds):
-            return None
-        return sum(map(sum, seconds)) / len(seconds)
+        seconds = [one for one in map(_exposed, self.timeline) if one is not None]
+        return sum(seconds) / len(seconds) if seconds else None
+
+    @property
+    def last_exposed_seconds(self) -> float | None:
+        """Of the last iteration; None if nothing moved."""
+        return _exposed(self.timeline[-1]) if self.timeline else None
 
     def timeline_document(self) -> Timeline:
         """This rank's timeline file."""
@@ -194,6 +194,12 @@ class Recorder:
         events = self.timeline[-1] if self.timeline else []
         ops = [Op.parse(event.op) for event in events]
         return [op for op in ops if op.kind is Kind.FORWARD]
+
+
+def _exposed(events: Iterable[Event]) -> float | None:
+    """Seconds that an iteration's computation waited for copies; None if nothing moved."""
+    seconds = [event.exposed for event in events if event.exposed is not None]
+    return sum(seconds) if seconds else None
 
 
 def _float_bits(value: object) -> list[str]:
