@@ -27,7 +27,8 @@ def run(args: argparse.Namespace) -> int:
             shape = ParallelShape.from_world(
                 args.world, tp=args.tp, cp=args.cp, ep=args.ep, pp=args.pp, order=args.order
             )
-        report = make_report(shape, args.gpus_per_node, args.placement)
+        gpus = min(8, shape.world) if args.gpus_per_node is None else args.gpus_per_node
+        report = make_report(shape, gpus, args.placement)
         if args.svg is not None:
             args.svg.write_text(picture_svg(report), encoding="utf-8")
     except (PlacementError, OSError) as error:

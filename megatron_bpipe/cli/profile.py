@@ -16,6 +16,14 @@ if TYPE_CHECKING:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, write the file after every row, and print the table."""
+    missing = _missing(args.flags)
+    if missing:  # here, before torch and Megatron are imported
+        print(
+            f"profile: Megatron's flags lack {', '.join(missing)}: give those of the whole "
+            "training run after --",
+            file=sys.stderr,
+        )
+        return 2
     from megatron_bpipe.integration.profile.settings import ProfileError
 
     try:
@@ -29,6 +37,16 @@ def run(args: argparse.Namespace) -> int:
     except OSError as error:
         print(f"profile: --output {args.output}: {error.strerror}", file=sys.stderr)
     return 2
+
+
+NEEDED = ("--num-layers", "--hidden-size", "--num-attention-heads", "--seq-length")
+ELSEWHERE = ("--yaml-cfg", "--use-checkpoint-args")  # say the sizes too; refused by name later
+
+
+def _missing(flags: list[str]) -> list[str]:
+    """Sizes of the model that Megatron's flags do not say."""
+    given = {word.partition("=")[0] for word in flags}
+    return [] if given & set(ELSEWHERE) else [flag for flag in NEEDED if flag not in given]
 
 
 def _settings(args: argparse.Namespace) -> Settings:

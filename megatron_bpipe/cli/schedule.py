@@ -22,6 +22,8 @@ from megatron_bpipe.schedule.bases.catalogue import build
 def run(args: argparse.Namespace) -> int:
     """Print the schedule; returns 2 after one line on stderr if there is none."""
     try:
+        if args.lowered and not args.csv:
+            raise _UsageError("--lowered: messages and waits are seen in CSV only; add --csv")
         schedule = _build(args)
     except _UsageError as error:
         print(f"schedule: {error}", file=sys.stderr)

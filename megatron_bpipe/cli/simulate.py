@@ -7,7 +7,9 @@ import json
 import shutil
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
+from megatron_bpipe.cli.output import OutputError, check_output, written
 from megatron_bpipe.cli.quantities import UnitError, bandwidth, seconds, size
 from megatron_bpipe.estimate.errors import EstimateError
 from megatron_bpipe.estimate.hardware import gpu_named
@@ -19,9 +21,12 @@ from megatron_bpipe.estimate.paper.refined import Measured
 from megatron_bpipe.estimate.paper.tables import published_cases, published_constants
 from megatron_bpipe.estimate.runs import Layout, Run
 from megatron_bpipe.report.fields import ReportError
+from megatron_bpipe.schedule.balancing.balance import BudgetError, balance
+from megatron_bpipe.schedule.base import one_f_one_b
 from megatron_bpipe.schedule.bases.catalogue import CATALOGUE, build
+from megatron_bpipe.schedule.bases.interleaved import interleaved
 from megatron_bpipe.schedule.lowering.lower import lower
-from megatron_bpipe.schedule.ops import Schedule
+from megatron_bpipe.schedule.ops import Schedule, quantity
 from megatron_bpipe.simulate import (
     Costs,
     Link,
@@ -32,7 +37,7 @@ from megatron_bpipe.simulate import (
     simulate,
 )
 from megatron_bpipe.simulate.draw.chrome_trace import chrome_trace
-from megatron_bpipe.simulate.draw.figure import FigureError, write_figure
+from megatron_bpipe.simulate.draw.figure import SUFFIXES, FigureError, write_figure
 from megatron_bpipe.simulate.draw.html import page
 from megatron_bpipe.simulate.draw.picture import Panel, Picture, panel_of, time_text
 from megatron_bpipe.simulate.draw.terminal import draw_panel
@@ -70,22 +75,45 @@ class _Plan:
 def run(args: argparse.Namespace) -> int:
     """Simulate, print and write; returns 2 after one line on stderr if that is not possible."""
     try:
-        if args.from_report:
-            picture = Picture(
-                tuple(overlay(read_report(d), str(d)) for d in args.from_report), "bytes", "s"
-            )
-        else:
-            picture = _simulated(args)
+        for flag, path, endings in _outputs(args):
+            check_output(flag, path, endings)
+        picture = _recorded(args) if args.from_report else _simulated(args)
         _write(args, picture)
-    except (_UsageError, UnitError, EstimateError, ReportError, FigureError) as error:
+    except (
+        *(_UsageError, OutputError, UnitError),
+        *(EstimateError, ReportError, FigureError),
+    ) as error:
         print(f"simulate: {error}", file=sys.stderr)
         return 2
     return 0
 
 
+def _outputs(args: argparse.Namespace) -> list[tuple[str, Path | None, tuple[str, ...]]]:
+    """Each file that may be written: its flag, its name, the endings it may have."""
+    return [
+        ("--html", args.html, (".html", ".htm")),
+        ("--trace", args.trace, (".json",)),
+        ("--png", args.png, SUFFIXES),
+        ("--svg", args.svg, (".svg",)),
+    ]
+
+
+def _recorded(args: argparse.Namespace) -> Picture:
+    said = {
+        flag: getattr(args, flag) for flag in ("pp", "microbatches", "base", "budget", "chunks")
+    }
+    for flag, value in said.items():
+        if value is not None:
+            raise _UsageError(f"--{flag} {value}: the recorded run says it; drop --{flag}")
+    panels = tuple(overlay(read_report(folder), str(folder)) for folder in args.from_report)
+    return Picture(panels, "bytes", "s")
+
+
 def _simulated(args: argparse.Namespace) -> Picture:
     for flag, value in (("--pp", args.pp), ("--microbatches", args.microbatches)):
-        if value is None or value < 1:
+        if value is None:
+            raise _UsageError(f"{flag} is missing: give a number of at least 1")
+        if value < 1:
             raise _UsageError(f"{flag} {value}: give a number of at least 1")
     if not 0 <= args.tp_share <= 1:
         raise _UsageError(f"--tp-share {args.tp_share}: a share is from 0 to 1")
@@ -93,23 +121,66 @@ def _simulated(args: argparse.Namespace) -> Picture:
     plan = _Plan(
         args, case, "s" if case or args.forward else "", case is not None or bool(args.activation)
     )
-    beside = ("1f1b" if args.base != "1f1b" else "none") if args.beside is None else args.beside
-    names = [args.base] if beside == "none" else [beside, args.base]
-    panels = tuple(_panel(plan, name) for name in names)
+    panels = tuple(_panel(plan, title, schedule) for title, schedule in _schedules(args))
     return Picture(panels, "bytes" if plan.sizes_known else "micro-batches", plan.time_unit)
 
 
-def _panel(plan: _Plan, name: str) -> Panel:
+def _schedules(args: argparse.Namespace) -> list[tuple[str, Schedule]]:
+    """What is drawn: the schedule that is asked for, before it the one beside it."""
+    stock: tuple[str, Schedule] | None
+    if args.budget is not None or args.chunks is not None:
+        stock, asked = _balanced(args)
+    else:
+        base = args.base or "bpipe"
+        asked = _named(args, "--base", base)
+        stock = None if base == "1f1b" else _named(args, "--beside", "1f1b")
+    if args.beside == "none":
+        stock = None
+    elif args.beside is not None:
+        stock = _named(args, "--beside", args.beside)
+    return [asked] if stock is None else [stock, asked]
+
+
+def _named(args: argparse.Namespace, flag: str, name: str) -> tuple[str, Schedule]:
     try:
-        schedule = build(name, plan.args.pp, plan.args.microbatches)
+        schedule = build(name, args.pp, args.microbatches)
     except ValueError as error:
-        raise _UsageError(f"--base {name}: {error}") from None
+        raise _UsageError(f"{flag} {name}: {error}") from None
+    return CATALOGUE[name].note, schedule
+
+
+def _balanced(args: argparse.Namespace) -> tuple[tuple[str, Schedule], tuple[str, Schedule]]:
+    """Megatron's schedule with so many chunks, and the same one balanced."""
+    chunks = 1 if args.chunks is None else args.chunks
+    if args.base is not None:
+        flag = "--budget" if args.budget is not None else "--chunks"
+        raise _UsageError(f"--base {args.base}: drawn as it is; drop {flag} or --base")
+    if chunks < 1:
+        raise _UsageError(f"--chunks {chunks}: a stage has at least 1")
+    try:
+        if chunks == 1:
+            name, stock = "1F1B", one_f_one_b(args.pp, args.microbatches)
+        else:
+            name = f"interleaved 1F1B, {chunks} chunks a stage"
+            stock = interleaved(args.pp, args.microbatches, chunks)
+        balanced = balance(stock, args.budget)
+    except BudgetError as error:
+        raise _UsageError(
+            f"--budget {quantity(error.budget)} is too small for --pp {args.pp} --microbatches "
+            f"{args.microbatches} --chunks {chunks}; use --budget {quantity(error.least)} or more"
+        ) from None
+    except ValueError as error:
+        raise _UsageError(f"--chunks {chunks}: {error}") from None
+    assert balanced.budget is not None, "balance sets it"
+    title = f"BPipe on {name}, budget {quantity(balanced.budget)}"
+    return (name, stock), (title, balanced)
+
+
+def _panel(plan: _Plan, title: str, schedule: Schedule) -> Panel:
     lowered = lower(schedule)
     given = plan.inputs(schedule)
     simulation = simulate(lowered, given.costs, given.network)
-    panel = panel_of(
-        simulation, given.sizes if plan.sizes_known else None, CATALOGUE[name].note, plan.time_unit
-    )
+    panel = panel_of(simulation, given.sizes if plan.sizes_known else None, title, plan.time_unit)
     if panel.moves:
         exposed = time_text(exposed_seconds(simulation), plan.time_unit)
         panel = Panel(**{**vars(panel), "facts": (*panel.facts, ("exposed transfers", exposed))})
@@ -179,8 +250,6 @@ def _write(args: argparse.Namespace, picture: Picture) -> None:
         if panel.ghost:
             print(draw_panel(panel.ghost, width, picture.memory_unit, picture.time_unit))
     heading = " beside ".join(panel.title for panel in picture.panels)
-    if args.svg and args.svg.suffix != ".svg":
-        raise _UsageError(f"--svg {args.svg}: the name must end in .svg")
     try:
         if args.html:
             args.html.write_text(page(picture, heading), encoding="utf-8")
@@ -190,3 +259,5 @@ def _write(args: argparse.Namespace, picture: Picture) -> None:
             write_figure(picture, path)
     except OSError as error:
         raise _UsageError(f"{error.filename}: {error.strerror}; choose another place") from error
+    for path in filter(None, (args.html, args.trace, args.png, args.svg)):
+        written(path)

@@ -73,7 +73,8 @@ def test_unknown_command(capsys):
 
 
 def test_no_command(capsys):
-    assert call(capsys)[0] == 2
+    assert main([]) == 2
+    assert "usage: python -m megatron_bpipe" in capsys.readouterr().out
 
 
 def test_help(capsys):

@@ -42,7 +42,7 @@ def test_a_model_outside_the_calibrated_range_is_marked(capsys):
     ("flags", "message"),
     [
         (["--pp", "0", "--microbatches", "8"], "--pp 0: give a number of at least 1"),
-        (["--pp", "4"], "--microbatches None: give a number"),
+        (["--pp", "4"], "--microbatches is missing: give a number"),
         ([*SIZES[1:], "--base", "x"], "schedule 'x' is not known: use 1f1b, bpipe"),
         ([*SIZES[1:], "--base", "bpipe", "--beside", "y"], "schedule 'y' is not known"),
         (["--pp", "3", "--microbatches", "6", "--base", "chimera"], "use 4"),
@@ -64,8 +64,8 @@ def test_a_model_outside_the_calibrated_range_is_marked(capsys):
         ([*SIZES[1:], "--model", "LLaMA 65B", "--micro-batch", "8"], "give --stage-mfu PERCENT"),
         ([*SIZES[1:], "--model", "LLaMA 65B", "--stage-mfu", "400"], "--stage-mfu 400.0: per cent"),
         (["--from-report", "nowhere"], "nowhere/memory.json: No such file"),
-        ([*SIZES[1:], "--html", "no/such/place.html"], "choose another place"),
-        ([*SIZES[1:], "--png", "a.gif"], "a.gif: draws .png, .svg, .pdf"),
+        ([*SIZES[1:], "--html", "no/such/place.html"], "there is no folder no/such"),
+        ([*SIZES[1:], "--png", "a.gif"], "a.gif: the name must end in .png"),
         ([*SIZES[1:], "--svg", "a.png"], "--svg a.png: the name must end in .svg"),
     ],
 )
@@ -76,3 +76,34 @@ def test_refusals_are_one_clear_line(capsys, flags, message):
     assert len(lines) == 1
     assert lines[0].startswith("simulate: ")
     assert message in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "peak"),
+    [
+        (["--pp", "8", "--budget", "6"], "peak 6 micro-batches"),
+        (["--pp", "4", "--chunks", "2"], "peak 4.5 micro-batches"),  # the least
+        (["--pp", "4", "--chunks", "2", "--budget", "5"], "peak 5 micro-batches"),
+    ],
+)
+def test_budgets_and_chunks_as_schedule_has_them(words, peak, capsys):
+    assert main(["simulate", "--microbatches", "16", *words]) == 0
+    said = capsys.readouterr().out
+    titles = [line for line in said.splitlines() if line.startswith(("BPipe on", "1F1B", "inter"))]
+    assert len(titles) == 2
+    assert peak in titles[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--budget", "2"], "--budget 2 is too small for --pp 4"),
+        (["--base", "gpipe", "--budget", "4"], "--base gpipe: drawn as it is; drop --budget"),
+        (["--base", "gpipe", "--chunks", "2"], "drop --chunks or --base"),
+        (["--chunks", "0"], "--chunks 0: a stage has at least 1"),
+        (["--chunks", "2", "--budget", "2.5"], "use --budget 4.5 or more"),
+    ],
+)
+def test_budgets_and_chunks_that_cannot_be(words, named, capsys):
+    assert main(["simulate", "--pp", "4", "--microbatches", "8", *words]) == 2
+    assert named in capsys.readouterr().err

@@ -26,7 +26,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     size.add_argument("--dp", type=int, default=1, help="data-parallel size (default 1)")
     size.add_argument("--world", type=int, help="number of ranks, instead of --dp")
     parser.add_argument(
-        "--gpus-per-node", type=int, default=8, help="ranks started on each node (default 8)"
+        "--gpus-per-node",
+        type=int,
+        help="ranks started on each node (default 8, or all ranks where there are fewer)",
     )
     parser.add_argument(
         "--order", default=DEFAULT_ORDER, help=f"Megatron's rank order (default {DEFAULT_ORDER})"

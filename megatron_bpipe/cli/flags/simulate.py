@@ -7,6 +7,11 @@ from pathlib import Path
 
 from megatron_bpipe.schedule.bases.catalogue import CATALOGUE
 
+_BUDGET = (
+    "instead of --base: BPipe with at most so many micro-batches on a stage, decimals allowed (a "
+    "chunk of V counts 1/V)"
+)
+_CHUNKS = "instead of --base: interleaved 1F1B with so many chunks a stage, balanced"
 _TP_SHARE = "share of a computation in which tensor-parallel traffic keeps the link busy (0..1)"
 _STAGE_MFU = "MFU of a single stage (default: the paper's table 5 where it has that run)"
 
@@ -27,8 +32,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add = parser.add_argument
     add("--pp", type=int, metavar="P", help="pipeline stages")
     add("--microbatches", type=int, metavar="M", help="micro-batches an iteration")
-    add("--base", default="bpipe", metavar="NAME", help="the schedule (default bpipe)")
+    add("--base", metavar="NAME", help="the schedule (default bpipe)")
     add("--beside", metavar="NAME", help="draw this one beside it (default 1f1b; none: alone)")
+    add("--budget", type=float, metavar="X", help=_BUDGET)
+    add("--chunks", type=int, metavar="V", help=_CHUNKS)
     costs = parser.add_argument_group("costs of one micro-batch on one stage, with units (12ms)")
     costs.add_argument("--forward", metavar="TIME", help="a forward (default 1, without unit)")
     costs.add_argument("--backward", metavar="TIME", help="a backward, W included (default 2)")

@@ -27,16 +27,9 @@ def run_script(script: str, argv: list[str]) -> None:
     no CUDA device, the CPU stands in for it.
 
     Raises:
-        SystemExit: there is no such script, or a GPU that torch cannot use.
+        SystemExit: a GPU that torch cannot use.
     """
-    path = Path(script)
-    if not path.is_file():
-        abort(
-            f"no training script at {script!r} (looked from {os.getcwd()}): give the path of "
-            "Megatron-LM's pretrain_gpt.py, or of this project's scripts/examples/pretrain_gpt.py "
-            "where only the megatron-core wheel is installed"
-        )
-    sys.path.insert(0, str(path.resolve().parent))
+    sys.path.insert(0, str(Path(script).resolve().parent))
     sys.argv = [script, *argv]
     if "--bpipe" in argv:
         ask_for_copy_queues()  # here, since the next line starts CUDA
