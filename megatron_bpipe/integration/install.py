@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from megatron_bpipe.integration.bootstrap.copy_queues import ask_for_copy_queues
+from megatron_bpipe.integration.bootstrap.help_text import forgive_percent_signs
 from megatron_bpipe.integration.checks.arguments import check_arguments, check_megatron
 from megatron_bpipe.integration.checks.hook_points import (
     ARGUMENTS,
@@ -129,6 +130,7 @@ def _add_flags_to_parser(arguments: ModuleType) -> None:
         def add_megatron_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
             parser = stock(parser)
             add_flags(parser)
+            forgive_percent_signs(parser)
             parse = parser.parse_known_args
 
             def parse_known_args(*positional: Any, **named: Any) -> Any:

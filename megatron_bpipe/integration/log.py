@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
 import os
 import sys
+import time
 from typing import NoReturn
 
 from megatron_bpipe.integration.checks.hook_points import TRAINING_UTILS
@@ -51,4 +54,24 @@ def abort(message: str, *, on_every_rank: bool = False) -> NoReturn:
     if on_every_rank or _rank_zero():
         sys.stderr.write(f"bpipe: {message}\n")
         sys.stderr.flush()
+    _tell_torchrun(message, on_every_rank=on_every_rank)
     raise Abort(2)
+
+
+def _tell_torchrun(message: str, *, on_every_rank: bool) -> None:
+    """Leave the message where torchrun looks for the cause of a failure.
+
+    torchrun ends with dozens of lines on which rank failed when; its last ones are the "root cause
+    (first observed failure)", which is then this message. Of each node one rank is the first.
+    """
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not path:
+        return
+    first = on_every_rank or os.environ.get("LOCAL_RANK", "0") == "0"
+    shown = f"bpipe: {message}" if first else "bpipe: stopped, see the root cause"
+    when = int(time.time()) - (1 if first else 0)
+    document = {
+        "message": {"message": shown, "extraInfo": {"py_callstack": shown, "timestamp": when}}
+    }
+    with contextlib.suppress(OSError), open(path, "w", encoding="utf-8") as file:
+        json.dump(document, file)
