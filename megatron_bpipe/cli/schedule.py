@@ -6,17 +6,9 @@ import argparse
 import shutil
 import sys
 
-from megatron_bpipe.schedule import (
-    BudgetError,
-    Schedule,
-    balance,
-    draw,
-    lower,
-    one_f_one_b,
-    to_csv,
-    validate,
-)
-from megatron_bpipe.schedule.bases.catalogue import build
+from megatron_bpipe.schedule import BudgetError, Schedule, draw, lower, to_csv, validate
+from megatron_bpipe.schedule.bases.catalogue import ScheduleSpec, build, make
+from megatron_bpipe.schedule.ops import quantity
 
 
 def run(args: argparse.Namespace) -> int:
@@ -48,22 +40,29 @@ def _build(args: argparse.Namespace) -> Schedule:
         raise _UsageError(
             f"--microbatches {m}: an iteration has at least 1; use --microbatches 1 or more"
         )
+    if args.chunks < 1:
+        raise _UsageError(f"--chunks {args.chunks}: a stage has at least 1; use --chunks 1 or more")
     if args.base is not None:
         return _named(args)
     if args.stock and args.budget is not None:
         raise _UsageError(
-            f"--budget {args.budget}: Megatron's own schedule keeps no budget; drop --stock or "
-            "--budget"
+            f"--budget {quantity(args.budget)}: Megatron's own schedule keeps no budget; drop "
+            "--stock or --budget"
         )
-    schedule = one_f_one_b(p, m)
-    if not args.stock:
-        try:
-            schedule = balance(schedule, args.budget)
-        except BudgetError as error:
-            raise _UsageError(
-                f"--budget {error.budget} is too small for --pp {p} --microbatches {m}; use "
-                f"--budget {error.least} or more"
-            ) from None
+    name = "interleaved" if args.chunks > 1 else "1f1b"
+    spec = ScheduleSpec(name, p, m, args.chunks, args.group, not args.stock, args.budget)
+    if args.group is not None and args.chunks == 1:
+        raise _UsageError(f"--group {args.group}: only interleaving has groups; add --chunks 2")
+    try:
+        schedule = make(spec)
+    except BudgetError as error:
+        raise _UsageError(
+            f"--budget {quantity(error.budget)} is too small for --pp {p} --microbatches {m}"
+            f"{f' --chunks {args.chunks}' if args.chunks > 1 else ''}; use "
+            f"--budget {quantity(error.least)} or more"
+        ) from None
+    except ValueError as error:
+        raise _UsageError(str(error)) from None
     if args.lowered:
         schedule = lower(schedule)
     validate(schedule)
@@ -72,7 +71,13 @@ def _build(args: argparse.Namespace) -> Schedule:
 
 def _named(args: argparse.Namespace) -> Schedule:
     """A schedule of the catalogue."""
-    for flag, given in (("--stock", args.stock), ("--budget", args.budget is not None)):
+    fixed = (
+        ("--stock", args.stock),
+        ("--budget", args.budget is not None),
+        ("--chunks", args.chunks != 1),
+        ("--group", args.group is not None),
+    )
+    for flag, given in fixed:
         if given:
             raise _UsageError(f"--base {args.base}: drawn as it is; drop {flag} or --base")
     try:

@@ -14,7 +14,7 @@ import argparse
 import functools
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Any
 
@@ -26,6 +26,7 @@ from megatron_bpipe.integration.checks.arguments import check_arguments, check_m
 from megatron_bpipe.integration.checks.hook_points import (
     ARGUMENTS,
     FORWARD_BACKWARD,
+    FORWARD_BACKWARD_INTERLEAVED,
     PARALLEL_STATE,
     SCHEDULES,
     TRAINING,
@@ -155,11 +156,11 @@ def _parsed(args: Any) -> None:
         if options.rehearsal:
             set_single_gpu(args)
         return
-    if options.bpipe:
+    if options.bpipe or options.schedule is not None:
         notice = check_arguments(args, options)
         if notice is not None:
             log_rank0(notice)
-            options = Options(report=options.report, rehearsal=options.rehearsal)
+            options = replace(options, bpipe=False)
     _activate(options)
     if options.bpipe:
         assert _installed.session is not None
@@ -179,16 +180,16 @@ def _whatever_it_was(instead: Any, stock: Any) -> Any:
 
 def _activate(options: Options) -> None:
     assert _installed is not None
-    if not options.bpipe and options.report is None:
+    ours = options.bpipe or options.schedule is not None
+    if not ours and options.report is None:
         return
     patches = _installed
     current = patches.session = Session(options)
-    make = make_schedule if options.bpipe else make_observed
+    make = make_schedule if ours else make_observed
 
     def replace_schedule(schedules: ModuleType) -> None:
-        patches.replace(
-            schedules, FORWARD_BACKWARD.name, lambda stock: make(stock, schedules, current)
-        )
+        for point in (FORWARD_BACKWARD, FORWARD_BACKWARD_INTERLEAVED):
+            patches.replace(schedules, point.name, lambda stock: make(stock, schedules, current))
 
     def end_with_training(training: ModuleType) -> None:
         def wrap(train: Callable[..., Any]) -> Callable[..., Any]:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_bpipe.schedule.bases.catalogue import EXECUTED
+
 TRANSPORTS = ("auto", "ipc", "shm", "p2p", "host")
 PLACEMENTS = ("pair-adjacent", "megatron")
 
@@ -16,8 +18,10 @@ class Options:
     """The user's settings.
 
     Attributes:
-        bpipe: replace the 1F1B schedule.
-        budget: most micro-batches whose activations may occupy one stage; None: ceil((p+2)/2).
+        bpipe: balance the activations of the pipeline schedule.
+        budget: most micro-batches of a whole stage whose activations may occupy it, decimals
+            allowed (a chunk of v counts 1/v); None: ceil((p+2)/2), with interleaving the least.
+        schedule: one of ``schedule.bases.catalogue.EXECUTED``; None: Megatron's own.
         transport: one of `TRANSPORTS`.
         placement: one of `PLACEMENTS`.
         report: folder for ``memory.json`` and timelines, or None.
@@ -29,7 +33,8 @@ class Options:
     """
 
     bpipe: bool = False
-    budget: int | None = None
+    budget: float | None = None
+    schedule: str | None = None
     transport: str = "auto"
     placement: str = "pair-adjacent"
     report: Path | None = None
@@ -50,6 +55,7 @@ class Options:
         return cls(
             bpipe=args.bpipe,
             budget=args.bpipe_budget,
+            schedule=args.bpipe_schedule,
             transport=args.bpipe_transport,
             placement=args.bpipe_placement,
             report=args.bpipe_report,
@@ -73,9 +79,16 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--bpipe-budget",
-        type=int,
-        metavar="N",
-        help="Most micro-batches whose activations may occupy one stage (default ceil((p+2)/2)).",
+        type=float,
+        metavar="X",
+        help="Most micro-batches of a whole stage whose activations may occupy it; decimals are "
+        "allowed, one chunk of v counts 1/v (default ceil((p+2)/2); with interleaving the least).",
+    )
+    group.add_argument(
+        "--bpipe-schedule",
+        choices=EXECUTED,
+        help="Run this schedule instead of Megatron's own (1f1b, or interleaved with model "
+        "chunks), with or without --bpipe.",
     )
     group.add_argument(
         "--bpipe-transport",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -33,6 +33,7 @@ from megatron_bpipe.runtime.store import ActivationStore
 from megatron_bpipe.runtime.transport import AcceptorEnd, Transport
 from megatron_bpipe.runtime.transport.pair.bandwidth import Speed, measure
 from megatron_bpipe.runtime.transport.pair.negotiate import Pair, open_pair
+from megatron_bpipe.schedule.ops import microbatches
 from megatron_bpipe.schedule.stage_plan import StagePlan
 
 
@@ -79,7 +80,7 @@ class Session:
         self,
         plan: StagePlan | None,
         group: Any,
-        model: torch.nn.Module,
+        models: Sequence[torch.nn.Module],
         flops: Callable[[], float | None] = lambda: None,
     ) -> None:
         """An iteration begins on the stage that this rank is in ``group``.
@@ -100,7 +101,7 @@ class Session:
                     lambda: allocated_bytes(device),
                     peak_watch(device),
                 )
-            self.recorder.begin(storage_ids(model))
+            self.recorder.begin(set().union(*map(storage_ids, models)), len(models))
         if plan is None:
             return
         self.plan = plan
@@ -115,9 +116,7 @@ class Session:
             self._announced = True
             # rank 0 evicts in every schedule that evicts at all, so it always has a pair to show
             used = f", transport {self._transport}" if self._transport else ""
-            log_rank0(
-                f"1F1B with activations balanced: budget {plan.budget} micro-batches a stage{used}"
-            )
+            log_rank0(f"{plan.described}{used}")
 
     def verify_placement(self, stage: int) -> None:
         """Check on all ranks that each runs where its placement says; rank 0 shows the table."""
@@ -165,7 +164,7 @@ class Session:
             own_activation_bytes=seen.peaks.activation_bytes,
             own_microbatches=seen.peaks.microbatches,
             pool_bytes=pool,
-            pool_slots=self._peak_slots_lent if pool else 0,
+            pool_slots=microbatches(self._peak_slots_lent, seen.chunks) if pool else 0,
             hosted_bytes=transport.hosted_bytes if transport is not None else 0,
             spilled_bytes=transport.spilled_bytes if transport is not None else 0,
             evicted_bytes=totals.evicted if totals is not None else 0,

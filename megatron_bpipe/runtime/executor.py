@@ -1,15 +1,15 @@
 """The executor: runs one stage's list of lowered ops, each op through one handler.
 
     op      handler
-    RF SF   receive / send an activation         Stage (Megatron's communicator)
-    RB SB   receive / send a gradient            Stage
-    F  B    one micro-batch's computation        Stage
+    RF SF   receive / send an activation         Stage.exchange (Megatron's communicator)
+    RB SB   receive / send a gradient            Stage.exchange
+    F  B    one micro-batch in one model chunk   Stage
     E  EW   copy out starts / is over            ActivationStore
     L  LW   copy back starts / is over           ActivationStore
     AC RT   the acceptor's part                  AcceptorEnd (nothing for a one-sided transport)
 
-The list decides everything: order, overlap and what leaves. A send directly followed by a receive
-from the same neighbour is one batched call, as `schedule.lower.batches` groups them.
+The list decides everything: order, overlap and what leaves. Messages that are posted together come
+as one group (`schedule.lowering.batches`); whichever schedule the list is of, it runs here.
 """
 
 from __future__ import annotations
@@ -22,37 +22,25 @@ from typing import Protocol
 from megatron_bpipe.runtime.store import ActivationStore
 from megatron_bpipe.runtime.transport import AcceptorEnd, TransferHandle
 from megatron_bpipe.schedule.lowering.lower import batches
-from megatron_bpipe.schedule.ops import Kind, Op
+from megatron_bpipe.schedule.ops import MESSAGES, Kind, Op
 
 SHOWN_AROUND = 12  # ops before and after a failed one
 
 
 class Stage(Protocol):
-    """What a pipeline stage can do; `op` says for which micro-batch."""
+    """What a pipeline stage can do; `op` says for which activation."""
 
-    def recv_forward(self, op: Op) -> None:
-        """Receive the input."""
+    def exchange(self, ops: Sequence[Op]) -> None:
+        """Post these messages together: RF, SF, RB, SB, at most one of each.
+
+        What is received need not have arrived before `forward` or `backward` asks for it.
+        """
 
     def forward(self, op: Op) -> object:
         """Compute the output and return it."""
 
-    def send_forward(self, op: Op) -> None:
-        """Send the output on."""
-
-    def recv_backward(self, op: Op) -> None:
-        """Receive the output's gradient."""
-
     def backward(self, op: Op) -> None:
         """Compute gradients."""
-
-    def send_backward(self, op: Op) -> None:
-        """Send the input's gradient back."""
-
-    def send_forward_recv_backward(self, send: Op, recv: Op) -> None:
-        """Both at once."""
-
-    def send_backward_recv_forward(self, send: Op, recv: Op) -> None:
-        """Both at once."""
 
 
 class Observer(Protocol):
@@ -74,7 +62,7 @@ class Observer(Protocol):
         """``op``'s graph is complete and nothing of it has left yet."""
 
 
-class Run:
+class ScheduleExecutor:
     """One stage's run through one iteration's ops."""
 
     def __init__(
@@ -97,13 +85,9 @@ class Run:
         self._name = name
         self._leaving = {op.key for op in ops if op.kind is Kind.EVICT}
         self._moved = 0
-        single: Mapping[Kind, Callable[[Op], object]] = {
-            Kind.RECV_FORWARD: stage.recv_forward,
+        self._handlers: Mapping[Kind, Callable[[Op], object]] = {
             Kind.FORWARD: self._forward,
-            Kind.SEND_FORWARD: stage.send_forward,
-            Kind.RECV_BACKWARD: stage.recv_backward,
             Kind.BACKWARD: self._backward,
-            Kind.SEND_BACKWARD: stage.send_backward,
             Kind.EVICT: self._evict,
             Kind.EVICT_WAIT: self._evict_wait,
             Kind.LOAD: self._load,
@@ -111,7 +95,6 @@ class Run:
             Kind.ACCEPT: self._accept,
             Kind.RETURN: self._give_back,
         }
-        self._single = single
 
     def run(self) -> None:
         """Run every op in order.
@@ -143,12 +126,10 @@ class Run:
         return self._range_of(" ".join(str(op) for op in group))
 
     def _do(self, group: Sequence[Op]) -> None:
-        if len(group) == 1:
-            self._single[group[0].kind](group[0])
-        elif group[0].kind is Kind.SEND_FORWARD:
-            self._stage.send_forward_recv_backward(*group)
+        if group[0].kind in MESSAGES:
+            self._stage.exchange(group)
         else:
-            self._stage.send_backward_recv_forward(*group)
+            self._handlers[group[0].kind](group[0])
 
     def _forward(self, op: Op) -> None:
         for observer in self._observers:

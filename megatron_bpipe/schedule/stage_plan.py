@@ -1,14 +1,16 @@
-"""From the user's settings to the ops a stage runs; cached, since p and m rarely change."""
+"""From a specification to the ops that one stage runs; cached, since p and m rarely change."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
-from megatron_bpipe.schedule.balancing.balance import balance, slots
-from megatron_bpipe.schedule.base import one_f_one_b
+from megatron_bpipe.schedule.balancing.balance import slots
+from megatron_bpipe.schedule.bases.catalogue import ScheduleSpec, make
 from megatron_bpipe.schedule.lowering.lower import lower
-from megatron_bpipe.schedule.ops import Op, default_budget, is_evictor, partner
+from megatron_bpipe.schedule.ops import Op, is_evictor, partner, quantity
+from megatron_bpipe.schedule.validation.occupancy import remote_bytes
 from megatron_bpipe.schedule.validation.validate import validate
 
 
@@ -17,32 +19,66 @@ class StagePlan:
     """What one stage does in an iteration.
 
     Attributes:
+        name: of the base schedule.
         ops: its lowered ops, in order.
-        budget: the bound in micro-batches.
+        chunks: model chunks a stage (v).
+        budget: the bound in micro-batches of a whole stage; None where nothing is balanced.
+        labelled: whether messages have time labels, see ``lowering.exchanges``.
         partner: the paired stage, or None.
-        slots_borrowed: micro-batches this stage keeps on its partner at most.
-        slots_lent: micro-batches its partner keeps here at most.
+        slots_borrowed: activations (of one chunk) that this stage keeps on its partner at most.
+        slots_lent: activations (of one chunk) that its partner keeps here at most.
     """
 
+    name: str
     ops: tuple[Op, ...]
-    budget: int
+    chunks: int
+    budget: float | None
+    labelled: bool
     partner: int | None
     slots_borrowed: int
     slots_lent: int
 
+    @property
+    def described(self) -> str:
+        """One line for people."""
+        name = "1F1B" if self.name == "1f1b" else self.name
+        if self.chunks > 1:
+            name = f"{name} 1F1B of {self.chunks} chunks"
+        if self.budget is None:
+            return f"schedule {name}"
+        bound = f"budget {quantity(self.budget)} micro-batches a stage"
+        return f"{name} with activations balanced: {bound}"
+
+    def pool_bytes(self, sizes: Mapping[int, int]) -> int:
+        """Most bytes that this stage keeps on its partner at a time.
+
+        Args:
+            sizes: of one activation of each chunk.
+        """
+        return remote_bytes(self.ops, sizes)
+
 
 @lru_cache(maxsize=64)
-def stage_plan(stages: int, microbatches: int, stage: int, budget: int | None) -> StagePlan:
+def stage_plan(spec: ScheduleSpec, stage: int) -> StagePlan:
     """The plan of ``stage``; validated before anything runs.
 
     Raises:
+        ValueError: for sizes that the schedule does not work with.
         schedule.balancing.balance.BudgetError: the budget is too small for this p and m.
     """
-    bound = default_budget(stages) if budget is None else budget
-    logical = balance(one_f_one_b(stages, microbatches), bound)
+    logical = make(spec)
     lowered = lower(logical)
-    validate(lowered, bound)
-    other = partner(stage, stages)
-    borrowed = slots(logical, stage) if is_evictor(stage, stages) else 0
-    lent = slots(logical, other) if other is not None and is_evictor(other, stages) else 0
-    return StagePlan(lowered.stages[stage], bound, other, borrowed, lent)
+    validate(lowered)
+    other = partner(stage, spec.p)
+    return StagePlan(
+        name=spec.name,
+        ops=lowered.stages[stage],
+        chunks=logical.chunks,
+        budget=logical.budget,
+        labelled=lowered.labelled,
+        partner=other,
+        slots_borrowed=slots(logical, stage) if is_evictor(stage, spec.p) else 0,
+        slots_lent=(
+            slots(logical, other) if other is not None and is_evictor(other, spec.p) else 0
+        ),
+    )

@@ -128,3 +128,20 @@ def test_a_reader_that_has_seen_enough():
         capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert (done.returncode, done.stdout, done.stderr) == (0, "F0,F1,F2,F", "")
+
+
+def test_interleaved_in_micro_batches_of_a_whole_stage(capsys):
+    sizes = ["schedule", "--pp", "4", "--microbatches", "8", "--chunks", "2"]
+    assert main(sizes) == 0
+    drawn = capsys.readouterr().out
+    assert "budget 4.5" in drawn
+    assert "0: max 4.5" in drawn  # 11 chunks become 9
+    assert "max 5" not in drawn
+    assert main([*sizes, "--stock"]) == 0
+    assert "0: max 5.5" in capsys.readouterr().out
+    assert main([*sizes, "--budget", "4.4"]) == 2
+    assert "use --budget 4.5 or more" in capsys.readouterr().err
+    assert main([*sizes, "--group", "3"]) == 2
+    assert "the group of micro-batches is 3: it must be from p = 4" in capsys.readouterr().err
+    assert main([*sizes[:-2], "--group", "5"]) == 2
+    assert "only interleaving has groups" in capsys.readouterr().err

@@ -59,8 +59,10 @@ def _probe_training(job: dict[str, Any]) -> None:
         if step != job["dump_at"]:
             return
         state: dict[str, Any] = {"losses": losses, "params": {}, "grads": {}}
-        for chunk in model if isinstance(model, list) else [model]:
+        chunks = model if isinstance(model, list) else [model]
+        for number, chunk in enumerate(chunks):
             for name, parameter in chunk.named_parameters():
+                name = f"{number}.{name}" if len(chunks) > 1 else name
                 state["params"][name] = parameter.detach().clone()
                 gradient = getattr(parameter, "main_grad", parameter.grad)
                 if gradient is not None:

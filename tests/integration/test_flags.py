@@ -18,7 +18,7 @@ import pytest
 from torch.distributed.run import get_args_parser
 
 from megatron_bpipe.cli import flags as cli_flags
-from megatron_bpipe.integration.checks.arguments import INTERLEAVING, OFFLOADING
+from megatron_bpipe.integration.checks.arguments import OFFLOADING
 from megatron_bpipe.integration.cpu.flags import CPU_FLAGS
 from megatron_bpipe.integration.profile import flags as profile_flags
 from tests.harness import ROOT, Megatron
@@ -101,7 +101,7 @@ def test_every_flag_of_a_page_exists(megatrons: dict[str, str]) -> None:
 
 def test_flags_made_from_attributes(megatrons: dict[str, str]) -> None:
     """The tables that pair an attribute with a flag, and those that make one from the other."""
-    for attribute, flag in (INTERLEAVING | OFFLOADING).items():
+    for attribute, flag in OFFLOADING.items():
         assert flag == attribute if attribute in CONFIG_ONLY else megatrons[flag] == attribute
     names = [*profile_flags.NEEDED, *(name for name, _, _ in profile_flags.REFUSED)]
     shards = ["tensor_parallel_num_weight_shards", "expert_tensor_parallel_num_weight_shards"]

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_bpipe.integration.patches import chunked_stage
 from megatron_bpipe.integration.patches import stage as megatron_stage
 from megatron_bpipe.integration.patches.p2p_sync import (
     MESSAGES,
@@ -113,6 +114,7 @@ def test_all_messages_that_the_stage_sends_are_covered() -> None:
     (cls,) = [n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "P2PCommunicator"]
     methods = {node.name for node in cls.body if isinstance(node, ast.FunctionDef)}
     assert methods >= MESSAGES
-    stage = Path(megatron_stage.__file__).read_text()
+    files = (megatron_stage.__file__, chunked_stage.__file__)
+    stage = "".join(Path(file).read_text() for file in files)
     sent = set(re.findall(r"communicator\.((?:send|recv)_\w+)\(", stage))
     assert sent == MESSAGES

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megatron_bpipe.runtime.executor import Run
+from megatron_bpipe.runtime.executor import ScheduleExecutor
 from megatron_bpipe.schedule import lower, one_f_one_b
 from megatron_bpipe.schedule.lowering.lower import batches
 
@@ -55,14 +55,14 @@ def test_each_op_runs_in_a_range_with_its_own_text() -> None:
         yield
         texts.append(open_now.pop())
 
-    Run(OPS, Stage(), range_of=range_of).run()
+    ScheduleExecutor(OPS, Stage(), range_of=range_of).run()
     assert texts == [" ".join(map(str, group)) for group in batches(OPS)]
     assert any(text.startswith("SF") and "RB" in text for text in texts)
 
 
 def test_all_observers_hear_of_every_op() -> None:
     observers = [Observer(), Observer()]
-    Run(OPS, Stage(), observers=observers).run()
+    ScheduleExecutor(OPS, Stage(), observers=observers).run()
     assert observers[0].done == observers[1].done
     assert [text for text in observers[0].done if text[0] != "<" and text[-1] != ">"] == [
         str(op) for op in OPS
@@ -80,6 +80,6 @@ def test_a_failure_is_noted_with_its_op_and_closes_the_range() -> None:
             closed.append(text)
 
     with pytest.raises(ValueError, match="no") as caught:
-        Run(OPS, Stage("backward"), range_of=range_of).run()
+        ScheduleExecutor(OPS, Stage("backward"), range_of=range_of).run()
     assert ">>>B0<<<" in caught.value.__notes__[0]
     assert closed[-1] == "B0"

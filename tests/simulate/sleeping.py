@@ -13,6 +13,7 @@ import statistics
 import sys
 import time
 import traceback
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_bpipe.runtime.executor import Run
+from megatron_bpipe.runtime.executor import ScheduleExecutor
 from megatron_bpipe.runtime.observe.recorder import Recorder
 from megatron_bpipe.runtime.store import ActivationStore
 from megatron_bpipe.runtime.transport.one_sided import OneSidedTransport
@@ -29,7 +30,16 @@ from megatron_bpipe.runtime.transport.shared_memory import (
     SharedMemoryAcceptor,
     shared_memory_transport,
 )
-from megatron_bpipe.schedule import Op, Schedule, balance, is_evictor, lower, one_f_one_b, slots
+from megatron_bpipe.schedule import (
+    Kind,
+    Op,
+    Schedule,
+    balance,
+    is_evictor,
+    lower,
+    one_f_one_b,
+    slots,
+)
 from megatron_bpipe.schedule.bases.gpipe import gpipe
 
 DEADLINE = 60
@@ -80,51 +90,51 @@ class SleepingStage:
         self.inputs: dict[int, torch.Tensor] = {}
         self.outputs: dict[int, torch.Tensor] = {}
         self.gradients: dict[int, torch.Tensor] = {}
+        self.arriving: dict[tuple[Kind, int], Any] = {}
+        self.sending: list[Any] = []
 
-    def recv_forward(self, op: Op) -> None:
-        self.inputs[op.microbatch] = self._receive(self.stage - 1)
+    def exchange(self, ops: Sequence[Op]) -> None:
+        """Labelled messages are waited for when they are needed, others at once."""
+        works = []
+        for op in ops:
+            i, ahead = op.microbatch, op.kind in (Kind.SEND_FORWARD, Kind.RECV_BACKWARD)
+            other = self.stage + 1 if ahead else self.stage - 1
+            if op.kind is Kind.SEND_FORWARD:
+                works.append(dist.isend(self.outputs[i].detach(), other))
+            elif op.kind is Kind.SEND_BACKWARD:
+                gradient = self.inputs.pop(i).grad
+                assert gradient is not None
+                works.append(dist.isend(gradient, other))
+            else:
+                into = self.inputs if op.kind is Kind.RECV_FORWARD else self.gradients
+                into[i] = torch.empty(MESSAGE)
+                work = dist.irecv(into[i], other)
+                if op.label is not None:
+                    self.arriving[op.kind, i] = work
+                    continue
+                works.append(work)
+        if ops[0].label is not None:
+            self.sending += works
+            return
+        for work in works:
+            work.wait()
+
+    def _arrived(self, kind: Kind, microbatch: int) -> None:
+        work = self.arriving.pop((kind, microbatch), None)
+        if work is not None:
+            work.wait()
 
     def forward(self, op: Op) -> torch.Tensor:
+        self._arrived(Kind.RECV_FORWARD, op.microbatch)
         x = self.inputs.get(op.microbatch, torch.zeros(MESSAGE)).requires_grad_()
         self.inputs[op.microbatch] = x
         self.outputs[op.microbatch] = Layer.apply(x, self.stage)
         return self.outputs[op.microbatch]
 
-    def send_forward(self, op: Op) -> None:
-        dist.send(self.outputs[op.microbatch].detach(), self.stage + 1)
-
-    def recv_backward(self, op: Op) -> None:
-        self.gradients[op.microbatch] = self._receive(self.stage + 1)
-
     def backward(self, op: Op) -> None:
+        self._arrived(Kind.RECV_BACKWARD, op.microbatch)
         gradient = self.gradients.pop(op.microbatch, torch.ones(MESSAGE))
         torch.autograd.backward([self.outputs.pop(op.microbatch)], [gradient])
-
-    def send_backward(self, op: Op) -> None:
-        gradient = self.inputs.pop(op.microbatch).grad
-        assert gradient is not None
-        dist.send(gradient, self.stage - 1)
-
-    def send_forward_recv_backward(self, send: Op, recv: Op) -> None:
-        self.gradients[recv.microbatch] = self._exchange(
-            self.outputs[send.microbatch].detach(), self.stage + 1
-        )
-
-    def send_backward_recv_forward(self, send: Op, recv: Op) -> None:
-        gradient = self.inputs.pop(send.microbatch).grad
-        assert gradient is not None
-        self.inputs[recv.microbatch] = self._exchange(gradient, self.stage - 1)
-
-    def _receive(self, source: int) -> torch.Tensor:
-        tensor = torch.empty(MESSAGE)
-        dist.recv(tensor, source)
-        return tensor
-
-    def _exchange(self, tensor: torch.Tensor, other: int) -> torch.Tensor:
-        received = torch.empty(MESSAGE)
-        for work in (dist.isend(tensor, other), dist.irecv(received, other)):
-            work.wait()
-        return received
 
 
 class Rank:
@@ -162,7 +172,9 @@ class Rank:
         """One run; its events."""
         stage = SleepingStage(self.stage, self.p)
         self.recorder.begin(())
-        Run(ops, stage, self.activations, self.acceptor_end, [self.recorder]).run()
+        ScheduleExecutor(ops, stage, self.activations, self.acceptor_end, [self.recorder]).run()
+        for work in stage.sending:
+            work.wait()
         self.recorder.end([])
         return list(self.recorder.timeline[-1])
 
@@ -190,7 +202,6 @@ class Rank:
 
     def _hop(self) -> float:
         """Half a round trip to the next stage; 0 on the last."""
-        stage = SleepingStage(self.stage, self.p)
         tensor, took = torch.zeros(MESSAGE), 0.0
         for edge in range(self.p - 1):
             dist.barrier()
@@ -199,9 +210,9 @@ class Rank:
                     begin = time.perf_counter()
                 if self.stage == edge:
                     dist.send(tensor, edge + 1)
-                    stage._receive(edge + 1)
+                    dist.recv(tensor, edge + 1)
                 elif self.stage == edge + 1:
-                    stage._receive(edge)
+                    dist.recv(tensor, edge)
                     dist.send(tensor, edge)
             if self.stage == edge:
                 took = (time.perf_counter() - begin) / 40

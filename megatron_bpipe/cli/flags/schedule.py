@@ -13,8 +13,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "schedule",
         help="show which stage computes, evicts and loads what, and when",
         description=(
-            "Show the 1F1B schedule of Megatron with BPipe's evictions and loads, validated, "
-            "as a drawing (one column per unit of time) or as CSV (one line per stage)."
+            "Show Megatron's 1F1B, plain or interleaved, with BPipe's evictions and loads, "
+            "validated, as a drawing (one column per unit of time) or as CSV (one line per stage)."
         ),
         allow_abbrev=False,
     )
@@ -24,9 +24,23 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument(
         "--budget",
+        type=float,
+        metavar="X",
+        help="most micro-batches of a whole stage on one stage, decimals allowed: a chunk of V "
+        "counts 1/V (default: ceil((P+2)/2); with chunks the least)",
+    )
+    parser.add_argument(
+        "--chunks",
+        type=int,
+        default=1,
+        metavar="V",
+        help="model chunks a stage: Megatron's interleaved 1F1B from 2 on",
+    )
+    parser.add_argument(
+        "--group",
         type=int,
         metavar="N",
-        help="most micro-batches on one stage (default: ceil((P+2)/2), the paper's)",
+        help="micro-batches that go through a chunk together (default P)",
     )
     parser.add_argument(
         "--base", metavar="NAME", help=f"another schedule, as it is: {', '.join(CATALOGUE)}"

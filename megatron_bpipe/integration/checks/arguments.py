@@ -9,19 +9,12 @@ import torch
 
 from megatron_bpipe.integration.checks.hook_points import KNOWN_RELEASES
 from megatron_bpipe.integration.checks.probe import missing, release
+from megatron_bpipe.integration.checks.schedule import check_schedule
 from megatron_bpipe.integration.log import abort, log_rank0
 from megatron_bpipe.integration.options import TRANSPORTS, Options
 from megatron_bpipe.runtime.transport.pair.links import DeviceInfo, PairTopology, obstacle
-from megatron_bpipe.schedule.balancing.balance import BudgetError, balance
-from megatron_bpipe.schedule.base import one_f_one_b
-from megatron_bpipe.schedule.ops import default_budget
 
 # attribute of Megatron's arguments or configuration: what the user gave
-INTERLEAVING = {
-    "num_layers_per_virtual_pipeline_stage": "--num-layers-per-virtual-pipeline-stage",
-    "num_virtual_stages_per_pipeline_rank": "--num-virtual-stages-per-pipeline-rank",
-    "virtual_pipeline_model_parallel_size": "virtual_pipeline_model_parallel_size",  # no flag
-}
 OFFLOADING = {
     "fine_grained_activation_offloading": "--fine-grained-activation-offloading",
     "cpu_offloading": "cpu_offloading",  # no flag
@@ -40,7 +33,6 @@ def check_arguments(args: Any, options: Options) -> str | None:
         Abort: it cannot run; rank 0 has said which flag, its value and the remedy.
     """
     stages = args.pipeline_model_parallel_size
-    budget = default_budget(stages) if options.budget is None else options.budget
     if stages == 1:
         abort(
             "--bpipe needs pipeline stages, but --pipeline-model-parallel-size is 1; "
@@ -56,28 +48,14 @@ def check_arguments(args: Any, options: Options) -> str | None:
     _check_data_paths(args)
     for flag, given, remedy in incompatible_flags(args):
         abort(f"--bpipe cannot run with {flag} {given}; {remedy}")
-    microbatches = _microbatches(args)
-    needed = min(stages, microbatches) if microbatches is not None else stages
-    if budget >= needed:
-        why = f"--bpipe-budget is {budget}" if options.budget is not None else f"p = {stages}"
-        return (
-            f"nothing to balance: {why} and 1F1B never holds more than {needed} micro-batches; "
-            "the stock schedule runs"
-        )
-    try:
-        balance(one_f_one_b(stages, microbatches or 4 * stages), budget)
-    except BudgetError as error:
-        abort(
-            f"--bpipe-budget {budget} is too small for {stages} stages: the least is "
-            f"{error.least}; raise it or leave the flag out (default {default_budget(stages)})"
-        )
-    if options.timed and torch.cuda.is_available():
+    notice = check_schedule(args, options, _microbatches(args))
+    if notice is None and options.timed and torch.cuda.is_available():
         log_rank0(
             "--timing-log-level 2 makes every rank wait for its whole GPU around every forward and "
             "backward: no copy is hidden, so BPipe looks slower than it is; use level 0 or 1 to "
             "train, and --bpipe-report to see times"
         )
-    return None
+    return notice
 
 
 def _check_transport(transport: str) -> None:
@@ -157,10 +135,15 @@ def incompatible_flags(args: Any) -> list[tuple[str, object, str]]:
         For each, the flag, its value and the remedy.
     """
     found: list[tuple[str, object, str]] = []
-    for name, flag in INTERLEAVING.items():
-        value = getattr(args, name, None)
-        if value is not None:
-            found.append((flag, value, "BPipe balances the non-interleaved schedule: drop it"))
+    if getattr(args, "overlap_moe_expert_parallel_comm", False):
+        found.append(
+            (
+                "--overlap-moe-expert-parallel-comm",
+                True,
+                "Megatron then runs its own combined 1F1B, whose forwards and backwards are one "
+                "computation: drop it",
+            )
+        )
     for name, flag in OFFLOADING.items():
         value = getattr(args, name, None)
         if value:

@@ -24,6 +24,7 @@ SCHEDULES = "megatron.core.pipeline_parallel.schedules"
 PARALLEL_STATE = "megatron.core.parallel_state"
 GROUPS = "megatron.core.process_groups_config"
 CONFIG = "megatron.core.transformer.transformer_config"
+LAYOUT = "megatron.core.transformer.pipeline_parallel_layer_layout"
 TIMERS = "megatron.core.timers"
 DATASET_UTILS = "megatron.core.datasets.utils"
 DATASET_EXTENSION = "megatron.core.datasets.helpers_cpp"
@@ -85,6 +86,11 @@ FORWARD_BACKWARD = HookPoint(
         *("grad_finalize_pgs <0.15", "pg_collection >=0.15", "force_all_reduce >=0.16"),
     ),
 )
+FORWARD_BACKWARD_INTERLEAVED = HookPoint(
+    SCHEDULES,
+    "forward_backward_pipelining_with_interleaving",
+    FORWARD_BACKWARD.parameters,
+)
 BACKWARD_STEP = HookPoint(
     SCHEDULES,
     "backward_step",
@@ -96,12 +102,17 @@ def _message(name: str, *parameters: str) -> HookPoint:
     return HookPoint(SCHEDULES, f"P2PCommunicator.{name}", parameters, positional=True)
 
 
+def _exchange(name: str, *parameters: str) -> HookPoint:
+    return HookPoint(SCHEDULES, f"P2PCommunicator.{name}", parameters)
+
+
 def _group(name: str, *parameters: str) -> HookPoint:
     return HookPoint(PARALLEL_STATE, name, parameters, releases="<0.15")
 
 
 _SCHEDULE = (
     FORWARD_BACKWARD,
+    FORWARD_BACKWARD_INTERLEAVED,
     HookPoint(
         SCHEDULES,
         "forward_step",
@@ -109,7 +120,7 @@ _SCHEDULE = (
             *("forward_step_func", "data_iterator", "model", "num_microbatches", "input_tensor"),
             *("forward_data_store", "config", "cp_group_size", "collect_non_loss_data"),
             *("checkpoint_activations_microbatch", "is_first_microbatch", "current_microbatch"),
-            "is_last_stage",
+            *("vp_stage", "is_last_stage"),
         ),
     ),
     BACKWARD_STEP,
@@ -141,6 +152,11 @@ _SCHEDULE = (
     _message("send_backward", "input_tensor_grads", "is_first_stage"),
     _message("send_forward_recv_backward", "output_tensors", "tensor_shapes", "is_last_stage"),
     _message("send_backward_recv_forward", "input_tensor_grads", "tensor_shapes", "is_first_stage"),
+    _exchange("send_forward_recv_forward", "recv_prev", "tensor_shape", "overlap_p2p_comm"),
+    _exchange("send_backward_recv_backward", "recv_next", "tensor_shape", "overlap_p2p_comm"),
+    _exchange(
+        *("send_forward_backward_recv_forward_backward", "recv_prev", "recv_next"), "tensor_shape"
+    ),
     # the process groups of a call that brings none: three ways so far
     HookPoint(SCHEDULES, "parallel_state"),
     HookPoint(SCHEDULES, "_build_default_pg_collection", releases=">=0.19"),
@@ -169,6 +185,7 @@ _SCHEDULE = (
             # what the schedule does beside computing and sending
             *("timers", "barrier_with_L1_time", "no_sync_func", "grad_sync_func"),
             *("finalize_model_grads_func", "calculate_per_token_loss", "overlap_p2p_comm"),
+            *("param_sync_func", "microbatch_group_size_per_vp_stage", "sequence_parallel"),
             *(
                 "deallocate_pipeline_outputs",
                 "num_microbatches_with_partial_activation_checkpoints",
@@ -178,6 +195,11 @@ _SCHEDULE = (
             *("num_attention_heads", "num_query_groups", "num_moe_experts"),
             *("moe_ffn_hidden_size", "moe_router_topk"),
         ),
+    ),
+    HookPoint(
+        LAYOUT,
+        "PipelineParallelLayerLayout",
+        attributes=("get_num_stages_from_str",),
     ),
     HookPoint(TIMERS, "Timers.__call__", ("name", "log_level")),
     HookPoint(TIMERS, "Timer.start", ("barrier",)),

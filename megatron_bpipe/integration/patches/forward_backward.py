@@ -1,6 +1,9 @@
-"""What stands in for Megatron's ``forward_backward_pipelining_without_interleaving``.
+"""What stands in for Megatron's ``forward_backward_pipelining_with(out)_interleaving``.
 
-    schedule -> MegatronStage -> executor.Run -> gradients finalised, as Megatron does
+    stage_plan -> a stage -> executor.ScheduleExecutor -> gradients finalised, as Megatron does
+
+A stage is a `MegatronStage` where messages have no time labels (1F1B, message for message what
+Megatron sends), else a `ChunkedStage`.
 
 Megatron's own body is not copied: everything that computes or communicates is its helpers.
 Evaluation (``forward_only``) holds no activations, so it goes to Megatron's own function.
@@ -17,12 +20,16 @@ from typing import Any
 import torch
 
 from megatron_bpipe.integration.checks.arguments import incompatible_flags
+from megatron_bpipe.integration.checks.schedule import schedule_name
 from megatron_bpipe.integration.link_forecast import forward_flops
+from megatron_bpipe.integration.options import Options
+from megatron_bpipe.integration.patches.chunked_stage import ChunkedStage
 from megatron_bpipe.integration.patches.p2p_sync import StreamWaits, host_waits
 from megatron_bpipe.integration.patches.process_groups import GROUPS_NAMES, default_groups
 from megatron_bpipe.integration.patches.stage import MegatronStage, StageCall
 from megatron_bpipe.integration.session import Session
-from megatron_bpipe.runtime.executor import Run
+from megatron_bpipe.runtime.executor import ScheduleExecutor
+from megatron_bpipe.schedule.bases.catalogue import ScheduleSpec
 from megatron_bpipe.schedule.stage_plan import stage_plan
 
 
@@ -42,23 +49,26 @@ def make_schedule(
             return stock(**named)
         call = _stage_call(schedules, arguments)
         group = call.communicator.pp_group
-        plan = stage_plan(group.size(), call.microbatches, group.rank(), session.options.budget)
-        session.begin(plan, group, call.model, _flops_of(call, arguments))
+        plan = stage_plan(_spec(call, session.options), group.rank())
+        session.begin(plan, group, call.models, _flops_of(call, arguments))
         _timer(call.config, start=True)
         embedding = schedules.clear_embedding_activation_buffer(
             config=call.config,
-            model=call.model,
+            model=_as_given(call),
             is_last_stage=call.is_last,
         )
         if plan.slots_borrowed or plan.slots_lent:
             waits = host_waits(group, clocked=session.options.clocked)
             call = replace(call, communicator=StreamWaits(call.communicator, host=waits))
-        stage = MegatronStage(call)
+        stage = ChunkedStage(call, plan.ops) if plan.labelled else MegatronStage(call)
         store, acceptor_end = session.store_for(plan), session.acceptor_end
         name = f"rank {torch.distributed.get_rank()} (stage {group.rank()} of {group.size()})"
         ranges = torch.cuda.nvtx.range if torch.cuda.is_available() else None
-        Run(plan.ops, stage, store, acceptor_end, session.observers(), name, ranges).run()
-        _finish_gradients(call, stage, embedding, arguments)
+        ScheduleExecutor(
+            plan.ops, stage, store, acceptor_end, session.observers(), name, ranges
+        ).run()
+        stage.finish()
+        _finish_gradients(call, stage.tokens, embedding, arguments)
         _timer(call.config, start=False)
         session.end(stage.losses)
         return stage.losses
@@ -66,12 +76,32 @@ def make_schedule(
     return forward_backward_bpipe
 
 
+def _spec(call: StageCall, options: Options) -> ScheduleSpec:
+    """The schedule of this call: the user's, or Megatron's own for this number of chunks."""
+    chunks = len(call.models)
+    return ScheduleSpec(
+        name=schedule_name(options.schedule, chunks),
+        p=call.communicator.pp_group.size(),
+        m=call.microbatches,
+        chunks=chunks,
+        group=call.config.microbatch_group_size_per_vp_stage if chunks > 1 else None,
+        balanced=options.bpipe,
+        budget=options.budget,
+    )
+
+
 def _stage_call(schedules: Any, arguments: dict[str, Any]) -> StageCall:
-    model = _only(arguments["model"], "model chunk")
-    config = schedules.get_model_config(model)
-    if config.overlap_p2p_comm:
+    models = _as_list(arguments["model"])
+    config = schedules.get_model_config(models[0])
+    if config.overlap_p2p_comm and len(models) == 1:
         raise ValueError(
             "bpipe: overlap_p2p_comm needs interleaving; use --no-overlap-p2p-communication"
+        )
+    iterators = _as_list(arguments["data_iterator"])
+    if len(iterators) != len(models):
+        raise ValueError(
+            f"bpipe: got {len(iterators)} data iterators for {len(models)} model chunks; give one "
+            "for each"
         )
     for flag, given, remedy in incompatible_flags(config):  # a loop without Megatron's parser
         raise ValueError(f"bpipe: cannot run with {flag} {given}; {remedy}")
@@ -92,24 +122,42 @@ def _stage_call(schedules: Any, arguments: dict[str, Any]) -> StageCall:
     return StageCall(
         schedules=schedules,
         config=config,
-        model=model,
+        models=models,
         communicator=communicator,
         groups=groups,
         groups_name=groups_name,
         forward_step_func=arguments["forward_step_func"],
-        data_iterator=_only(arguments["data_iterator"], "data iterator"),
+        data_iterators=iterators,
         microbatches=arguments["num_microbatches"],
-        shapes=_shapes(schedules, config, groups, arguments),
+        shapes=(
+            _chunk_shapes(config, groups, arguments)
+            if len(models) > 1
+            else _shapes(schedules, config, groups, arguments)
+        ),
         collect_non_loss_data=arguments["collect_non_loss_data"],
     )
 
 
-def _only(value: Any, what: str) -> Any:
-    if not isinstance(value, list):
-        return value
-    if len(value) != 1:
-        raise ValueError(f"bpipe: got {len(value)} times a {what}; without interleaving it is one")
-    return value[0]
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _as_given(call: StageCall) -> Any:
+    """The model as Megatron's helpers take it: a list only if there are several chunks."""
+    return list(call.models) if len(call.models) > 1 else call.model
+
+
+def _chunk_shapes(config: Any, groups: Any, arguments: dict[str, Any]) -> tuple[Any, Any]:
+    """The one shape of all messages of an interleaved pipeline."""
+    if arguments["adjust_tensor_shapes_fn"] is not None:
+        raise ValueError(
+            "bpipe: Megatron has no adjust_tensor_shapes_fn with interleaving; leave it out"
+        )
+    seq = arguments["seq_length"] // groups.cp.size()
+    if config.sequence_parallel:
+        seq //= groups.tp.size()
+    shape = [seq, arguments["micro_batch_size"], config.hidden_size]
+    return shape, shape
 
 
 def _shapes(schedules: Any, config: Any, groups: Any, arguments: dict[str, Any]) -> tuple[Any, Any]:
@@ -141,11 +189,9 @@ def _flops_of(call: StageCall, arguments: dict[str, Any]) -> Callable[[], float 
 
 
 def _finish_gradients(
-    call: StageCall, stage: MegatronStage, embedding: Any, arguments: dict[str, Any]
+    call: StageCall, tokens: Any, embedding: Any, arguments: dict[str, Any]
 ) -> None:
     config = call.config
-    if stage.enable_grad_sync() and config.grad_sync_func is not None:
-        config.grad_sync_func(call.model.parameters())
     if config.finalize_model_grads_func is None:
         return
     call.schedules.finish_embedding_wgrad_compute(
@@ -158,8 +204,8 @@ def _finish_gradients(
     if "force_all_reduce" in arguments:
         named["force_all_reduce"] = arguments["force_all_reduce"]
     config.finalize_model_grads_func(
-        [call.model],
-        stage.tokens if config.calculate_per_token_loss else None,
+        list(call.models),
+        tokens if config.calculate_per_token_loss else None,
         **named,
     )
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 import functools
 import inspect
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from megatron_bpipe.integration.checks.schedule import schedule_name
 from megatron_bpipe.integration.session import Session
+from megatron_bpipe.schedule.bases.catalogue import ScheduleSpec, make
 from megatron_bpipe.schedule.ops import Kind, Op
 
 
@@ -32,11 +34,14 @@ def make_observed(
             if communicator is not None
             else schedules.parallel_state.get_pipeline_model_parallel_group()
         )
-        model = named["model"]
-        session.begin(None, group, model[0] if isinstance(model, list) else model)
+        given = named["model"]
+        models = given if isinstance(given, list) else [given]
+        session.begin(None, group, models)
         forward, backward = schedules.forward_step, schedules.backward_step
         schedules.forward_step = _observed_forward(forward, session)
-        schedules.backward_step = _observed_backward(backward, session)
+        config = schedules.get_model_config(models[0])
+        order = _backwards(group, named["num_microbatches"], len(models), config)
+        schedules.backward_step = _observed_backward(backward, session, order)
         try:
             losses = stock(**named)
         finally:
@@ -51,8 +56,10 @@ def _observed_forward(forward_step: Callable[..., Any], session: Session) -> Cal
     signature = inspect.signature(forward_step)
 
     def observed(*positional: Any, **named: Any) -> Any:
-        microbatch = signature.bind(*positional, **named).arguments["current_microbatch"]
-        op = Op(Kind.FORWARD, microbatch)
+        bound = signature.bind(*positional, **named)
+        bound.apply_defaults()
+        microbatch, chunk = (bound.arguments[n] for n in ("current_microbatch", "vp_stage"))
+        op = Op(Kind.FORWARD, microbatch, chunk or 0)
         assert session.recorder is not None
         session.recorder.forward_begins(op)
         start = time.perf_counter()
@@ -64,13 +71,21 @@ def _observed_forward(forward_step: Callable[..., Any], session: Session) -> Cal
     return observed
 
 
-def _observed_backward(backward_step: Callable[..., Any], session: Session) -> Callable[..., Any]:
-    done = 0
+def _backwards(group: Any, count: int, chunks: int, config: Any) -> list[Op]:
+    """The backwards of this stage in Megatron's order; its helper is not told which one it runs."""
+    size = getattr(config, "microbatch_group_size_per_vp_stage", None) if chunks > 1 else None
+    name = schedule_name(None, chunks)
+    base = make(ScheduleSpec(name, group.size(), count, chunks, size))
+    return [op for op in base.stages[group.rank()] if op.kind is Kind.BACKWARD]
+
+
+def _observed_backward(
+    backward_step: Callable[..., Any], session: Session, order: Sequence[Op]
+) -> Callable[..., Any]:
+    ahead = iter(order)
 
     def observed(*positional: Any, **named: Any) -> Any:
-        nonlocal done
-        op = Op(Kind.BACKWARD, done)
-        done += 1
+        op = next(ahead)
         start = time.perf_counter()
         result = backward_step(*positional, **named)
         assert session.recorder is not None

@@ -37,6 +37,9 @@ MESSAGES = frozenset(
     (
         *("recv_forward", "send_forward", "recv_backward", "send_backward"),
         *("send_forward_recv_backward", "send_backward_recv_forward"),
+        # with several model chunks
+        *("send_forward_recv_forward", "send_backward_recv_backward"),
+        "send_forward_backward_recv_forward_backward",
     )
 )
 

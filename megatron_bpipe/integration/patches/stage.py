@@ -12,7 +12,7 @@ helper differs between releases, `checks/hook_points.py` says how.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +20,7 @@ import torch
 
 from megatron_bpipe.integration.checks.hook_points import BACKWARD_STEP
 from megatron_bpipe.integration.checks.probe import call_known
-from megatron_bpipe.schedule.ops import Op
+from megatron_bpipe.schedule.ops import Kind, Op
 
 
 @dataclass
@@ -33,15 +33,20 @@ class StageCall:
 
     schedules: Any
     config: Any
-    model: Any
+    models: Sequence[Any]  # the stage's chunks; one without interleaving
     communicator: Any
     groups: Any  # of processes: a collection with tp, cp, pp ...
     groups_name: str  # the parameter by which this release passes them
     forward_step_func: Callable[..., Any]
-    data_iterator: Any
+    data_iterators: Sequence[Any]  # one for each chunk
     microbatches: int
     shapes: tuple[Any, Any]  # of what is received and of what is sent, forward
     collect_non_loss_data: bool
+
+    @property
+    def model(self) -> Any:
+        """The only chunk, or the first."""
+        return self.models[0]
 
     @property
     def is_first(self) -> bool:
@@ -78,19 +83,38 @@ class MegatronStage:
         self._no_sync = (call.config.no_sync_func or contextlib.nullcontext)()
         self._no_sync.__enter__()
 
-    def recv_forward(self, op: Op) -> None:
-        """RF."""
-        call = self.call
-        self._inputs[op.microbatch] = call.communicator.recv_forward(call.shapes[0], call.is_first)
+    def exchange(self, ops: Sequence[Op]) -> None:
+        """One message, or a send with the receive from the same neighbour."""
+        call, communicator, first = self.call, self.call.communicator, ops[0]
+        i, kinds = first.microbatch, tuple(op.kind for op in ops)
+        if kinds == (Kind.RECV_FORWARD,):
+            self._inputs[i] = communicator.recv_forward(call.shapes[0], call.is_first)
+        elif kinds == (Kind.RECV_BACKWARD,):
+            self._gradients[i] = communicator.recv_backward(call.shapes[1], call.is_last)
+        elif kinds == (Kind.SEND_FORWARD,):
+            communicator.send_forward(self._outputs[i], call.is_last)
+            self._sent(i)
+        elif kinds == (Kind.SEND_BACKWARD,):
+            communicator.send_backward(self._gradients.pop(i), call.is_first)
+        elif kinds == (Kind.SEND_FORWARD, Kind.RECV_BACKWARD):
+            self._gradients[ops[1].microbatch] = communicator.send_forward_recv_backward(
+                self._outputs[i], call.shapes[1], call.is_last
+            )
+            self._sent(i)
+        else:
+            assert kinds == (Kind.SEND_BACKWARD, Kind.RECV_FORWARD), kinds
+            self._inputs[ops[1].microbatch] = communicator.send_backward_recv_forward(
+                self._gradients.pop(i), call.shapes[0], call.is_first
+            )
 
     def forward(self, op: Op) -> object:
         """F."""
         call, i = self.call, op.microbatch
         if call.is_first:  # no message comes in, but the helpers expect its empty shape
-            self.recv_forward(op)
+            self._inputs[i] = call.communicator.recv_forward(call.shapes[0], call.is_first)
         output, tokens = call.schedules.forward_step(
             forward_step_func=call.forward_step_func,
-            data_iterator=call.data_iterator,
+            data_iterator=call.data_iterators[0],
             model=call.model,
             num_microbatches=call.microbatches,
             input_tensor=self._inputs[i],
@@ -109,32 +133,13 @@ class MegatronStage:
             self._sent(i)
         return output
 
-    def send_forward(self, op: Op) -> None:
-        """SF."""
-        self.call.communicator.send_forward(self._outputs[op.microbatch], self.call.is_last)
-        self._sent(op.microbatch)
-
-    def recv_backward(self, op: Op) -> None:
-        """RB."""
-        call = self.call
-        gradient = call.communicator.recv_backward(call.shapes[1], call.is_last)
-        self._gradients[op.microbatch] = gradient
-
-    def send_forward_recv_backward(self, send: Op, recv: Op) -> None:
-        """SF and RB at once."""
-        call = self.call
-        self._gradients[recv.microbatch] = call.communicator.send_forward_recv_backward(
-            self._outputs[send.microbatch], call.shapes[1], call.is_last
-        )
-        self._sent(send.microbatch)
-
     def backward(self, op: Op) -> None:
         """B."""
         call, i = self.call, op.microbatch
         if i == call.microbatches - 1 and (call.config.grad_sync_func is None or call.is_first):
-            self.enable_grad_sync()
+            self._enable_grad_sync()
         if call.is_last:
-            self.recv_backward(op)
+            self._gradients[i] = call.communicator.recv_backward(call.shapes[1], call.is_last)
         self._gradients[i] = call_known(
             BACKWARD_STEP,
             call.schedules.backward_step,
@@ -147,19 +152,12 @@ class MegatronStage:
         if call.is_first:
             del self._gradients[i]
 
-    def send_backward(self, op: Op) -> None:
-        """SB."""
-        gradient = self._gradients.pop(op.microbatch)
-        self.call.communicator.send_backward(gradient, self.call.is_first)
+    def finish(self) -> None:
+        """All ops have run: reduce all gradients."""
+        if self._enable_grad_sync() and self.call.config.grad_sync_func is not None:
+            self.call.config.grad_sync_func(self.call.model.parameters())
 
-    def send_backward_recv_forward(self, send: Op, recv: Op) -> None:
-        """SB and RF at once."""
-        call = self.call
-        self._inputs[recv.microbatch] = call.communicator.send_backward_recv_forward(
-            self._gradients.pop(send.microbatch), call.shapes[0], call.is_first
-        )
-
-    def enable_grad_sync(self) -> bool:
+    def _enable_grad_sync(self) -> bool:
         """Let gradients be reduced from here on; False if they already were."""
         if self._no_sync is None:
             return False

@@ -20,7 +20,7 @@ from megatron_bpipe.runtime.graph import nodes_below, roots_of
 from megatron_bpipe.runtime.observe.audit import Audit, audit_forward
 from megatron_bpipe.runtime.observe.memory import LiveActivations
 from megatron_bpipe.runtime.transport import TransferHandle
-from megatron_bpipe.schedule.ops import ActivationKey, Kind, Op
+from megatron_bpipe.schedule.ops import ActivationKey, Kind, Op, microbatches
 
 TIMELINE_ITERATIONS = 8
 CHANGES_MEMORY = frozenset(
@@ -38,7 +38,7 @@ class Peaks:
     """
 
     activation_bytes: int = 0
-    microbatches: int = 0
+    microbatches: float = 0
     allocator_bytes: int | None = None
 
 
@@ -67,6 +67,7 @@ class Recorder:
     _before_forward: int | None = None
     _live: LiveActivations = field(default_factory=LiveActivations)
     _excluded: Collection[int] = ()
+    _chunks: int = 1
     _baseline: int | None = None
     _peak: Callable[[], int] | None = None
     _begun: float = 0.0
@@ -79,8 +80,12 @@ class Recorder:
         """The allocator's bytes when the last iteration began; None if it cannot say."""
         return self._baseline
 
-    def begin(self, excluded: Collection[int]) -> None:
-        """A training iteration begins; ``excluded`` storages are not activations."""
+    def begin(self, excluded: Collection[int], chunks: int = 1) -> None:
+        """A training iteration begins; ``excluded`` storages are not activations.
+
+        ``chunks`` are the stage's model chunks (v): one activation counts 1/v micro-batches.
+        """
+        self._chunks = chunks
         if len(self.iterations) == 1:
             self.peaks.allocator_bytes = None
         self._live.clear()
@@ -141,7 +146,8 @@ class Recorder:
         """See `executor.Observer`."""
         present: float
         if op.kind in CHANGES_MEMORY or not self.timeline[-1]:
-            live, present = self._live.sample()
+            live, count = self._live.sample()
+            present = microbatches(count, self._chunks)
             self.peaks.activation_bytes = max(self.peaks.activation_bytes, live)
             self.peaks.microbatches = max(self.peaks.microbatches, present)
             now = self.allocated() if self._peak is None else None
@@ -173,7 +179,7 @@ class Recorder:
     @property
     def chunks(self) -> int:
         """Of this stage (v)."""
-        return 1 + max((op.chunk for op in self._forwards()), default=0)
+        return self._chunks
 
     @property
     def exposed_seconds(self) -> float | None:

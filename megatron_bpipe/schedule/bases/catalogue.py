@@ -1,6 +1,8 @@
 """All schedules by name: ``build("bpipe", p=8, m=16)``.
 
-What each needs of p and m its generator says when it refuses.  ``note`` is one line for people.
+One row a schedule says how it is made, whether Megatron's loop can run it, and one line for people.
+What it needs of p and m its generator says when it refuses.  Whoever wants a schedule (executor,
+checks, simulator, estimator, drawings) asks here or, for one stage's lowered ops, ``stage_plan``.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from megatron_bpipe.schedule.balancing.balance import balance, least_budget
+from megatron_bpipe.schedule.balancing.balance import balance
 from megatron_bpipe.schedule.balancing.offload import offload
 from megatron_bpipe.schedule.base import one_f_one_b
 from megatron_bpipe.schedule.bases.chimera import chimera
@@ -23,48 +25,96 @@ from megatron_bpipe.schedule.validation.validate import validate
 
 
 @dataclass(frozen=True)
+class ScheduleSpec:
+    """Which schedule, of which size; the same on all ranks.
+
+    Attributes:
+        name: in `CATALOGUE`.
+        p: pipeline stages.
+        m: micro-batches of an iteration.
+        chunks: model chunks a stage, for schedules that have any number of them.
+        group: micro-batches that go through a chunk together (N); None: p.
+        balanced: whether evictions and loads keep every stage within ``budget``.
+        budget: micro-batches of a whole stage, decimals allowed; None: the default of `balance`.
+    """
+
+    name: str
+    p: int
+    m: int
+    chunks: int = 2
+    group: int | None = None
+    balanced: bool = False
+    budget: float | None = None
+
+
+@dataclass(frozen=True)
 class Entry:
-    """One schedule: how to make it, what to say of it."""
+    """One schedule: how to make it, what to say of it, whether Megatron's loop runs it."""
 
-    build: Callable[[int, int], Schedule]
+    make: Callable[[ScheduleSpec], Schedule]
     note: str
+    executed: bool = False
+
+    def build(self, p: int, m: int) -> Schedule:
+        """The schedule at its default settings, not validated."""
+        return self.make(ScheduleSpec("", p, m))
 
 
-def _bpipe(p: int, m: int) -> Schedule:
-    return balance(one_f_one_b(p, m))
+def _of(base: Callable[[int, int], Schedule]) -> Callable[[ScheduleSpec], Schedule]:
+    """Of p and m alone."""
+    return lambda spec: base(spec.p, spec.m)
 
 
-def _interleaved_bpipe(p: int, m: int) -> Schedule:
-    base = interleaved(p, m)
-    return balance(base, least_budget(base))
-
-
-def _host(p: int, m: int) -> Schedule:
-    return offload(one_f_one_b(p, m), default_budget(p))
+def _interleaved(spec: ScheduleSpec) -> Schedule:
+    return interleaved(spec.p, spec.m, spec.chunks, spec.group)
 
 
 CATALOGUE = {
-    "1f1b": Entry(one_f_one_b, "1F1B (DAPPLE), Megatron-LM's default"),
-    "bpipe": Entry(_bpipe, "BPipe on 1F1B, the paper's budget"),
-    "gpipe": Entry(gpipe, "GPipe: all forwards, then all backwards"),
-    "pipedream": Entry(pipedream, "PipeDream: no flush, p - x weight versions"),
-    "pipedream-2bw": Entry(pipedream_2bw, "PipeDream-2BW: no flush, two weight versions"),
-    "continuous": Entry(continuous_pipe, "ContinuousPipe: PipeDream over mini-batches"),
-    "interleaved": Entry(interleaved, "interleaved 1F1B, two chunks a stage"),
-    "interleaved-bpipe": Entry(_interleaved_bpipe, "BPipe on interleaved 1F1B, least budget"),
-    "chimera": Entry(chimera, "Chimera: two pipelines in opposite directions"),
-    "zb-h1": Entry(zb_h1, "zero-bubble H1: 1F1B's memory, W fills the bubble"),
-    "v-min": Entry(partial(v_shape, name="v-min"), "V-Min: a third of 1F1B's memory"),
-    "v-half": Entry(partial(v_shape, name="v-half"), "V-Half: half of 1F1B's memory"),
-    "v-zb": Entry(partial(v_shape, name="v-zb"), "V-ZB: no bubble, 1F1B's memory"),
-    "host-offload": Entry(_host, "1F1B with evictions to host memory, BPipe's budget"),
+    "1f1b": Entry(_of(one_f_one_b), "1F1B (DAPPLE), Megatron-LM's default", executed=True),
+    "bpipe": Entry(
+        lambda spec: balance(one_f_one_b(spec.p, spec.m)), "BPipe on 1F1B, the paper's budget"
+    ),
+    "gpipe": Entry(
+        _of(gpipe), "GPipe: all forwards, then all backwards, first in, first out", executed=True
+    ),
+    "gpipe-lifo": Entry(
+        _of(partial(gpipe, lifo=True)), "GPipe with backwards last in, first out", executed=True
+    ),
+    "pipedream": Entry(_of(pipedream), "PipeDream: no flush, p - x weight versions"),
+    "pipedream-2bw": Entry(_of(pipedream_2bw), "PipeDream-2BW: no flush, two weight versions"),
+    "continuous": Entry(_of(continuous_pipe), "ContinuousPipe: PipeDream over mini-batches"),
+    "interleaved": Entry(_interleaved, "interleaved 1F1B, several chunks a stage", executed=True),
+    "interleaved-bpipe": Entry(
+        lambda spec: balance(_interleaved(spec)), "BPipe on interleaved 1F1B, least budget"
+    ),
+    "chimera": Entry(_of(chimera), "Chimera: two pipelines in opposite directions"),
+    "zb-h1": Entry(_of(zb_h1), "zero-bubble H1: 1F1B's memory, W fills the bubble"),
+    "v-min": Entry(_of(partial(v_shape, name="v-min")), "V-Min: a third of 1F1B's memory"),
+    "v-half": Entry(_of(partial(v_shape, name="v-half")), "V-Half: half of 1F1B's memory"),
+    "v-zb": Entry(_of(partial(v_shape, name="v-zb")), "V-ZB: no bubble, 1F1B's memory"),
+    "host-offload": Entry(
+        lambda spec: offload(one_f_one_b(spec.p, spec.m), default_budget(spec.p)),
+        "1F1B with evictions to host memory, BPipe's budget",
+    ),
 }
+
+EXECUTED = tuple(name for name, entry in CATALOGUE.items() if entry.executed)
 
 
 def build(name: str, p: int, m: int) -> Schedule:
     """The named schedule, validated; raises ValueError for names, p or m that do not work."""
-    if name not in CATALOGUE:
-        raise ValueError(f"schedule {name!r} is not known: use {', '.join(CATALOGUE)}")
-    schedule = CATALOGUE[name].build(p, m)
+    schedule = make(ScheduleSpec(name, p, m))
     validate(schedule)
     return schedule
+
+
+def make(spec: ScheduleSpec) -> Schedule:
+    """The logical schedule of a specification, balanced if it asks for that.
+
+    Raises:
+        ValueError: for names, p or m that do not work; `BudgetError` for a budget too small.
+    """
+    if spec.name not in CATALOGUE:
+        raise ValueError(f"schedule {spec.name!r} is not known: use {', '.join(CATALOGUE)}")
+    schedule = CATALOGUE[spec.name].make(spec)
+    return balance(schedule, spec.budget) if spec.balanced else schedule

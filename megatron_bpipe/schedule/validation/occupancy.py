@@ -12,7 +12,7 @@ Units: activations of one chunk; `ops.microbatches` makes micro-batches of a who
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 
 from megatron_bpipe.schedule.balancing.min_evictions import Span
@@ -85,3 +85,22 @@ def occupancy(line: Sequence[Op]) -> tuple[list[int], list[int]]:
 def peak(line: Sequence[Op]) -> int:
     """Most activations on this stage at any step, slots it lends not counted."""
     return max(occupancy(line)[0], default=0)
+
+
+def remote_bytes(line: Sequence[Op], sizes: Mapping[int, int]) -> int:
+    """Most bytes of one evictor that are remote or in flight at any step: its acceptor's pool.
+
+    ``sizes`` has the bytes of one activation of each chunk.
+    """
+    here = most = 0
+    returning = 0  # a load's slot is free when the computation beside it is over
+    for op in line:
+        if op.kind is Kind.EVICT:
+            here += sizes[op.chunk]
+        elif op.kind is Kind.LOAD:
+            returning += sizes[op.chunk]
+        elif op.kind.computation:
+            most = max(most, here)
+            here -= returning
+            returning = 0
+    return most

@@ -1,0 +1,117 @@
+"""Which schedule the arguments ask for, and whether there is anything to balance in it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron_bpipe.integration.log import abort
+from megatron_bpipe.integration.options import Options
+from megatron_bpipe.schedule.balancing.balance import BudgetError, balance
+from megatron_bpipe.schedule.bases.catalogue import EXECUTED, ScheduleSpec, make
+from megatron_bpipe.schedule.ops import Kind, Schedule, microbatches, quantity
+from megatron_bpipe.schedule.validation.occupancy import peak
+
+CHUNKS_FLAG = "--num-virtual-stages-per-pipeline-rank"
+
+
+def schedule_name(chosen: str | None, chunks: int) -> str:
+    """The user's schedule, or Megatron's own for this number of model chunks a stage."""
+    return chosen or ("interleaved" if chunks > 1 else "1f1b")
+
+
+def check_schedule(args: Any, options: Options, count: int | None) -> str | None:
+    """Whether the schedule fits the arguments and its budget can be kept.
+
+    Args:
+        args: Megatron's, parsed but not yet validated.
+        options: the user's settings.
+        count: micro-batches of an iteration, None where the arguments do not fix it.
+
+    Returns:
+        None, or a sentence if there is nothing to balance.
+
+    Raises:
+        Abort: it does not fit; rank 0 has said which flag, its value and the remedy.
+    """
+    chunks = model_chunks(args)
+    _check_name(options.schedule, chunks)
+    if not options.bpipe:
+        return None
+    p = args.pipeline_model_parallel_size
+    group = getattr(args, "microbatch_group_size_per_vp_stage", None) if chunks > 1 else None
+    spec = ScheduleSpec(
+        schedule_name(options.schedule, chunks), p, count or 4 * (group or p), chunks, group
+    )
+    try:
+        base = make(spec)
+    except ValueError:
+        return None  # sizes that Megatron itself refuses, in its own words
+    held = microbatches(max(peak(line) for line in base.stages), chunks)
+    try:
+        balanced = balance(base, options.budget)
+    except BudgetError as error:
+        if options.budget is None:
+            return f"nothing to balance: {base.name} is as full on every stage; it runs as it is"
+        abort(
+            f"--bpipe-budget {quantity(options.budget)} is too small for {base.name} on {p} "
+            f"stages: the least is {quantity(error.least)}; raise it or leave the flag out "
+            f"(default {_default(base)})"
+        )
+    if _evicts(balanced):
+        return None
+    why = f"--bpipe-budget is {quantity(options.budget)}" if options.budget else f"p = {p}"
+    name = "1F1B" if chunks == 1 else f"interleaved 1F1B of {chunks} chunks"
+    return (
+        f"nothing to balance: {why} and {name} never holds more than {quantity(held)} "
+        "micro-batches; the stock schedule runs"
+    )
+
+
+def _check_name(chosen: str | None, chunks: int) -> None:
+    if chosen is None:
+        return
+    if chosen not in EXECUTED:
+        abort(f"--bpipe-schedule {chosen} is unknown; choose one of {', '.join(EXECUTED)}")
+    if (chosen == "interleaved") is not (chunks > 1):
+        remedy = f"drop {CHUNKS_FLAG}" if chunks > 1 else f"add {CHUNKS_FLAG}"
+        abort(
+            f"--bpipe-schedule {chosen} does not fit a model of {chunks} chunk(s) a stage; "
+            f"{remedy}, or leave --bpipe-schedule out"
+        )
+
+
+def _default(base: Schedule) -> str:
+    budget = balance(base).budget
+    assert budget is not None
+    return quantity(budget)
+
+
+def _evicts(schedule: Schedule) -> bool:
+    return any(op.kind is Kind.EVICT for line in schedule.stages for op in line)
+
+
+def model_chunks(args: Any) -> int:
+    """Model chunks a stage (v), as Megatron's ``validate_args`` will find it."""
+    p = args.pipeline_model_parallel_size
+    layout = getattr(args, "pipeline_model_parallel_layout", None)
+    given = getattr(args, "num_virtual_stages_per_pipeline_rank", None)
+    layers = getattr(args, "num_layers_per_virtual_pipeline_stage", None)
+    if layout is not None:
+        return max(1, _stages_of_layout(layout) // p)
+    if given is not None:
+        return int(given)
+    if layers is not None and args.num_layers is not None:
+        extra = ("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split")
+        total = args.num_layers + sum(bool(getattr(args, name, False)) for name in extra)
+        return max(1, int(total // p // layers))
+    return getattr(args, "virtual_pipeline_model_parallel_size", None) or 1
+
+
+def _stages_of_layout(layout: Any) -> int:
+    if not isinstance(layout, str):
+        return len(layout)
+    from megatron.core.transformer.pipeline_parallel_layer_layout import (
+        PipelineParallelLayerLayout,
+    )
+
+    return int(PipelineParallelLayerLayout.get_num_stages_from_str(layout))
