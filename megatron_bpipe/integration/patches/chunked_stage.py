@@ -1,8 +1,9 @@
 """One pipeline stage of one or several model chunks, with messages posted by time label.
 
     exchange      P2PCommunicator.send_forward_recv_forward and send_backward_recv_backward,
-                  asynchronous (--overlap-p2p-communication, the default with interleaving), or
-                  send_forward_backward_recv_forward_backward, one batched call
+                  asynchronous (Megatron's default with interleaving), or, with
+                  --no-overlap-p2p-communication, one batched call of
+                  send_forward_backward_recv_forward_backward
     F             schedules.forward_step
     B             schedules.backward_step
 
@@ -33,7 +34,6 @@ class ChunkedStage:
     Args:
         call: what stays the same for the whole iteration.
         ops: what this stage runs.
-        warmup: forwards before the first backward, for partial activation checkpointing.
     """
 
     call: StageCall
