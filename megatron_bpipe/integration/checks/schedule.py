@@ -104,7 +104,7 @@ def model_chunks(args: Any) -> int:
         extra = ("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split")
         total = args.num_layers + sum(bool(getattr(args, name, False)) for name in extra)
         return max(1, int(total // p // layers))
-    return getattr(args, "virtual_pipeline_model_parallel_size", None) or 1
+    return 1
 
 
 def _stages_of_layout(layout: Any) -> int:
