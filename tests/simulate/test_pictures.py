@@ -7,7 +7,6 @@ import json
 import re
 import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
 
@@ -24,10 +23,6 @@ from megatron_bpipe.simulate.recorded.overlay import overlay
 from megatron_bpipe.simulate.recorded.recording import read_report
 from tests.simulate.reports import write_report
 
-BROWSER = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), ""
-)
-
 
 def two_panels(p: int = 4, m: int = 8) -> Picture:
     panels = []
@@ -35,82 +30,6 @@ def two_panels(p: int = 4, m: int = 8) -> Picture:
         found = simulate(lower(build(name, p, m)), even_costs(p, backward=2, transfer=0.5))
         panels.append(panel_of(found, title=CATALOGUE[name].note))
     return Picture(tuple(panels), "micro-batches", "")
-
-
-def dump(path: Path, profile: Path, anchor: str = "") -> str:
-    """The page's document after its script ran in a real browser."""
-    flags = [
-        *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
-        *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
-        *("--virtual-time-budget=2000", "--window-size=1500,900", "--dump-dom"),
-    ]
-    command = [BROWSER, *flags, f"--user-data-dir={profile}", f"file://{path}{anchor}"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-    return done.stdout
-
-
-@pytest.mark.skipif(not BROWSER, reason="needs chromium or chrome")
-def test_the_page_draws_in_a_browser(tmp_path):
-    path = tmp_path / "page.html"
-    path.write_text(page(two_panels(), "stock & <BPipe>"), encoding="utf-8")
-    document = dump(path, tmp_path / "profile")
-    assert 'data-drawn="64 64"' in document  # written after the last box of each panel
-    assert document.count("<canvas") == 2
-    assert "<h1>stock &amp; &lt;BPipe&gt;</h1>" in document
-
-
-@pytest.mark.skipif(not BROWSER, reason="needs chromium or chrome")
-@pytest.mark.parametrize(
-    ("anchor", "text"),
-    [
-        ("#op=1/0/E1", "stage 0 to stage 3"),
-        ("#op=0/2/B3", "backward of micro-batch 3"),
-    ],
-)
-def test_details_of_an_op_can_be_linked(tmp_path, anchor, text):
-    path = tmp_path / "page.html"
-    path.write_text(page(two_panels(), "two"), encoding="utf-8")
-    document = dump(path, tmp_path / "profile", anchor)
-    tip = re.search(r'<div id="tip"[^>]*>(.*?)</div>', document, re.DOTALL)
-    assert tip is not None
-    assert text in tip[1]
-
-
-HAND = """<script>
-const plot = plots[1], place = plot.canvas.getBoundingClientRect();
-function at(kind, x, y, more) {
-  plot.canvas.dispatchEvent(new kind(more.type, { clientX: place.left + x, clientY: place.top + y,
-    bubbles: true, cancelable: true, ...more }));
-}
-const told = [];
-function point(x, y) { at(PointerEvent, x, y, { type: "pointermove" }); told.push(tip.innerText); }
-point(plot.x(0.5), plot.y(0) + 8);
-point(plot.x(2.2), plot.y(0) + plot.lane - 3);
-point(plot.x(5), plot.memoryY(3) + 8);
-const before = view.to - view.from;
-at(WheelEvent, plot.x(10), 40, { type: "wheel", deltaY: -400 });
-told.push(`zoomed ${view.to - view.from < before}`);
-layout.click();
-told.push(`stacked ${main.className === ""}`);
-document.documentElement.dataset.told = told.join(" | ");
-</script></body>"""
-
-
-@pytest.mark.skipif(not BROWSER, reason="needs chromium or chrome")
-def test_pointing_zooming_and_stacking(tmp_path):
-    """A hand over the second panel: a box, an eviction, memory; then the wheel and the button."""
-    path = tmp_path / "page.html"
-    text = page(two_panels(), "two").replace("</body>", HAND)
-    path.write_text(text, encoding="utf-8")
-    document = dump(path, tmp_path / "profile")
-    told = re.search(r'data-told="([^"]*)"', document)
-    assert told is not None
-    box, move, memory, zoomed, stacked = told[1].split(" | ")
-    assert "forward of micro-batch 0" in box
-    assert "evict: stage 0 to stage 3" in move
-    assert "memory of stage 3" in memory
-    assert "pool 2 mb" in memory
-    assert (zoomed, stacked) == ("zoomed true", "stacked true")
 
 
 def test_the_page_needs_no_network():
