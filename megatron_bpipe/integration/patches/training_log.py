@@ -93,7 +93,7 @@ def _moved(session: Session, args: Any) -> dict[str, float]:
     dist.all_reduce(table, op=dist.ReduceOp.MAX)
     columns = {name: table[:, n].tolist() for n, name in enumerate(names)}
     scalars: dict[str, float] = {}
-    if session.plan is not None:
+    if session.plan is not None and session.plan.budget is not None:
         scalars["bpipe/budget"] = session.plan.budget
     for name in ("peak", "allocated"):
         for stage, value in enumerate(columns[name]):
