@@ -6,7 +6,7 @@ import argparse
 import json
 import shutil
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_bpipe.cli.output import OutputError, check_output, written
@@ -21,10 +21,8 @@ from megatron_bpipe.estimate.paper.refined import Measured
 from megatron_bpipe.estimate.paper.tables import published_cases, published_constants
 from megatron_bpipe.estimate.runs import Layout, Run
 from megatron_bpipe.report.fields import ReportError
-from megatron_bpipe.schedule.balancing.balance import BudgetError, balance
-from megatron_bpipe.schedule.base import one_f_one_b
-from megatron_bpipe.schedule.bases.catalogue import CATALOGUE, build
-from megatron_bpipe.schedule.bases.interleaved import interleaved
+from megatron_bpipe.schedule.balancing.balance import BudgetError
+from megatron_bpipe.schedule.bases.catalogue import CATALOGUE, ScheduleSpec, build, make
 from megatron_bpipe.schedule.lowering.lower import lower
 from megatron_bpipe.schedule.ops import Schedule, quantity
 from megatron_bpipe.simulate import (
@@ -128,7 +126,7 @@ def _simulated(args: argparse.Namespace) -> Picture:
 def _schedules(args: argparse.Namespace) -> list[tuple[str, Schedule]]:
     """What is drawn: the schedule that is asked for, before it the one beside it."""
     stock: tuple[str, Schedule] | None
-    if args.budget is not None or args.chunks is not None:
+    if (args.budget, args.chunks, args.group) != (None, None, None):
         stock, asked = _balanced(args)
     else:
         base = args.base or "bpipe"
@@ -157,13 +155,16 @@ def _balanced(args: argparse.Namespace) -> tuple[tuple[str, Schedule], tuple[str
         raise _UsageError(f"--base {args.base}: drawn as it is; drop {flag} or --base")
     if chunks < 1:
         raise _UsageError(f"--chunks {chunks}: a stage has at least 1")
+    if args.group is not None and chunks == 1:
+        raise _UsageError(f"--group {args.group}: only interleaving has groups; add --chunks 2")
     try:
         if chunks == 1:
-            name, stock = "1F1B", one_f_one_b(args.pp, args.microbatches)
+            name, spec = "1F1B", ScheduleSpec("1f1b", args.pp, args.microbatches, 1)
         else:
             name = f"interleaved 1F1B, {chunks} chunks a stage"
-            stock = interleaved(args.pp, args.microbatches, chunks)
-        balanced = balance(stock, args.budget)
+            spec = ScheduleSpec("interleaved", args.pp, args.microbatches, chunks, args.group)
+        stock = make(spec)
+        balanced = make(replace(spec, balanced=True, budget=args.budget))
     except BudgetError as error:
         raise _UsageError(
             f"--budget {quantity(error.budget)} is too small for --pp {args.pp} --microbatches "

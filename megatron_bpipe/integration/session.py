@@ -228,6 +228,7 @@ class Session:
                 ranks,
                 bpipe=self.options.bpipe,
                 budget=self.plan.budget if self.plan is not None else None,
+                schedule=self.plan.name if self.plan is not None else None,
                 written=datetime.now(UTC).isoformat(timespec="seconds"),
                 flags=sys.argv[1:],
                 packages=package_versions(),

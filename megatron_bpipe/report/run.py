@@ -89,6 +89,7 @@ class RunReport:
     stages: tuple[StageReport, ...]
     iterations: Sequence[Sequence[float]]
     losses: Sequence[Sequence[str]]
+    schedule: str = "1f1b"
     transport: str = ""
     written: str = ""
     flags: Sequence[str] = ()
@@ -98,8 +99,8 @@ class RunReport:
     def text(self) -> str:
         """The JSON text: indented, each iteration's times and losses on one line."""
         document = asdict(self) | {"stages": [stage.document() for stage in self.stages]}
-        order = [*("version", "written", "bpipe", "budget", "p", "m", "v", "transport", "flags")]
-        order += ["packages", "stages", "iterations", "losses"]
+        order = [*("version", "written", "bpipe", "budget", "p", "m", "v", "schedule", "flags")]
+        order += ["transport", "packages", "stages", "iterations", "losses"]
         parts = []
         for name in order:
             value = document[name]
@@ -140,11 +141,15 @@ def merge(
     *,
     bpipe: bool,
     budget: float | None,
+    schedule: str | None = None,
     written: str,
     flags: Sequence[str],
     packages: Mapping[str, str],
 ) -> RunReport:
-    """One document from all ranks: of each stage the rank with the highest peak."""
+    """One document from all ranks: of each stage the rank with the highest peak.
+
+    ``schedule`` is its name in the catalogue, None for Megatron's own.
+    """
     m, v = max(rank.microbatches for rank in ranks), max(rank.chunks for rank in ranks)
     p = 1 + max(rank.stage.stage for rank in ranks)
     stock = stock_microbatches(p, m, v)
@@ -163,6 +168,7 @@ def merge(
         stages=tuple(stages),
         iterations=ranks[0].iterations,
         losses=next((rank.losses for rank in ranks if rank.losses), []),
+        schedule=schedule or ("1f1b" if v == 1 else "interleaved"),
         transport=", ".join(transports),
         written=written,
         flags=tuple(flags),

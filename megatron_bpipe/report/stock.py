@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_bpipe.schedule.base import one_f_one_b
-from megatron_bpipe.schedule.bases.interleaved import interleaved
+from megatron_bpipe.schedule.bases.catalogue import ScheduleSpec, make
 from megatron_bpipe.schedule.validation.occupancy import peak
 
 
@@ -12,7 +11,7 @@ def stock_microbatches(p: int, m: int, v: int = 1) -> tuple[float | None, ...]:
     if m < 1:
         return (None,) * p
     try:
-        schedule = one_f_one_b(p, m) if v == 1 else interleaved(p, m, v)
+        schedule = make(ScheduleSpec("1f1b" if v == 1 else "interleaved", p, m, v))
     except ValueError:
         return (None,) * p
     return tuple(peak(line) / v for line in schedule.stages)

@@ -76,6 +76,7 @@ def write_report(
         stages=tuple(stages),
         iterations=[[start, start + found.seconds] for start in starts],
         losses=losses,
+        schedule="1f1b" if v == 1 else "interleaved",
         transport="shm" if bpipe else "",
         flags=flags,
     )

@@ -36,6 +36,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add("--beside", metavar="NAME", help="draw this one beside it (default 1f1b; none: alone)")
     add("--budget", type=float, metavar="X", help=_BUDGET)
     add("--chunks", type=int, metavar="V", help=_CHUNKS)
+    add(
+        "--group", type=int, metavar="N", help="with --chunks: micro-batches of a group (default P)"
+    )
     costs = parser.add_argument_group("costs of one micro-batch on one stage, with units (12ms)")
     costs.add_argument("--forward", metavar="TIME", help="a forward (default 1, without unit)")
     costs.add_argument("--backward", metavar="TIME", help="a backward, W included (default 2)")

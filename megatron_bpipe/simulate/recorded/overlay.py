@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
-from megatron_bpipe.schedule.balancing.balance import balance
-from megatron_bpipe.schedule.base import one_f_one_b
-from megatron_bpipe.schedule.bases.interleaved import interleaved
+from megatron_bpipe.schedule.bases.catalogue import ScheduleSpec, make
 from megatron_bpipe.schedule.lowering.lower import lower
+from megatron_bpipe.schedule.ops import Kind, Schedule
 from megatron_bpipe.simulate.draw.picture import Panel, panel_of, time_text
 from megatron_bpipe.simulate.engine import simulate
 from megatron_bpipe.simulate.recorded.recording import (
@@ -24,13 +24,29 @@ def overlay(recording: Recording, title: str) -> Panel:
     The simulation knows the means of the op times only: what lies apart is variation from
     micro-batch to micro-batch and what the recording's machine did besides.
     """
-    p, m, v = len(recording.stages), recording.microbatches, recording.run.v
-    schedule = one_f_one_b(p, m) if v == 1 else interleaved(p, m, v)
-    if recording.run.bpipe:
-        schedule = balance(schedule, recording.run.budget)
+    schedule = _schedule(recording)
     found = simulate(lower(schedule), measured_costs(recording))
     ghost = panel_of(found, measured_bytes(recording), "predicted", "s")
     real = panel(recording, title)
     apart = found.seconds / recording.seconds - 1
     text = f"{time_text(found.seconds, 's')} ({100 * apart:+.1f} %)"
     return replace(real, ghost=ghost, facts=(*real.facts, ("predicted", text)))
+
+
+def _schedule(recording: Recording) -> Schedule:
+    """What ran, as the catalogue makes it."""
+    run = recording.run
+    forwards = [seen.op for seen in recording.stages[0] if seen.op.kind is Kind.FORWARD]
+    # interleaving begins with the first group's micro-batches through the first chunk
+    group = len(list(itertools.takewhile(lambda op: op.chunk == 0, forwards)))
+    return make(
+        ScheduleSpec(
+            run.schedule,
+            len(recording.stages),
+            recording.microbatches,
+            run.v,
+            group if run.v > 1 else None,
+            balanced=run.budget is not None,
+            budget=run.budget,
+        )
+    )
