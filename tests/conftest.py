@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -11,7 +12,16 @@ from tests.harness import Megatron
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
+TRAINING = Path(__file__).parent / "training"
+
 pytest_plugins = ["tests.results_table"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What lies in ``tests/training`` is marked ``trains``; elsewhere tests say so themselves."""
+    for item in items:
+        if item.path.is_relative_to(TRAINING):
+            item.add_marker("trains")
 
 
 @pytest.fixture(scope="session")

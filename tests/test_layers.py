@@ -26,6 +26,38 @@ FORBIDDEN = {
     "cli": {"megatron"},
     "": {"megatron"},  # the package's own files
 }
+# Floors within a layer: a folder (with a dot at its end, its own files only) and what lies above.
+FLOORS = (
+    ("simulate.", ("simulate.draw", "simulate.recorded")),
+    ("simulate.draw", ("simulate.recorded",)),
+    ("estimate.", ("estimate.paper",)),
+    ("estimate.memory", ("estimate.paper",)),
+    ("estimate.time", ("estimate.paper",)),
+    ("planner.", ("planner.output", "planner.check")),
+    ("planner.inputs", ("planner.output", "planner.check")),
+    ("runtime.transport", ("runtime.store", "runtime.executor", "runtime.observe")),
+    ("runtime.", ("runtime.observe",)),
+    ("runtime.observe", ("runtime.store", "runtime.executor")),
+    (
+        "integration.checks",
+        (
+            *("integration.patches", "integration.session", "integration.install"),
+            *("integration.bootstrap", "integration.profile", "integration.single_gpu"),
+            "integration.rank_mapping",
+        ),
+    ),
+    (
+        "integration.cpu",
+        ("integration.session", "integration.install", "integration.profile"),
+    ),
+    (
+        "integration.rank_mapping",
+        ("integration.patches", "integration.session", "integration.install"),
+    ),
+    ("integration.single_gpu", ("integration.session", "integration.install")),
+    ("integration.patches", ("integration.install", "integration.bootstrap")),
+    ("integration.", ("integration.profile",)),
+)
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -72,13 +104,27 @@ def violations(source: str, module: str, is_package: bool = False) -> list[str]:
             found.append(f"{module}:{line}: {mine or 'the package'} may not name {name}")
         elif other is not None and mine:
             below = other == "" and name.split(".")[1:] != ["__version__"]
-            if (below and mine != "integration") or (
-                other in LAYERS and LAYERS.index(other) > LAYERS.index(mine)
-            ):
+            if below or (other in LAYERS and LAYERS.index(other) > LAYERS.index(mine)):
                 found.append(f"{module}:{line}: {mine} may not import {name}")
+            elif climbs(module, name):
+                found.append(f"{module}:{line}: {name} lies on a floor above")
         elif mine == "schedule" and root not in sys.stdlib_module_names and other is None:
             found.append(f"{module}:{line}: schedule is plain Python, it may not import {name}")
     return found
+
+
+def climbs(module: str, name: str) -> bool:
+    """Whether ``name`` lies on a floor above ``module``'s."""
+    inside = f"{module.partition('.')[2]}."
+    rest = name.partition(".")[2]
+    for lower, above in FLOORS:
+        own_files = lower.endswith(".")
+        here = inside.startswith(lower if own_files else f"{lower}.")
+        if own_files and inside.count(".") > lower.count(".") + 1:
+            continue  # in a folder below
+        if here and any(f"{rest}.".startswith(f"{upper}.") for upper in above):
+            return True
+    return False
 
 
 def module_name(file: Path) -> str:
@@ -114,6 +160,12 @@ def test_every_folder_is_a_layer():
         ("megatron_bpipe.integration.install", "from ..cli.main import main"),
         ("megatron_bpipe.cli.run", "from megatron.training import pretrain"),
         ("megatron_bpipe.estimate.mfu", "import megatron_bpipe"),
+        ("megatron_bpipe.integration.run", "import megatron_bpipe"),
+        ("megatron_bpipe.simulate.engine", "from megatron_bpipe.simulate.draw import html"),
+        ("megatron_bpipe.estimate.time.x", "from megatron_bpipe.estimate.paper.tables import y"),
+        ("megatron_bpipe.runtime.transport.pair.x", "import megatron_bpipe.runtime.store"),
+        ("megatron_bpipe.runtime.store", "from megatron_bpipe.runtime.observe.audit import Audit"),
+        ("megatron_bpipe.integration.checks.x", "from megatron_bpipe.integration import session"),
     ],
 )
 def test_what_is_forbidden(module, source):
@@ -133,6 +185,9 @@ def test_what_is_forbidden(module, source):
         ),
         ("megatron_bpipe.estimate.mfu", "from megatron_bpipe import __version__"),
         ("megatron_bpipe.estimate.mfu", "'''megatron.core does this too.'''"),
+        ("megatron_bpipe.simulate.draw.html", "from megatron_bpipe.simulate.draw import page"),
+        ("megatron_bpipe.simulate.draw.html", "from megatron_bpipe.simulate.engine import run"),
+        ("megatron_bpipe.runtime.observe.x", "from megatron_bpipe.runtime.graph import Kept"),
     ],
 )
 def test_what_is_allowed(module, source):

@@ -76,34 +76,37 @@ class Session:
     # tests look at, and tamper with, what comes back; see ActivationStore.inspect
     inspect_loaded: Any = field(default=None, repr=False)
 
+    def observe(self, group: Any, models: Sequence[torch.nn.Module]) -> None:
+        """An iteration begins on the stage that this rank is in ``group``; let the recorder look.
+
+        All there is to do where Megatron's own schedule runs.
+        """
+        self._written = False
+        self._stage = group.rank()
+        if self.options.report is None:
+            return
+        if self.recorder is None:
+            device = torch.device(torch.cuda.current_device())
+            self.recorder = Recorder(
+                group.rank(), dist.get_rank(), lambda: allocated_bytes(device), peak_watch(device)
+            )
+        self.recorder.begin(set().union(*map(storage_ids, models)), len(models))
+
     def begin(
         self,
-        plan: StagePlan | None,
+        plan: StagePlan,
         group: Any,
         models: Sequence[torch.nn.Module],
         flops: Callable[[], float | None] = lambda: None,
     ) -> None:
-        """An iteration begins on the stage that this rank is in ``group``.
+        """An iteration begins, and BPipe's schedule runs it.
 
         ``flops`` gives those of one micro-batch's forward, if they are known.
 
         The acceptor lends its pool here: its partner has asked for it after its own first
         forward, which comes before any message can reach this stage.
         """
-        self._written = False
-        self._stage = group.rank()
-        if self.options.report is not None:
-            if self.recorder is None:
-                device = torch.device(torch.cuda.current_device())
-                self.recorder = Recorder(
-                    group.rank(),
-                    dist.get_rank(),
-                    lambda: allocated_bytes(device),
-                    peak_watch(device),
-                )
-            self.recorder.begin(set().union(*map(storage_ids, models)), len(models))
-        if plan is None:
-            return
+        self.observe(group, models)
         self.plan = plan
         self._peak_slots_lent = max(self._peak_slots_lent, plan.slots_lent)
         if plan.slots_lent and self.acceptor_end is None:

@@ -6,7 +6,7 @@
     run_table.py table5-04 --one-gpu
     collect.py runs/tables                          afterwards
 
-The settings are the files in tables/ beside it. Logs go to OUT/ROW/. No row has been run on GPUs
+The settings are `estimate.paper.published`. Logs go to OUT/ROW/. No row has been run on GPUs
 yet: docs/cluster.md says what has been tried.
 """
 

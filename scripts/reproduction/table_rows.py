@@ -1,4 +1,4 @@
-"""The rows of the paper's tables 3 and 5 as settings files, and as flags of Megatron.
+"""The rows of the paper's tables 3 and 5 (`estimate.paper.published`), as flags of Megatron.
 
 A row of table 3 is the whole model on t x p GPUs. A row of table 5 is one of p equal stages: l/p
 layers on one tensor-parallel group (p = 1). On a single GPU such a stage is divided by t: a/t
@@ -16,17 +16,13 @@ Units: FLOPs of one iteration, sequences for batches.
 
 from __future__ import annotations
 
-import tomllib
-from dataclasses import dataclass, fields
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
 from megatron_bpipe.estimate.models import Model, model_named
-from megatron_bpipe.estimate.paper.published import EXPERIMENTS
-from megatron_bpipe.estimate.runs import Attention, Layout, Run
+from megatron_bpipe.estimate.paper.published import EXPERIMENTS, GLOBAL_BATCH, LAYOUT
+from megatron_bpipe.estimate.runs import Attention
 from megatron_bpipe.estimate.time.flops import equation_1, layer_flops_equation_1
 
-FOLDER = Path(__file__).parent / "tables"
 STAGE_VOCAB = 4608
 ONE_GPU = "-one-gpu"
 
@@ -44,12 +40,12 @@ ATTENTION = {
 
 
 class RowError(ValueError):
-    """A settings file that cannot be used; says which, why, and what to write."""
+    """A row that does not exist or cannot run as asked; says which, why, and what to ask for."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One settings file; ``stage_of`` is 0 for the whole model, else p of the stage's pipeline."""
+    """One row; ``stage_of`` is 0 for the whole model, else p of the stage's pipeline."""
 
     table: int
     id: int
@@ -64,7 +60,7 @@ class Row:
 
     @property
     def name(self) -> str:
-        """Name of the row, of its settings file and of its folder of logs."""
+        """Name of the row and of its folder of logs."""
         return f"table{self.table}-{self.id:02d}"
 
     @property
@@ -90,12 +86,25 @@ class Row:
         return stage / self.tensor_parallel if one_gpu else stage
 
 
-def load_rows(folder: Path = FOLDER) -> list[Row]:
-    """All rows, table by table; raises RowError for the first file that cannot be used."""
-    rows = [_load(path) for path in sorted(folder.glob("*.toml"))]
-    if not rows:
-        raise RowError(f"no settings files (*.toml) in {folder}")
-    return rows
+def load_rows() -> list[Row]:
+    """All rows, table by table; no stage of table 5 was measured with BPipe."""
+    whole = [
+        Row(
+            *(3, e.id, e.model, e.micro_batch, GLOBAL_BATCH, e.attention, e.bpipe),
+            tensor_parallel=LAYOUT.tp,
+            pipeline_parallel=LAYOUT.pp,
+        )
+        for e in EXPERIMENTS
+    ]
+    stages = [
+        Row(
+            *(5, e.id, e.model, e.micro_batch, GLOBAL_BATCH, e.attention, False),
+            tensor_parallel=LAYOUT.tp,
+            stage_of=LAYOUT.pp,
+        )
+        for e in EXPERIMENTS
+    ]
+    return whole + stages
 
 
 def choose(rows: list[Row], names: list[str]) -> list[Row]:
@@ -105,32 +114,6 @@ def choose(rows: list[Row], names: list[str]) -> list[Row]:
     if unknown:
         raise RowError(f"no row {unknown[0]!r}: choose from {', '.join(known)}")
     return [known[name] for name in names]
-
-
-def _load(path: Path) -> Row:
-    try:
-        settings: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
-        raise RowError(f"{path}: {error}") from error
-    known = {field.name for field in fields(Row)}
-    unknown = sorted(settings.keys() - known)
-    if unknown:
-        raise RowError(f"{path}: unknown setting {unknown[0]!r}; known are {', '.join(known)}")
-    try:
-        row = Row(**settings)
-    except TypeError as error:
-        raise RowError(f"{path}: {str(error).partition('() ')[2]}") from error
-    if row.attention not in ATTENTION:
-        raise RowError(f"{path}: attention {row.attention!r}; use {', '.join(ATTENTION)}")
-    if (row.table, bool(row.stage_of)) not in ((3, False), (5, True)):
-        raise RowError(f"{path}: table 3 rows have no stage_of, table 5 rows need it")
-    if row.name != path.stem:
-        raise RowError(f"{path}: it describes {row.name}; name it {row.name}.toml")
-    layout = Layout(
-        tp=row.tensor_parallel, pp=row.stage_of or row.pipeline_parallel, sequence_parallel=True
-    )
-    Run(row.sizes, layout, row.micro_batch, row.global_batch, row.attention)  # divisible?
-    return row
 
 
 def flags(row: Row, *, one_gpu: bool = False, iterations: int = 20) -> list[str]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from benchmarks.torchrun import torchrun
 from tests.harness import ROOT, Megatron
 from tests.harness.models import gpt
@@ -17,6 +19,7 @@ def test_install_after_import_and_uninstall(megatron: Megatron) -> None:
     assert result.ok, result.logs
 
 
+@pytest.mark.trains
 def test_the_command_of_the_readme(megatron: Megatron, tmp_path: Path) -> None:
     """install() before anything of Megatron is imported, as `run` does it."""
     flags = [*gpt(4), *megatron.data, "--train-iters", "3", "--bpipe"]

@@ -54,39 +54,6 @@ def test_settings_are_the_papers(scripts: Any) -> None:
             assert (row.pipeline_parallel, row.stage_of) == (1, LAYOUT.pp)
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("tabel = 3", "unknown setting 'tabel'"),
-        ("table = 3", "missing"),
-        ("table = ", "Invalid value"),
-    ],
-)
-def test_a_bad_settings_file_is_named(
-    scripts: Any, tmp_path: Path, text: str, message: str
-) -> None:
-    (tmp_path / "table3-01.toml").write_text(text)
-    with pytest.raises(scripts.rows.RowError, match=rf"table3-01.*{message}"):
-        scripts.rows.load_rows(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "message"),
-    [
-        ("none", "flush", "attention 'flush'; use none, recompute, flash"),
-        ("id = 1", "id = 2", "name it table3-02.toml"),
-        ("pipeline_parallel", "stage_of", "table 3 rows have no stage_of"),
-    ],
-)
-def test_a_wrong_setting_is_named(
-    scripts: Any, tmp_path: Path, old: str, new: str, message: str
-) -> None:
-    text = (SCRIPTS / "tables" / "table3-01.toml").read_text()
-    (tmp_path / "table3-01.toml").write_text(text.replace(old, new))
-    with pytest.raises(scripts.rows.RowError, match=message):
-        scripts.rows.load_rows(tmp_path)
-
-
 def test_dry_run_prints_every_row_on_one_line() -> None:
     done = run_table("--dry-run")
     assert done.returncode == 0, done.stderr

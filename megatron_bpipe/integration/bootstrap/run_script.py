@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch
 
-import megatron_bpipe
 from megatron_bpipe.integration import cpu
 from megatron_bpipe.integration.bootstrap import dataset_helpers
 from megatron_bpipe.integration.bootstrap.copy_queues import ask_for_copy_queues
 from megatron_bpipe.integration.checks.driver import why_unusable
+from megatron_bpipe.integration.install import install
 from megatron_bpipe.integration.log import abort
 
 
@@ -41,5 +41,5 @@ def run_script(script: str, argv: list[str]) -> None:
         if int(os.environ.get("RANK", "0")) == 0:
             sys.stderr.write(cpu.announcement() + "\n")
     dataset_helpers.install()
-    megatron_bpipe.install()
+    install()
     runpy.run_path(script, run_name="__main__")

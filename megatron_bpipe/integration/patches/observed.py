@@ -36,7 +36,7 @@ def make_observed(
         )
         given = named["model"]
         models = given if isinstance(given, list) else [given]
-        session.begin(None, group, models)
+        session.observe(group, models)
         forward, backward = schedules.forward_step, schedules.backward_step
         schedules.forward_step = _observed_forward(forward, session)
         config = schedules.get_model_config(models[0])
