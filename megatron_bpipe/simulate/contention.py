@@ -1,8 +1,8 @@
-"""Activities that slow one another down: flows on shared lanes, computations beside them.
+"""Activities that slow one another down: flows over shared links, computations beside them.
 
 A flow's speed is the least of its link's bandwidth and, with contention, its equal share of each
-lane it occupies.  With tensor-parallel traffic of share u a flow over the fabric and a computation
-of a stage at one of its ends each go at 1/(1+u) while they overlap.
+shared link it occupies.  With tensor-parallel traffic of share u a flow over the fabric and a
+computation of a stage at one of its ends each go at 1/(1+u) while they overlap.
 
 Speeds change only when an activity begins or ends: what was done so far is then settled at the old
 speeds.  Units: seconds; work in bytes for flows, in seconds for computations.
@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from megatron_bpipe.simulate.network import Lane, Network, Path
+from megatron_bpipe.simulate.network import Network, Path, SharedLink
 
 
 @dataclass(eq=False)
@@ -24,19 +24,19 @@ class _Activity:
 
     done: Callable[[], None]
     work: float
-    places: tuple[Lane, ...]
+    places: tuple[SharedLink, ...]
     path: Path | None  # None: a computation
     speed: float = 0.0
     since: float = 0.0
     version: int = 0
 
 
-class Traffic:
-    """All activities under way."""
+class ContentionModel:
+    """All activities under way, and how fast each is."""
 
     def __init__(self, network: Network) -> None:
         self._network = network
-        self._at: dict[Lane, dict[_Activity, None]] = {}  # ordered sets
+        self._at: dict[SharedLink, dict[_Activity, None]] = {}  # ordered sets
         self._heap: list[tuple[float, int, int, _Activity]] = []
         self._count = 0
         self._active = 0
@@ -53,7 +53,7 @@ class Traffic:
 
     def flow(self, now: float, path: Path, size: float, done: Callable[[], None]) -> None:
         """Bytes begin to flow."""
-        self._begin(now, _Activity(done, size, path.lanes, path, since=now))
+        self._begin(now, _Activity(done, size, path.links, path, since=now))
 
     def next_over(self, before: float | None) -> tuple[float, Callable[[], None]] | None:
         """End the activity that is over first, unless that is after ``before``."""
@@ -64,20 +64,20 @@ class Traffic:
         now, _, _, activity = heapq.heappop(self._heap)
         activity.version += 1
         self._active -= 1
-        for lane in activity.places:
-            del self._at[lane][activity]
+        for link in activity.places:
+            del self._at[link][activity]
         self._change(now, self._beside(activity))
         return now, activity.done
 
     def _begin(self, now: float, activity: _Activity) -> None:
         self._active += 1
-        for lane in activity.places:
-            self._at.setdefault(lane, {})[activity] = None
+        for link in activity.places:
+            self._at.setdefault(link, {})[activity] = None
         self._change(now, self._beside(activity))
 
     def _beside(self, activity: _Activity) -> dict[_Activity, None]:
-        """All activities on its lanes, itself included while it is under way."""
-        return {other: None for lane in activity.places for other in self._at[lane]}
+        """All activities on its shared links, itself included while it is under way."""
+        return {other: None for link in activity.places for other in self._at[link]}
 
     def _change(self, now: float, affected: Iterable[_Activity]) -> None:
         """Settle what was done and give each activity its new speed."""
@@ -100,8 +100,8 @@ class Traffic:
             return 1 / (1 + share) if flows else 1.0
         speed = activity.path.link.bandwidth
         computing = False
-        for lane in activity.places:
-            here = self._at[lane]
+        for link in activity.places:
+            here = self._at[link]
             flows_here = sum(other.path is not None for other in here)
             computing = computing or flows_here < len(here)
             if self._network.contention:

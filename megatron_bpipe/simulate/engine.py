@@ -8,7 +8,7 @@ engine.
 Two ways lead to the same times.  While no speed depends on what else happens (``Network.shared`` is
 off) each stage runs ahead until it must wait for another: when a message is over is the later of
 its two posts plus its time, whatever the order in which they were found.  Otherwise all stages go
-through one clock in order of time, and ``lanes.Traffic`` says how fast each activity is.
+through one clock in order of time, and ``ContentionModel`` says how fast each activity is.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Callable
 from megatron_bpipe.schedule.errors import ScheduleError
 from megatron_bpipe.schedule.ops import Schedule
 from megatron_bpipe.simulate.compile import COMPUTE, MESSAGE, START, WAIT, Compiled, compile_steps
-from megatron_bpipe.simulate.contention import Traffic
+from megatron_bpipe.simulate.contention import ContentionModel
 from megatron_bpipe.simulate.costs import Costs
 from megatron_bpipe.simulate.network import FREE, Network
 from megatron_bpipe.simulate.result import Simulation, Transfer
@@ -170,14 +170,14 @@ class _Run:
 
 
 class _SharedRun(_Run):
-    """All stages through one clock; activities share lanes."""
+    """All stages through one clock; activities share links."""
 
     def __init__(
         self, schedule: Schedule, compiled: Compiled, costs: Costs, network: Network
     ) -> None:
         super().__init__(schedule, compiled, costs, network)
         self.now = 0.0
-        self.traffic = Traffic(network)
+        self.contention = ContentionModel(network)
         self.begun: dict[int, float] = {}  # copies under way
         self.queued: dict[tuple[int, object], list[int]] = {}  # copies waiting for their engine
         self.waiting: dict[int, int] = {}  # transfer -> stage that waits for it
@@ -188,9 +188,9 @@ class _SharedRun(_Run):
         """In order of time."""
         for stage in range(self.schedule.p):
             self.advance(stage, 0.0)
-        while self.later or self.traffic.busy:
+        while self.later or self.contention.busy:
             at = self.later[0][0] if self.later else None
-            finished = self.traffic.next_over(at)
+            finished = self.contention.next_over(at)
             if finished is not None:
                 self.now, done = finished
                 done()
@@ -211,7 +211,7 @@ class _SharedRun(_Run):
             code, index, what = steps[self.next[stage]]
             starts[index] = ends[index] = now
             if code == COMPUTE:
-                self.traffic.compute(now, stage, what, lambda: self.step_over(stage))
+                self.contention.compute(now, stage, what, lambda: self.step_over(stage))
                 return
             if code == MESSAGE:
                 for k in range(len(what)):
@@ -253,7 +253,7 @@ class _SharedRun(_Run):
         path = self.compiled.paths[number]
         fixed, size = self.costs.send + path.link.latency, float(self.costs.message)
         self.after(
-            fixed, lambda: self.traffic.flow(self.now, path, size, lambda: self.over(number))
+            fixed, lambda: self.contention.flow(self.now, path, size, lambda: self.over(number))
         )
 
     def over(self, number: int) -> None:
@@ -288,7 +288,7 @@ class _SharedRun(_Run):
         self.begun[number] = self.now
         self.after(
             job.fixed + job.path.link.latency,
-            lambda: self.traffic.flow(
+            lambda: self.contention.flow(
                 self.now, job.path, float(job.size), lambda: self.copy_over(number)
             ),
         )

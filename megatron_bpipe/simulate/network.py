@@ -1,9 +1,9 @@
 """Links between stages, and what shares them.
 
 Every stage has a port into its node's fabric and one to other nodes, each an outgoing and an
-incoming lane (one lane for both where ``full_duplex`` is off), and a link to its host's memory.
-With ``contention`` the transfers on a lane share its bandwidth equally; otherwise each has it
-alone.
+incoming shared link (one for both where ``full_duplex`` is off), and a link to its host's memory.
+With ``contention`` the transfers over a shared link share its bandwidth equally; otherwise each has
+it alone.
 
 ``tp_share`` is the share u of a computation's time that tensor-parallel traffic keeps the
 fabric port busy.  While a transfer of that port and a computation overlap both want it, so each
@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-Lane = tuple[str, int]
+SharedLink = tuple[str, int]
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,10 @@ class Link:
 
 @dataclass(frozen=True)
 class Path:
-    """How bytes get from one stage to another: a link, and the lanes they occupy."""
+    """How bytes get from one stage to another: a link, and the shared links they occupy."""
 
     link: Link
-    lanes: tuple[Lane, ...]
+    links: tuple[SharedLink, ...]
 
     def seconds(self, size: float) -> float:
         """Time for so many bytes alone."""
@@ -80,8 +80,8 @@ class Network:
 
     def host_path(self, stage: int, *, out: bool) -> Path:
         """From a stage to its host's memory (out) or back."""
-        lane = "pcie-out" if out or not self.full_duplex else "pcie-in"
-        return Path(self.host, ((lane, stage),))
+        end = "pcie-out" if out or not self.full_duplex else "pcie-in"
+        return Path(self.host, ((end, stage),))
 
     def _path(self, link: Link, kind: str, source: int, target: int) -> Path:
         if self.full_duplex:

@@ -46,6 +46,12 @@ class Simulation:
         """One iteration, with what happens once after the pipeline has drained."""
         return self.pipeline_seconds + self.costs.once
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the drawing of this schedule, in units of its costs."""
+        from megatron_bpipe.simulate.draw.html import notebook_page  # draws what this is
+
+        return notebook_page(self)
+
 
 def computing_seconds(simulation: Simulation, stage: int) -> float:
     """Time this stage computes."""

@@ -1,4 +1,4 @@
-"""The clock: against unit-time runs, closed forms and itself; speed; what shares a lane."""
+"""The clock: against unit-time runs, closed forms and itself; speed; what shares a link."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def test_transfers_that_fit_cost_nothing_and_others_what_is_left_over():
 
 
 def test_one_lane_for_both_ways_makes_copies_queue():
-    """E3 beside B0 and L1 beside F4 overlap only when both ways have their own lane."""
+    """E3 beside B0 and L1 beside F4 overlap only when both ways have a link of their own."""
     lowered = lower(balance(one_f_one_b(4, 8)))
     costs = even_costs(4, forward=1, backward=1, transfer=1.9)
     full = simulate(lowered, costs, Network())
@@ -132,9 +132,9 @@ def test_one_lane_for_both_ways_makes_copies_queue():
     assert half.seconds >= full.seconds
 
 
-def test_contention_shares_a_lane():
+def test_contention_shares_a_link():
     """Stage 1's result and stage 0's eviction of 40 bytes... share nothing in 1F1B at full duplex
-    but stage 0's outgoing lane: F2's message (10 bytes) leaves while E1 (100 bytes) does."""
+    but stage 0's outgoing link: F2's message (10 bytes) leaves while E1 (100 bytes) does."""
     stage = StageCosts((1.0,), (2.0,), moved=100)
     costs = Costs((stage,) * 4, message=10)
     lowered = lower(balance(one_f_one_b(4, 8)))

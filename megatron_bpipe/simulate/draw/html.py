@@ -7,7 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megatron_bpipe.simulate.draw.picture import Panel, Picture
+from megatron_bpipe.simulate.draw.picture import Panel, Picture, panel_of
+from megatron_bpipe.simulate.result import Simulation
 
 
 def page(picture: Picture, heading: str, *, both: bool = False, notes: str = "") -> str:
@@ -37,6 +38,12 @@ def frame(text: str, height: int) -> str:
     """A page inside another one, as notebooks show it."""
     quoted = html.escape(text, quote=True)
     return f'<iframe srcdoc="{quoted}" width="100%" height="{height}" frameborder="0"></iframe>'
+
+
+def notebook_page(simulation: Simulation) -> str:
+    """A simulation as notebooks show it."""
+    panel = panel_of(simulation)
+    return frame(page(Picture((panel,), "micro-batches", ""), panel.title), 260 + 60 * panel.stages)
 
 
 def _panel(panel: Panel) -> dict[str, Any]:
