@@ -63,6 +63,7 @@ flags = {option for action in group._group_actions for option in action.option_s
 assert flags == {
     "--bpipe",
     "--bpipe-budget",
+    "--bpipe-schedule",
     "--bpipe-transport",
     "--bpipe-placement",
     "--bpipe-report",
