@@ -7,20 +7,24 @@ import json
 import sys
 from dataclasses import asdict
 
+from megatron_bpipe.cli.status import status_line
+
 
 def run(args: argparse.Namespace) -> int:
     """Examine and print."""
     import logging
     import warnings
 
-    warnings.simplefilter("ignore")  # Megatron warns of every optional package at import
-    logging.disable(logging.WARNING)
-    from megatron_bpipe.integration.checks.doctor import can_run, examine, fused_softmax
-
     if args.heads is not None and (args.tp < 1 or args.heads % args.tp):
         print(f"doctor: --heads {args.heads} is not divisible by --tp {args.tp}", file=sys.stderr)
         return 2
-    findings = examine()
+    warnings.simplefilter("ignore")  # Megatron warns of every optional package at import
+    logging.disable(logging.WARNING)
+    with status_line(quiet=args.quiet) as say:
+        say("doctor: importing torch")
+        from megatron_bpipe.integration.checks.doctor import can_run, examine, fused_softmax
+
+        findings = examine(lambda what: say(f"doctor: looking at {what}"))
     if args.heads is not None:
         findings.append(fused_softmax(args.heads, args.tp, args.micro_batch, args.seq))
     runs = can_run(findings)

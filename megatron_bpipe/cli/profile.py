@@ -9,6 +9,8 @@ import shlex
 import sys
 from typing import TYPE_CHECKING
 
+from megatron_bpipe.cli.status import status_line
+
 if TYPE_CHECKING:
     from megatron_bpipe.integration.profile.bench import Progress
     from megatron_bpipe.integration.profile.settings import Settings
@@ -70,8 +72,11 @@ def _measure(args: argparse.Namespace, settings: Settings) -> int:
 
     warnings.simplefilter("ignore")  # Megatron warns of every optional package at import
     logging.disable(logging.WARNING)
-    with contextlib.redirect_stdout(sys.stderr):  # what Megatron prints
-        print("profile: importing Megatron (up to a minute)", file=sys.stderr)
+    with (
+        status_line(quiet=args.quiet) as say,
+        contextlib.redirect_stdout(sys.stderr),  # what Megatron prints
+    ):
+        say("profile: importing Megatron, which takes up to a minute")
         from megatron_bpipe.integration.profile import report
         from megatron_bpipe.integration.profile.run import run_profile
 
@@ -81,13 +86,17 @@ def _measure(args: argparse.Namespace, settings: Settings) -> int:
             nonlocal rows
             rows = progress.done
             report.save(progress.profile, args.output)
-            print(f"[{progress.done}/{progress.total}] {report.line(progress.row)}", flush=True)
+            say("")
+            print(f"[{rows}/{progress.total}] {report.line(progress.row)}", flush=True)
+            say(f"profile: row {min(rows + 1, progress.total)} of {progress.total}")
 
         command = f"python -m megatron_bpipe profile {shlex.join(_words(args))}"
         try:
             profile = run_profile(settings, args.flags, command, found)
         except KeyboardInterrupt:
-            where = f"{args.output} has the {rows} row(s) so far" if rows else "nothing was written"
+            say("")
+            count = f"{rows} row" + "s" * (rows != 1)
+            where = f"{args.output} has the {count} so far" if rows else "nothing was written"
             print(f"profile: interrupted; {where}", file=sys.stderr)
             return 130
     if args.json:
@@ -102,7 +111,7 @@ def _words(args: argparse.Namespace) -> list[str]:
     """The command line again, from what was parsed."""
     words = []
     for name, value in vars(args).items():
-        if name in ("command", "flags", "json", "output") or value is None:
+        if name in ("command", "flags", "json", "output", "quiet") or value is None:
             continue
         words += ["--" + name.replace("_", "-"), str(value)]
     return [*words, "--", *args.flags]

@@ -13,6 +13,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         description="Looks at versions, Megatron's hook points, GPUs, transports and limits. "
         "Exit status 0 if --bpipe can run, 1 if not.",
     )
+    parser.add_argument(
+        "--quiet", action="store_true", help="no progress, which a terminal sees otherwise"
+    )
     parser.add_argument("--json", action="store_true", help="print findings as JSON")
     parser.add_argument(
         "--heads",

@@ -49,5 +49,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         metavar="SIZE",
         help="treat the device as this large, such as 2GiB: what does not fit is a result",
     )
+    parser.add_argument(
+        "--quiet", action="store_true", help="no progress, which a terminal sees otherwise"
+    )
     parser.add_argument("--json", action="store_true", help="print the file's contents")
     parser.add_argument("flags", nargs="*", metavar="...", help="Megatron's flags, after --")

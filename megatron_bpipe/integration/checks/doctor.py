@@ -7,6 +7,7 @@ import os
 import resource
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,11 +46,17 @@ class Finding:
     remedy: str = ""
 
 
-def examine() -> list[Finding]:
-    """Look at everything; slow only where Megatron is slow to import."""
+def examine(progress: Callable[[str], None] = lambda _: None) -> list[Finding]:
+    """Look at everything; slow only where Megatron is slow to import.
+
+    ``progress`` is told what comes next.
+    """
     findings = [_python(), _torch(), _device()]
+    progress("Megatron, which takes up to a minute to import")
     findings += _megatron()
+    progress("links and transports")
     findings += [*_links(), *_ipc_transport(), _shm_transport(), _p2p_transport()]
+    progress("memory and limits")
     findings += [_memory(), *_limits(), _dev_shm()]
     findings += [_optional(name) for name in ("transformer_engine", "flash_attn", "apex")]
     return findings

@@ -145,7 +145,9 @@ def _memory(axis: Any, panel: Panel, picture: Picture) -> None:
         axis.text(
             picture.end * 1.01,
             curve.stage,
-            memory_text(curve.peak, picture.memory_unit).replace("micro-batches", "mb"),
+            memory_text(curve.peak, picture.memory_unit)
+            .replace("micro-batches", "mb")
+            .replace("micro-batch", "mb"),
             fontsize=7,
             va="center",
         )
