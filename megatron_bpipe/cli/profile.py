@@ -18,14 +18,6 @@ if TYPE_CHECKING:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, write the file after every row, and print the table."""
-    missing = _missing(args.flags)
-    if missing:  # here, before torch and Megatron are imported
-        print(
-            f"profile: Megatron's flags lack {', '.join(missing)}: give those of the whole "
-            "training run after --",
-            file=sys.stderr,
-        )
-        return 2
     from megatron_bpipe.integration.profile.settings import ProfileError
 
     try:
@@ -33,6 +25,12 @@ def run(args: argparse.Namespace) -> int:
         folder = args.output.parent
         if not folder.is_dir() or args.output.is_dir():
             raise ProfileError(f"--output {args.output}: give a file in a folder that exists")
+        missing = _missing(args.flags)
+        if missing:  # here, before torch and Megatron are imported
+            raise ProfileError(
+                f"Megatron's flags lack {', '.join(missing)}: give those of the whole training "
+                "run after --"
+            )
         return _measure(args, settings)
     except ProfileError as error:
         print(f"profile: {error}", file=sys.stderr)
