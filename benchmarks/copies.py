@@ -30,6 +30,7 @@ from benchmarks.environment import NO_GPU, environment  # noqa: E402
 from megatron_bpipe.runtime.activation import ALIGNMENT  # noqa: E402
 from megatron_bpipe.runtime.transport import TransferHandle, Transport  # noqa: E402
 from megatron_bpipe.runtime.transport.host import host_transport  # noqa: E402
+from megatron_bpipe.runtime.transport.pair.handshake import BorrowedPool, PairEnd  # noqa: E402
 
 MIB, GIB = 2**20, 2**30
 SIZES = [n * MIB for n in (1, 4, 16, 64, 256, 1024)]
@@ -50,9 +51,12 @@ def main() -> int:
     device, there = (torch.device("cuda", gpu) for gpu in (0, arguments.acceptor_gpu))
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        pair, acceptor = _pair(Path(folder), arguments.acceptor_gpu)
+        end, acceptor = _pair(Path(folder), arguments.acceptor_gpu)
+        pool = BorrowedPool(end, 1)
+        pool.request(SIZES[-1] + 512 * PIECES)
+        pair, transport = pool.open()
         transports = {
-            pair.transport: pair.open_evictor(SIZES[-1] + 512 * PIECES, 1),
+            pair.transport: transport,
             "host": host_transport("0-1", SIZES[-1] + 512 * PIECES, device, 60.0),
         }
         for size in SIZES:
@@ -64,7 +68,7 @@ def main() -> int:
             rows.append(row)
         for transport in transports.values():
             transport.close()
-        pair.rendezvous.publish("done", "")
+        end.store.set("done", "")
         acceptor.wait(60)
     reached = all(row["ratio"] >= 0.8 for row in rows if row["bytes"] >= 64 * MIB)
     result = {
@@ -81,14 +85,14 @@ def main() -> int:
     return 0
 
 
-def _pair(folder: Path, gpu: int) -> tuple[Any, subprocess.Popen[bytes]]:
-    from tests.gpu.acceptor import meet
+def _pair(folder: Path, gpu: int) -> tuple[PairEnd, subprocess.Popen[bytes]]:
+    from tests.gpu.acceptor import end_of
 
     store = str(folder / "store")
     environment_ = os.environ | {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
     command = [sys.executable, "-m", "tests.gpu.acceptor", store, str(gpu)]
     acceptor = subprocess.Popen(command, cwd=ROOT, env=environment_)
-    return meet(store, "evictor"), acceptor
+    return end_of(store, "evictor"), acceptor
 
 
 def _through(transport: Transport, size: int, device: torch.device) -> tuple[float, float]:

@@ -1,9 +1,10 @@
-"""What lives as long as the installed patch set: pools, stores and the recorder of this rank."""
+"""What lives as long as the installed patch set: pools and the recorder of this rank."""
 
 from __future__ import annotations
 
-import contextlib
 import sys
+import threading
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -12,14 +13,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_bpipe.integration.link_forecast import forecast
 from megatron_bpipe.integration.log import log_rank, log_rank0
 from megatron_bpipe.integration.options import Options
 from megatron_bpipe.integration.rank_mapping.mapping import RankMap, verify
+from megatron_bpipe.integration.stage_pools import StagePools
 from megatron_bpipe.integration.versions import package_versions
 from megatron_bpipe.report.run import RankReport, StageReport, merge
 from megatron_bpipe.runtime.executor import Observer
-from megatron_bpipe.runtime.observe.link_watch import LinkWatch, watch
+from megatron_bpipe.runtime.observe.link_watch import LinkSampler
 from megatron_bpipe.runtime.observe.memory import (
     allocated_bytes,
     device_bytes,
@@ -30,9 +31,7 @@ from megatron_bpipe.runtime.observe.memory import (
 from megatron_bpipe.runtime.observe.recorder import Recorder
 from megatron_bpipe.runtime.observe.report import table, write_whole
 from megatron_bpipe.runtime.store import ActivationStore
-from megatron_bpipe.runtime.transport import AcceptorEnd, Transport
-from megatron_bpipe.runtime.transport.pair.bandwidth import Speed, measure
-from megatron_bpipe.runtime.transport.pair.negotiate import Pair, open_pair
+from megatron_bpipe.runtime.transport.pair.handshake import LentPool
 from megatron_bpipe.schedule.ops import microbatches
 from megatron_bpipe.schedule.stage_plan import StagePlan
 
@@ -63,14 +62,10 @@ class Session:
     recorder: Recorder | None = None
     plan: StagePlan | None = None
     ranks: RankMap | None = None
-    _store: ActivationStore | None = None
-    acceptor_end: AcceptorEnd | None = None
-    _peak_slots_lent: int = 0
-    _transport: str = ""
-    _pair: str = ""
-    _watch: LinkWatch | None = None
-    _link_judged: bool = False
-    _announced: bool = False
+    pools: StagePools | None = None
+    _group: weakref.ReferenceType[Any] | None = None
+    _closing: threading.Thread | None = None
+    _links: LinkSampler = field(default_factory=LinkSampler)
     _written: bool = False
     _stage: int | None = None
     # tests look at, and tamper with, what comes back; see ActivationStore.inspect
@@ -83,6 +78,10 @@ class Session:
         """
         self._written = False
         self._stage = group.rank()
+        if self._group is None or self._group() is not group:
+            self.drop()  # the process groups were made anew: other stages, other partners
+            self.recorder = None
+            self._group = weakref.ref(group)
         if self.options.report is None:
             return
         if self.recorder is None:
@@ -99,27 +98,16 @@ class Session:
         models: Sequence[torch.nn.Module],
         flops: Callable[[], float | None] = lambda: None,
     ) -> None:
-        """An iteration begins, and BPipe's schedule runs it.
+        """An iteration begins, and BPipe's schedule runs it; waits for nobody.
 
         ``flops`` gives those of one micro-batch's forward, if they are known.
-
-        The acceptor lends its pool here: its partner has asked for it after its own first
-        forward, which comes before any message can reach this stage.
         """
         self.observe(group, models)
+        assert self._group is not None
         self.plan = plan
-        self._peak_slots_lent = max(self._peak_slots_lent, plan.slots_lent)
-        if plan.slots_lent and self.acceptor_end is None:
-            assert plan.partner is not None
-            pair = self._meet(group, evictor=plan.partner)
-            self.acceptor_end = pair.open_acceptor()
-        if plan.slots_borrowed and self._store is None:
-            self._store = self._make_store(plan, self._meet(group, evictor=group.rank()), flops)
-        if not self._announced:
-            self._announced = True
-            # rank 0 evicts in every schedule that evicts at all, so it always has a pair to show
-            used = f", transport {self._transport}" if self._transport else ""
-            log_rank0(f"{plan.described}{used}")
+        if self.pools is None:
+            self.pools = StagePools(self.options, self._group, inspect_loaded=self.inspect_loaded)
+        self.pools.begin(plan, self._closing, self.recorder, flops)
 
     def verify_placement(self, stage: int) -> None:
         """Check on all ranks that each runs where its placement says; rank 0 shows the table."""
@@ -128,46 +116,66 @@ class Session:
             if self.ranks.moves_ranks:
                 log_rank0(f"ranks placed so that pairs share a node\n{shown}")
 
-    def store_for(self, plan: StagePlan) -> ActivationStore | None:
-        """The activation store if ``plan`` evicts anything."""
-        return self._store if plan.slots_borrowed else None
+    @property
+    def store(self) -> ActivationStore | None:
+        """The activation store if this rank has evicted anything."""
+        return self.pools.store if self.pools is not None else None
+
+    @property
+    def acceptor_end(self) -> LentPool | None:
+        """The pool that this rank lends."""
+        return self.pools.lent if self.pools is not None else None
 
     def observers(self) -> list[Observer]:
         """Who is told of the ops of this iteration."""
-        return [one for one in (self.recorder, self._watch) if one is not None]
+        return [one for one in (self.recorder, self._links.watch) if one is not None]
 
     def end(self, losses: list[Any]) -> None:
         """The iteration is over."""
         if self.recorder is not None:
             self.recorder.end(losses)
-        self._judge_link()
+        if self.store is not None:
+            assert self.pools is not None
+            verdict = self._links.iteration_over()
+            if verdict is not None:
+                log_rank(f"pair {self.pools.pair}: {verdict}")
 
-    def _judge_link(self) -> None:
-        """After the second iteration that evicts (the first warms up), once."""
-        if self._store is None or self._link_judged:
-            return
-        if self._watch is None or not self._watch.saw_transfers:
-            self._watch = watch()
-            return
-        verdict = self._watch.verdict()
-        if verdict is not None:
-            log_rank(f"pair {self._pair}: {verdict}")
-        self._watch, self._link_judged = None, True
+    def failed(self, error: BaseException) -> None:
+        """The iteration has failed: forget all of it, so that training can be started again."""
+        why = self.acceptor_end.failure if self.acceptor_end is not None else None
+        if why is not None and why is not error:  # a message that fails is what comes of it
+            error.add_note(f"bpipe: the partner got no pool: {why}")
+        if self.recorder is not None:
+            self.recorder.abandon()
+        self.drop()
+
+    def drop(self) -> None:
+        """Give pools and threads back, without waiting for the partner to do so too."""
+        pools, self.pools = self.pools, None
+        self._links = LinkSampler()
+        if pools is not None:
+            self._closing = threading.Thread(target=pools.close, name="bpipe-close", daemon=True)
+            self._closing.start()
 
     def summary(self) -> RankReport:
         """This rank's part of ``memory.json``."""
         seen = self.recorder
         assert seen is not None
-        totals = self._store.totals if self._store is not None else None
-        transport = self._store.transport if self._store is not None else None
-        pool = self.acceptor_end.pool_bytes if self.acceptor_end is not None else 0
+        store, lent, pools = self.store, self.acceptor_end, self.pools
+        totals = store.totals if store is not None else None
+        transport = store.transport if store is not None else None
+        pool = lent.pool_bytes if lent is not None else 0
         stage = StageReport(
             stage=seen.stage,
             rank=seen.rank,
             own_activation_bytes=seen.peaks.activation_bytes,
             own_microbatches=seen.peaks.microbatches,
             pool_bytes=pool,
-            pool_slots=microbatches(self._peak_slots_lent, seen.chunks) if pool else 0,
+            pool_slots=(
+                microbatches(pools.peak_slots_lent, seen.chunks)
+                if pools is not None and pool
+                else 0
+            ),
             hosted_bytes=transport.hosted_bytes if transport is not None else 0,
             spilled_bytes=transport.spilled_bytes if transport is not None else 0,
             evicted_bytes=totals.evicted if totals is not None else 0,
@@ -176,7 +184,7 @@ class Session:
             allocator_peak_bytes=seen.peaks.allocator_bytes,
             static_bytes=self._static_bytes(),
             device_bytes=device_bytes(),
-            transport=self._transport.partition(" ")[0],
+            transport=pools.transport if pools is not None else "",
             forward=seen.audit.document() if seen.audit is not None else None,
         )
         return RankReport(
@@ -196,8 +204,8 @@ class Session:
             counters.exposed = self.recorder.last_exposed_seconds
         if self.plan is not None:
             counters.pool = pool
-            counters.evicted = self._store.totals.evicted if self._store is not None else 0
-            transport = self._store.transport if self._store is not None else None
+            counters.evicted = self.store.totals.evicted if self.store is not None else 0
+            transport = self.store.transport if self.store is not None else None
             counters.spilled = transport.spilled_bytes if transport is not None else 0
         return counters
 
@@ -246,51 +254,6 @@ class Session:
 
     def close(self) -> None:
         """Give pools and threads back."""
-        ends = (self._store, self.acceptor_end)
-        self._store = self.acceptor_end = None
-        for end in ends:
-            if end is not None:
-                # the job may be going down: a store or a driver that is gone is no news then
-                with contextlib.suppress(OSError, RuntimeError):
-                    end.close()
-
-    def _make_store(
-        self, plan: StagePlan, pair: Pair, flops: Callable[[], float | None]
-    ) -> ActivationStore:
-        def connect(microbatch_bytes: int) -> Transport:
-            transport = pair.open_evictor(microbatch_bytes, plan.slots_borrowed)
-            speed = None
-            if self.options.measure_links and pair.transport != "p2p":
-                speed = measure(transport, microbatch_bytes, pair.device)
-            lines = [
-                _measured(pair.transport, speed) if self.options.measure_links else None,
-                forecast(pair.transport, pair.link, microbatch_bytes, flops(), speed),
-            ]
-            for line in lines:
-                if line is not None:
-                    log_rank(f"pair {pair.rendezvous.pair}: {line}")
-            return transport
-
-        return ActivationStore(
-            connect,
-            keep_local=self.options.keep_local,
-            on_load=self.recorder.loaded if self.recorder is not None else None,
-            inspect=self.inspect_loaded,
-        )
-
-    def _meet(self, group: Any, evictor: int) -> Pair:
-        device = torch.device(torch.cuda.current_device())
-        pair = open_pair(group, evictor, self.options.transport, device, self.options.deadline)
-        chosen = "chosen by auto: " if self.options.transport == "auto" else ""
-        self._transport = f"{pair.transport} ({chosen}{pair.why})"
-        self._pair = pair.rendezvous.pair
-        return pair
-
-
-def _measured(transport: str, speed: Speed | None) -> str:
-    if speed is None:
-        return "p2p needs both ends for every copy: its speed shows in the report's timeline"
-    return (
-        f"{transport} copies {speed.size / 2**20:.1f} MiB at {speed.out / 2**30:.1f} GiB/s "
-        f"out and {speed.back / 2**30:.1f} GiB/s back"
-    )
+        pools, self.pools = self.pools, None
+        if pools is not None:
+            pools.close()

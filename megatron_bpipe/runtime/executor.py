@@ -43,6 +43,13 @@ class Stage(Protocol):
         """Compute gradients."""
 
 
+class Acceptor(AcceptorEnd, Protocol):
+    """What an acceptor lends."""
+
+    def open(self) -> None:
+        """A forward of the last chunk is next: wait until the pool is there; later do nothing."""
+
+
 class Observer(Protocol):
     """Told of every op when it is over; times in seconds on `time.perf_counter`'s clock."""
 
@@ -70,7 +77,7 @@ class ScheduleExecutor:
         ops: Sequence[Op],
         stage: Stage,
         store: ActivationStore | None = None,
-        acceptor_end: AcceptorEnd | None = None,
+        acceptor_end: Acceptor | None = None,
         observers: Sequence[Observer] = (),
         name: str = "this stage",
         range_of: Callable[[str], AbstractContextManager[object]] | None = None,
@@ -84,6 +91,7 @@ class ScheduleExecutor:
         self._observers = observers
         self._name = name
         self._leaving = {op.key for op in ops if op.kind is Kind.EVICT}
+        self._last_chunk = max((op.chunk for op in ops), default=0)
         self._moved = 0
         self._handlers: Mapping[Kind, Callable[[Op], object]] = {
             Kind.FORWARD: self._forward,
@@ -132,6 +140,8 @@ class ScheduleExecutor:
             self._handlers[group[0].kind](group[0])
 
     def _forward(self, op: Op) -> None:
+        if self._acceptor_end is not None and op.chunk == self._last_chunk:
+            self._acceptor_end.open()
         for observer in self._observers:
             observer.forward_begins(op)
         output = self._stage.forward(op)

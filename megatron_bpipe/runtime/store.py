@@ -9,7 +9,7 @@ LW3  the copy is over: the backward may use them; the slot is free again
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -33,18 +33,27 @@ class ActivationStore:
     """Micro-batches of one iteration that leave this stage.
 
     Args:
-        connect: makes the transport, given the bytes of one micro-batch; called once.
+        connect: gives the transport, from the bytes of the largest activation; called once, before
+            the first eviction, and may wait for the pool.
+        request: told once, when every chunk's first forward is over, the bytes of the largest
+            activation and those that may be away at a time (None: as many of the largest).
+        pool_of: bytes that may be away at a time, from those of one activation of each chunk.
+        chunks: model chunks of this stage.
         keep_local: do everything but drop the local copy (``--bpipe-keep-local``).
         on_load: told which storages a load allocated, for the memory books.
         inspect: sees the bytes that came back, before the backward does (tests tamper here).
     """
 
     connect: Callable[[int], Transport]
+    request: Callable[[int, int | None], None] = lambda *_: None
+    pool_of: Callable[[Mapping[int, int]], int] | None = None
+    chunks: int = 1
     keep_local: bool = False
     on_load: Callable[[ActivationKey, list[torch.UntypedStorage]], None] | None = None
     inspect: Callable[[ActivationKey, list[torch.Tensor]], None] | None = None
     totals: Totals = field(default_factory=Totals)
     transport: Transport | None = None
+    _sizes: dict[int, int] = field(default_factory=dict)  # of one activation of each chunk
     _held: dict[ActivationKey, Activation] = field(default_factory=dict)
     _transfers: dict[ActivationKey, TransferHandle] = field(default_factory=dict)
     _loaded: dict[ActivationKey, list[torch.Tensor]] = field(default_factory=dict)
@@ -52,11 +61,15 @@ class ActivationStore:
     def forward_done(self, key: ActivationKey, output: object, *, leaves: bool) -> None:
         """A forward has just ended; ``leaves`` if the schedule will evict this micro-batch.
 
-        The very first one shows how large a micro-batch is: the pool is asked for then, before
-        any other stage could need the memory.
+        The first of each chunk shows how large its activations are. When all are known the pool is
+        asked for; that is before the first eviction, which comes later than any chunk's start.
         """
-        if self.transport is None:
-            self.transport = self.connect(_saved_bytes(output))
+        chunk = key.chunk if self.chunks > 1 else 0
+        if len(self._sizes) < self.chunks and chunk not in self._sizes:
+            self._sizes[chunk] = _saved_bytes(output)
+            if len(self._sizes) == self.chunks:
+                total = self.pool_of(self._sizes) if self.pool_of is not None else None
+                self.request(max(self._sizes.values()), total)
         if leaves:
             activation = Activation(key, roots_of(output), tensors_of(output)[0].device)
             self._held[key] = activation
@@ -67,7 +80,9 @@ class ActivationStore:
         """E: start the copy out; returns its bytes."""
         activation = self._held[key]
         activation.move(State.EVICTING)
-        assert self.transport is not None
+        if self.transport is None:
+            assert len(self._sizes) == self.chunks, "no chunk evicts before all have started"
+            self.transport = self.connect(max(self._sizes.values()))
         leaving = activation.leaving
         pieces = [block.bytes_view() for block in leaving]
         self._transfers[key] = self.transport.evict(key, pieces)

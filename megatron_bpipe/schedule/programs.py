@@ -52,7 +52,7 @@ def check_deadlock(schedule: Schedule) -> None:
 
 
 def _run(schedule: Schedule, transfers: bool) -> tuple[list[Program], list[list[int]]]:
-    programs = _lowered(schedule, transfers) if schedule.lowered else _logical(schedule)
+    programs = lowered_programs(schedule, transfers) if schedule.lowered else _logical(schedule)
     over, stuck = execute(programs)
     if stuck:
         marks = {stage: programs[stage].ops[step] for stage, step in stuck.items()}
@@ -104,7 +104,7 @@ def _logical(schedule: Schedule) -> list[Program]:
     return programs
 
 
-def _lowered(schedule: Schedule, transfers: bool) -> list[Program]:
+def lowered_programs(schedule: Schedule, transfers: bool = True) -> list[Program]:
     """Programs of all ops."""
     p, known = schedule.p, known_activations(schedule)
     channels: dict[tuple[int, int], tuple[Log, Log]] = defaultdict(lambda: ([], []))

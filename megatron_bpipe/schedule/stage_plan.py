@@ -8,6 +8,7 @@ from functools import lru_cache
 
 from megatron_bpipe.schedule.balancing.balance import slots
 from megatron_bpipe.schedule.bases.catalogue import ScheduleSpec, make
+from megatron_bpipe.schedule.handshake import check_handshake
 from megatron_bpipe.schedule.lowering.lower import lower
 from megatron_bpipe.schedule.ops import Op, is_evictor, partner, quantity
 from megatron_bpipe.schedule.validation.occupancy import remote_bytes
@@ -69,6 +70,7 @@ def stage_plan(spec: ScheduleSpec, stage: int) -> StagePlan:
     logical = make(spec)
     lowered = lower(logical)
     validate(lowered)
+    check_handshake(lowered)
     other = partner(stage, spec.p)
     return StagePlan(
         name=spec.name,

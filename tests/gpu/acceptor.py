@@ -11,36 +11,32 @@ import torch
 import torch.distributed as dist
 
 from megatron_bpipe.runtime.transport import TransportError
-from megatron_bpipe.runtime.transport.pair import negotiate as pairing
-from megatron_bpipe.runtime.transport.pair.rendezvous import PairRendezvous
+from megatron_bpipe.runtime.transport.pair.handshake import LentPool, PairEnd
 
 DEADLINE = 60.0
 
 
-def meet(path: str, end: str, gpu: int = 0) -> pairing.Pair:
+def end_of(path: str, end: str, gpu: int = 0) -> PairEnd:
     """One end of the pair, on that GPU."""
     device = torch.device("cuda", gpu)
     torch.cuda.set_device(device)
     store = dist.FileStore(path, 2)
-    rendezvous = PairRendezvous(store, "0-1", end, DEADLINE)
-    rendezvous.exchange_identity()
-    topology = pairing._look(rendezvous, device)
-    transport, why = pairing.agree("auto", topology, rendezvous, device)
-    return pairing.Pair(rendezvous, transport, why, device, None, topology.link)
+    return PairEnd("0-1", end, "auto", device, DEADLINE, store)
 
 
 def main() -> int:
     """Lend until told to close."""
-    pair = meet(sys.argv[1], "acceptor", *map(int, sys.argv[2:]))
+    end = end_of(sys.argv[1], "acceptor", *map(int, sys.argv[2:]))
+    lent = LentPool(end)
     try:
-        acceptor_end = pair.open_acceptor()
+        lent.open()
     except TransportError as error:
         sys.stderr.write(f"{error}\n")
         return 3
-    pair.rendezvous.publish("pool", str(acceptor_end.pool_bytes))
-    pair.rendezvous.get("done")
-    acceptor_end.close()
-    pair.rendezvous.publish("closed", str(acceptor_end.pool_bytes))
+    end.store.set("pool", str(lent.pool_bytes))
+    end.store.get("done")
+    lent.close()
+    end.store.set("closed", "")
     return 0
 
 

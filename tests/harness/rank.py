@@ -247,13 +247,14 @@ def one_stage_at_a_time(job: dict[str, Any]) -> None:
 
 
 def every_link_is_slow(job: dict[str, Any]) -> None:
-    """Let each copy seem to take a hundred times as long as a forward, and foretell the like."""
+    """Let each copy seem to be waited for and to take a hundred forwards; foretell the like."""
     from dataclasses import replace
 
     from megatron_bpipe.estimate.hardware import A100_80G
     from megatron_bpipe.integration import link_forecast
     from megatron_bpipe.runtime.observe import link_watch
 
+    link_watch.EXPOSED = -1.0  # whatever was waited for is more
     stock = link_watch.too_slow
     link_watch.too_slow = lambda size, copy, forward: stock(size, 100 * forward, forward)
     link_forecast.gpu_here = lambda: replace(A100_80G, nvlink=1e3)

@@ -17,6 +17,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from megatron_bpipe.runtime.activation import Activation, IllegalMoveError, ModifiedInPlaceError
 from megatron_bpipe.runtime.graph import Kept, nodes_below, roots_of, saved_storages
 from megatron_bpipe.runtime.store import ActivationStore
+from megatron_bpipe.runtime.transport import PoolRequest
 from megatron_bpipe.runtime.transport.one_sided import OneSidedTransport
 from megatron_bpipe.runtime.transport.pair.rendezvous import PairRendezvous
 from megatron_bpipe.runtime.transport.shared_memory import (
@@ -59,13 +60,12 @@ def weight() -> torch.nn.Parameter:
 
 @pytest.fixture
 def ends() -> Iterator[tuple[ActivationStore, list[SharedMemoryAcceptor]]]:
-    handshake = dist.HashStore()
     acceptor_ends = []
 
     def connect(size: int) -> OneSidedTransport:
-        transport = shared_memory_transport(PairRendezvous(handshake, "0-1", "evictor", 10), size)
-        acceptor_ends.append(SharedMemoryAcceptor(PairRendezvous(handshake, "0-1", "acceptor", 10)))
-        return transport
+        acceptor_ends.append(SharedMemoryAcceptor("0-1", PoolRequest(size, 1)))
+        rendezvous = PairRendezvous(dist.HashStore(), "0-1", "evictor", 10)
+        return shared_memory_transport(rendezvous, acceptor_ends[-1].offer)
 
     store = ActivationStore(connect)
     yield store, acceptor_ends

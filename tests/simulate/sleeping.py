@@ -24,12 +24,7 @@ import torch.distributed as dist
 from megatron_bpipe.runtime.executor import ScheduleExecutor
 from megatron_bpipe.runtime.observe.recorder import Recorder
 from megatron_bpipe.runtime.store import ActivationStore
-from megatron_bpipe.runtime.transport.one_sided import OneSidedTransport
-from megatron_bpipe.runtime.transport.pair.rendezvous import PairRendezvous
-from megatron_bpipe.runtime.transport.shared_memory import (
-    SharedMemoryAcceptor,
-    shared_memory_transport,
-)
+from megatron_bpipe.runtime.transport.pair.handshake import BorrowedPool, LentPool, PairEnd
 from megatron_bpipe.schedule import (
     Kind,
     Op,
@@ -154,19 +149,16 @@ class Rank:
         self.activations = None
         self.recorder = Recorder(stage, stage, lambda: None)
         if self.borrowed:
-            self.activations = ActivationStore(self._connect, on_load=self.recorder.loaded)
+            pool = BorrowedPool(self._end(stage, "evictor"), self.borrowed)
+            self.activations = ActivationStore(
+                lambda _: pool.open()[1], request=pool.request, on_load=self.recorder.loaded
+            )
         if lent:
-            self.acceptor_end = SharedMemoryAcceptor(self._rendezvous(p - 1 - stage, "acceptor"))
+            self.acceptor_end = LentPool(self._end(p - 1 - stage, "acceptor"))
 
-    def _rendezvous(self, evictor: int, role: Any) -> PairRendezvous:
-        return PairRendezvous(
-            self.rendezvous_store, f"{evictor}-{self.p - 1 - evictor}", role, DEADLINE
-        )
-
-    def _connect(self, size: int) -> OneSidedTransport:
-        return shared_memory_transport(
-            self._rendezvous(self.stage, "evictor"), size * self.borrowed
-        )
+    def _end(self, evictor: int, which: str) -> PairEnd:
+        pair, cpu = f"{evictor}-{self.p - 1 - evictor}", torch.device("cpu")
+        return PairEnd(pair, which, "shm", cpu, DEADLINE, self.rendezvous_store)
 
     def run(self, ops: tuple[Op, ...]) -> list[Any]:
         """One run; its events."""

@@ -39,7 +39,8 @@ def four(*extra: str, microbatches: int = 8) -> list[str]:
 
 COMBINATIONS = {
     "pp4": Combination(4, four(), quick=True),
-    "pp4 bf16": Combination(4, four("--bf16"), quick=True),
+    # level 1 puts barriers of all ranks around the schedule
+    "pp4 bf16, all timers": Combination(4, four("--bf16", "--timing-log-level", "2"), quick=True),
     "pp4 fp16 with loss scaling": Combination(4, four("--fp16", "--initial-loss-scale", "1024")),
     "pp8": Combination(8, gpt(8, 9), quick=True),
     "pp8 bf16": Combination(8, gpt(8, 9, None, "--bf16")),

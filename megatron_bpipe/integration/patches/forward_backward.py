@@ -30,7 +30,7 @@ from megatron_bpipe.integration.patches.stage import MegatronStage, StageCall
 from megatron_bpipe.integration.session import Session
 from megatron_bpipe.runtime.executor import ScheduleExecutor
 from megatron_bpipe.schedule.bases.catalogue import ScheduleSpec
-from megatron_bpipe.schedule.stage_plan import stage_plan
+from megatron_bpipe.schedule.stage_plan import StagePlan, stage_plan
 
 
 def make_schedule(
@@ -50,30 +50,41 @@ def make_schedule(
         call = _stage_call(schedules, arguments)
         group = call.communicator.pp_group
         plan = stage_plan(_spec(call, session.options), group.rank())
-        session.begin(plan, group, call.models, _flops_of(call, arguments))
-        _timer(call.config, start=True)
-        embedding = schedules.clear_embedding_activation_buffer(
-            config=call.config,
-            model=_as_given(call),
-            is_last_stage=call.is_last,
-        )
-        if plan.slots_borrowed or plan.slots_lent:
-            waits = host_waits(group, clocked=session.options.clocked)
-            call = replace(call, communicator=StreamWaits(call.communicator, host=waits))
-        stage = ChunkedStage(call, plan.ops) if plan.labelled else MegatronStage(call)
-        store, acceptor_end = session.store_for(plan), session.acceptor_end
-        name = f"rank {torch.distributed.get_rank()} (stage {group.rank()} of {group.size()})"
-        ranges = torch.cuda.nvtx.range if torch.cuda.is_available() else None
-        ScheduleExecutor(
-            plan.ops, stage, store, acceptor_end, session.observers(), name, ranges
-        ).run()
-        stage.finish()
-        _finish_gradients(call, stage.tokens, embedding, arguments)
-        _timer(call.config, start=False)
-        session.end(stage.losses)
-        return stage.losses
+        try:
+            session.begin(plan, group, call.models, _flops_of(call, arguments))
+            losses = _iteration(call, plan, session, arguments)
+            session.end(losses)
+        except BaseException as error:
+            session.failed(error)
+            raise
+        return losses
 
     return forward_backward_bpipe
+
+
+def _iteration(
+    call: StageCall, plan: StagePlan, session: Session, arguments: dict[str, Any]
+) -> list[Any]:
+    group = call.communicator.pp_group
+    _timer(call.config, start=True)
+    embedding = call.schedules.clear_embedding_activation_buffer(
+        config=call.config,
+        model=_as_given(call),
+        is_last_stage=call.is_last,
+    )
+    if plan.slots_borrowed or plan.slots_lent:
+        waits = host_waits(group, clocked=session.options.clocked)
+        call = replace(call, communicator=StreamWaits(call.communicator, host=waits))
+    stage = ChunkedStage(call, plan.ops) if plan.labelled else MegatronStage(call)
+    store = session.store if plan.slots_borrowed else None
+    lent = session.acceptor_end if plan.slots_lent else None
+    name = f"rank {torch.distributed.get_rank()} (stage {group.rank()} of {group.size()})"
+    ranges = torch.cuda.nvtx.range if torch.cuda.is_available() else None
+    ScheduleExecutor(plan.ops, stage, store, lent, session.observers(), name, ranges).run()
+    stage.finish()
+    _finish_gradients(call, stage.tokens, embedding, arguments)
+    _timer(call.config, start=False)
+    return stage.losses
 
 
 def _spec(call: StageCall, options: Options) -> ScheduleSpec:

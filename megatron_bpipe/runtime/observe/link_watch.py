@@ -1,7 +1,8 @@
-"""Is the link fast enough? Watches one iteration's copies and forwards, then says so if it is not.
+"""Is the link fast enough? Looks at an iteration now and then, and says if copies are waited for.
 
-A copy that takes longer than the computation beside it makes the pipeline wait. An eviction runs
-beside a backward and a load beside a forward, which is the shorter one: so it is the measure.
+A copy that takes longer than the computation beside it makes the pipeline wait. What counts is
+that wait, in each direction by itself: evictions hide behind backwards, loads behind forwards,
+which are shorter, and one fast copy among slow ones proves nothing.
 """
 
 from __future__ import annotations
@@ -17,6 +18,10 @@ from megatron_bpipe.runtime.transport import TransferHandle
 from megatron_bpipe.schedule.ops import Kind, Op
 
 MIB, GIB = 2**20, 2**30
+EXPOSED = 0.05  # share of an iteration that the copies of one direction may be waited for
+EVERY = 100  # iterations from one look to the next: on CUDA a look waits for the device
+IN_A_ROW = 2  # looks that must agree, so that one hiccup warns nobody
+DIRECTIONS = {Kind.EVICT_WAIT: "evictions", Kind.LOAD_WAIT: "loads"}
 
 
 @dataclass
@@ -32,7 +37,7 @@ class LinkWatch:
     _begun: object = None
     _forwards: list[tuple[object, object]] = field(default_factory=list)
     _sizes: list[int] = field(default_factory=list)
-    _transfers: list[TransferHandle] = field(default_factory=list)
+    _transfers: dict[Kind, list[TransferHandle]] = field(default_factory=dict)
 
     def forward_begins(self, op: Op) -> None:
         """Note the start."""
@@ -49,23 +54,67 @@ class LinkWatch:
 
     def transfer_done(self, op: Op, transfer: TransferHandle) -> None:
         """Note when it moved."""
-        self._transfers.append(transfer)
+        self._transfers.setdefault(op.kind, []).append(transfer)
 
     @property
     def saw_transfers(self) -> bool:
         """Whether anything moved."""
         return bool(self._transfers)
 
-    def verdict(self) -> str | None:
-        """What to tell the user, None if the copies can hide.
+    def verdict(self, share: float = EXPOSED) -> str | None:
+        """What to tell the user; None if neither direction was waited for longer than allowed.
 
-        Once `saw_transfers`, when the iteration is over.
+        Once `saw_transfers`, directly after the iteration; on CUDA it waits for the device.
+
+        Args:
+            share: of the iteration, that the copies of one direction may be waited for.
         """
-        copies = [end - start for start, end in (transfer.span for transfer in self._transfers)]
-        forwards = [self.between(*marks) for marks in self._forwards]
+        whole = self.between(self._forwards[0][0], self.mark())
+        forward = statistics.median([self.between(*marks) for marks in self._forwards])
         size = int(statistics.median(self._sizes))
-        # the fastest copy: messages also wait for the other end, which is no fault of the link
-        return too_slow(size, min(copies), statistics.median(forwards))
+        for kind, transfers in self._transfers.items():
+            exposed = sum(transfer.exposed for transfer in transfers)
+            if exposed > share * whole:
+                spans = [transfer.span for transfer in transfers]
+                copy = statistics.median([end - start for start, end in spans])
+                return waited_for(DIRECTIONS[kind], exposed, whole, size, copy, forward)
+        return None
+
+
+@dataclass
+class LinkSampler:
+    """Which iterations are watched, and when there is news.
+
+    The first iteration that evicts warms up. The next is watched, then one in `EVERY`; where it
+    looks slow the one after it too. A slow spell is told of once, and is over when the copies of
+    neither direction are waited for half as long as would start one.
+    """
+
+    watch: LinkWatch | None = None
+    _until: int = 1
+    _slow: int = 0  # looks in a row
+    _told: bool = False
+
+    def iteration_over(self) -> str | None:
+        """An iteration with a store is over; returns what to tell the user, if anything."""
+        seen, self.watch = self.watch, None
+        if seen is None:
+            self._until -= 1
+            if self._until <= 0:
+                self.watch = watch()
+            return None
+        if not seen.saw_transfers:  # no micro-batch left this time
+            self.watch = watch()
+            return None
+        said = seen.verdict(EXPOSED / 2 if self._told else EXPOSED)
+        self._slow = 0 if said is None else self._slow + 1
+        if 0 < self._slow < IN_A_ROW:
+            self.watch = watch()
+            return None
+        self._until = EVERY - 1
+        news = None if self._told else said
+        self._told = said is not None
+        return news
 
 
 def watch() -> LinkWatch:
@@ -75,8 +124,34 @@ def watch() -> LinkWatch:
     return LinkWatch(time.perf_counter, lambda a, b: b - a)  # type: ignore[operator]
 
 
+def waited_for(
+    direction: str, exposed: float, whole: float, size: int, copy: float, forward: float
+) -> str:
+    """The warning of copies that do not hide, with what was seen.
+
+    Args:
+        direction: evictions or loads.
+        exposed: seconds that the computation stood still for them.
+        whole: seconds of the iteration.
+        size: bytes of one micro-batch.
+        copy: seconds that they take.
+        forward: seconds of one micro-batch's forward.
+    """
+    cost = (
+        f"{direction} were waited for {exposed * 1e3:.1f} of {whole * 1e3:.1f} ms of an iteration"
+    )
+    slow = too_slow(size, copy, forward)
+    if slow is not None:
+        return f"{cost}; {slow}"
+    return (
+        f"{cost}, although a copy of {size / MIB:.1f} MiB takes {copy * 1e3:.1f} ms and a forward "
+        f"{forward * 1e3:.1f} ms: a copy starts late or its other end is late; look for a rank "
+        "that is slower than the others, or for more busy threads than cores"
+    )
+
+
 def too_slow(size: int, copy: float, forward: float) -> str | None:
-    """The warning of a link whose copies take longer than a forward; None if they do not.
+    """The words for a link whose copies take longer than a forward; None if they do not.
 
     Args:
         size: bytes of one micro-batch.

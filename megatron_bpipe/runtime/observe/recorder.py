@@ -71,6 +71,7 @@ class Recorder:
     _baseline: int | None = None
     _peak: Callable[[], int] | None = None
     _begun: float = 0.0
+    _running: bool = False
     # perf_counter to wall clock, so that the ranks of a node share one axis
     _offset: float = field(default_factory=lambda: time.time() - time.perf_counter())
     _transfers: list[tuple[int, TransferHandle]] = field(default_factory=list)  # index of its event
@@ -95,6 +96,7 @@ class Recorder:
         self._peak = self.watch_peak() if self.watch_peak is not None else None
         self._begun = time.perf_counter()
         self.timeline.append([])
+        self._running = True
 
     def end(self, losses: list[Any]) -> None:
         """The iteration is over; ``losses`` is what Megatron's schedule returned."""
@@ -112,8 +114,17 @@ class Recorder:
                 exposed=transfer.exposed,
             )
         self._transfers.clear()
+        self._running = False
         if losses:
             self.losses.append([bits for one in losses for bits in _float_bits(one)])
+
+    def abandon(self) -> None:
+        """The iteration has failed: it leaves nothing in the report."""
+        if self._running:
+            self._running = False
+            self.timeline.pop()
+        self._transfers.clear()
+        self._live.clear()
 
     def forward_begins(self, op: Op) -> None:
         """See `executor.Observer`."""

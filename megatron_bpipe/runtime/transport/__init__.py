@@ -2,9 +2,10 @@
 
 from megatron_bpipe.runtime.transport.base import (
     AcceptorEnd,
+    PoolRequest,
     TransferHandle,
     Transport,
     TransportError,
 )
 
-__all__ = ["AcceptorEnd", "TransferHandle", "Transport", "TransportError"]
+__all__ = ["AcceptorEnd", "PoolRequest", "TransferHandle", "Transport", "TransportError"]

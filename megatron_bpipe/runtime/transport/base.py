@@ -7,6 +7,7 @@ the memory. One-sided transports need nothing of the acceptor after the pool is 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -16,6 +17,27 @@ from megatron_bpipe.schedule.ops import ActivationKey
 
 class TransportError(RuntimeError):
     """Bytes could not travel; the message names the pair and what to do."""
+
+
+@dataclass(frozen=True)
+class PoolRequest:
+    """What an evictor asks of its acceptor.
+
+    Attributes:
+        microbatch_bytes: bytes that one forward saved on the evictor, of the largest model chunk.
+        slots: activations that the pool must hold at once.
+        total: bytes that the pool must hold at once, where chunks of different sizes make that
+            less than ``slots`` of the largest; None: as many.
+    """
+
+    microbatch_bytes: int
+    slots: int
+    total: int | None = None
+
+    @property
+    def pool_bytes(self) -> int:
+        """Bytes of the pool, before a transport rounds them up."""
+        return self.microbatch_bytes * self.slots if self.total is None else self.total
 
 
 class TransferHandle(Protocol):
@@ -68,7 +90,13 @@ class Transport(Protocol):
 
 
 class AcceptorEnd(Protocol):
-    """The acceptor's end."""
+    """The acceptor's end; making it allocates the pool and waits for nobody.
+
+    Attributes:
+        offer: text by which the evictor opens its end; "" where it needs none.
+    """
+
+    offer: str
 
     @property
     def pool_bytes(self) -> int:

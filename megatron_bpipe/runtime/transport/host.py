@@ -80,6 +80,7 @@ class NoPool:
     """The acceptor's end; see `AcceptorEnd`."""
 
     pool_bytes = 0
+    offer = ""
 
     def accept(self, key: ActivationKey) -> None:
         """Nothing comes."""

@@ -1,8 +1,8 @@
 """The one-sided transport on one host: a pool that the acceptor allocates and only lends.
 
     evictor                               acceptor
-    F0 ends: says what it wants       ->  allocates a memfd of that size, touches every page
-    maps the pool                     <-  says where it is (pid, descriptor, bytes)
+                                          allocates a memfd, touches every page
+    maps the pool                     <-  offers it (pid, descriptor, bytes)
     writes and reads it, alone            never looks at it again
 
 A memfd has no name: nothing can stay behind whoever dies, and Docker's 64 MiB ``/dev/shm`` does
@@ -17,7 +17,7 @@ import os
 
 import torch
 
-from megatron_bpipe.runtime.transport.base import TransportError
+from megatron_bpipe.runtime.transport.base import PoolRequest, TransportError
 from megatron_bpipe.runtime.transport.copies import ThreadCopies
 from megatron_bpipe.runtime.transport.host_memory import check_available, no_memory
 from megatron_bpipe.runtime.transport.node_memory import one_at_a_time
@@ -29,20 +29,23 @@ from megatron_bpipe.schedule.ops import ActivationKey
 class SharedMemoryAcceptor:
     """The acceptor's end: allocates the pool, touches its pages, keeps it until closed.
 
+    Args:
+        pair: the pair's name, for messages.
+        request: what the evictor asks for.
+
     Raises:
-        TransportError: the evictor does not ask in time, or there is no memory for the pool.
+        TransportError: there is no memory for the pool.
     """
 
-    def __init__(self, rendezvous: PairRendezvous) -> None:
-        wanted = int(rendezvous.get("want"))
-        with one_at_a_time(rendezvous.pair):
-            check_available(wanted, rendezvous.pair)
-            try:
-                self._descriptor = os.memfd_create(f"bpipe-{rendezvous.pair}")
-                os.posix_fallocate(self._descriptor, 0, wanted)  # raises now, not SIGBUS later
-            except OSError as error:
-                raise no_memory(rendezvous.pair, wanted, str(error)) from error
-        rendezvous.publish("lend", json.dumps([os.getpid(), self._descriptor, wanted]))
+    def __init__(self, pair: str, request: PoolRequest) -> None:
+        wanted = max(request.pool_bytes, mmap.PAGESIZE)
+        check_available(wanted, pair)
+        try:
+            self._descriptor = os.memfd_create(f"bpipe-{pair}")
+            os.posix_fallocate(self._descriptor, 0, wanted)  # raises now, not SIGBUS later
+        except OSError as error:
+            raise no_memory(pair, wanted, str(error)) from error
+        self.offer = json.dumps([os.getpid(), self._descriptor, wanted])
 
     @property
     def pool_bytes(self) -> int:
@@ -70,21 +73,21 @@ class SharedMemory:
 
     Args:
         rendezvous: with the acceptor, which must be on this host.
-        wanted: bytes of the pool to ask for.
+        offer: the acceptor's.
     """
 
-    def __init__(self, rendezvous: PairRendezvous, wanted: int) -> None:
+    def __init__(self, rendezvous: PairRendezvous, offer: str) -> None:
         self._rendezvous = rendezvous
+        self._offer = offer
         self._descriptor = -1
-        rendezvous.publish("want", str(max(wanted, mmap.PAGESIZE)))
 
     def map(self) -> torch.Tensor:
         """Map what is lent.
 
         Raises:
-            TransportError: nothing is lent in time, or it cannot be opened from here.
+            TransportError: it cannot be opened from here.
         """
-        pid, descriptor, size = json.loads(self._rendezvous.get("lend"))
+        pid, descriptor, size = json.loads(self._offer)
         path = f"/proc/{pid}/fd/{descriptor}"
         try:
             self._descriptor = os.open(path, os.O_RDWR)
@@ -134,12 +137,7 @@ class SharedMemory:
         return torch.frombuffer(memory, dtype=torch.uint8)
 
 
-def shared_memory_transport(rendezvous: PairRendezvous, wanted: int) -> OneSidedTransport:
-    """The evictor's end.
-
-    Args:
-        rendezvous: with the acceptor, which must be on this host.
-        wanted: bytes of the pool to ask for.
-    """
-    memory = SharedMemory(rendezvous, wanted)
+def shared_memory_transport(rendezvous: PairRendezvous, offer: str) -> OneSidedTransport:
+    """The evictor's end; arguments as for `SharedMemory`."""
+    memory = SharedMemory(rendezvous, offer)
     return OneSidedTransport(rendezvous.pair, memory, ThreadCopies(rendezvous.deadline))

@@ -99,6 +99,8 @@ class TwoSidedAcceptor:
     Memory is kept between transfers and used again for one that is not larger.
     """
 
+    offer = ""
+
     def __init__(self, group: Any, pair: str, device: torch.device, deadline: float) -> None:
         self._group, self._pair = group, pair
         self._device = device

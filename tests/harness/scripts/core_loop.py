@@ -173,7 +173,7 @@ for mode in json.loads(sys.argv[1]):
         actual = train(mode)
         from megatron_bpipe.integration.install import session
 
-        store = session()._store
+        store = session().store
         evicted = dataclasses.asdict(store.totals)["evicted"] if store is not None else 0
         megatron_bpipe.uninstall()
         equal = len(actual) == len(expected) and all(map(torch.equal, actual, expected))

@@ -15,6 +15,8 @@ def instead(job: dict[str, Any], transport: str) -> None:
     nccl's messages are gloo's here: they block the host, so the run also shows that the order of
     the messages is free of deadlocks.
     """
+    from megatron_bpipe.integration import stage_pools
+    from megatron_bpipe.runtime.transport import PoolRequest
     from megatron_bpipe.runtime.transport.cuda.ipc import IpcAcceptor, ipc_transport
     from megatron_bpipe.runtime.transport.cuda.messages import NcclAcceptor, NcclTransport
     from megatron_bpipe.runtime.transport.pair.negotiate import Pair
@@ -22,22 +24,24 @@ def instead(job: dict[str, Any], transport: str) -> None:
 
     entered: list[Any] = []
 
-    def stand_in() -> None:
-        """From the first transport on, when the CPU backend has put its own streams in place."""
+    stock = stage_pools.end_of_pair
+
+    def end_of_pair(*positional: Any, **named: Any) -> Any:
+        """From the first pool on, when the CPU backend has put its own streams in place."""
         if not entered:
             entered.append(simulated_gpu(late=transport == "ipc"))
             entered[0].__enter__()  # until the rank ends
+        return stock(*positional, **named)
 
-    def open_evictor(pair: Pair, microbatch_bytes: int, slots: int) -> Any:
-        stand_in()
+    def open_evictor(pair: Pair, request: PoolRequest, offer: str) -> Any:
         if transport == "ipc":
-            return ipc_transport(pair.rendezvous, microbatch_bytes * slots, CPU)
-        return NcclTransport(pair.group, pair.rendezvous, microbatch_bytes, slots, CPU)
+            return ipc_transport(pair.rendezvous, offer, CPU)
+        return NcclTransport(pair.group, pair.rendezvous.pair, request, CPU)
 
-    def open_acceptor(pair: Pair) -> Any:
-        stand_in()
+    def open_acceptor(pair: Pair, request: PoolRequest) -> Any:
         if transport == "ipc":
-            return IpcAcceptor(pair.rendezvous, CPU)
-        return NcclAcceptor(pair.group, pair.rendezvous, CPU)
+            return IpcAcceptor(pair.rendezvous, request, CPU)
+        return NcclAcceptor(pair.group, pair.rendezvous.pair, request, CPU)
 
+    stage_pools.end_of_pair = end_of_pair
     Pair.open_evictor, Pair.open_acceptor = open_evictor, open_acceptor  # type: ignore[method-assign]

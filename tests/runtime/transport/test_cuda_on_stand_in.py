@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from megatron_bpipe.integration.checks.driver import why_unusable
 from megatron_bpipe.runtime.store import ActivationStore
-from megatron_bpipe.runtime.transport import TransportError
+from megatron_bpipe.runtime.transport import PoolRequest, TransportError
 from megatron_bpipe.runtime.transport.cuda import ipc, messages
 from megatron_bpipe.runtime.transport.cuda.driver import DriverError, free
 from megatron_bpipe.runtime.transport.cuda.streams import StreamCopies
@@ -101,16 +101,13 @@ def test_asked_for_by_name_both_ends_refuse(tmp_path: Path) -> None:
 
 def test_a_pool_that_does_not_fit_names_both_numbers() -> None:
     set_capacity(10_000)
-    here, there = rendezvous_of_both()
-    here.publish("want", "65536")
-    wanted = r"pair 0-1: no room for a pool of 65536 bytes .* 10000 of 10000 bytes are free"
+    _, there = rendezvous_of_both()
+    wanted = r"pair 0-1: no room for a pool of 4194304 bytes .* 10000 of 10000 bytes are free"
     with pytest.raises(TransportError, match=wanted):
-        ipc.IpcAcceptor(there, CPU)
+        ipc.IpcAcceptor(there, PoolRequest(2 * MIB, 2), CPU)
 
 
 def test_slots_that_do_not_fit_name_both_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    here, there = rendezvous_of_both()
-    here.publish("slot", "[65536, 3]")
     set_capacity(10_000)
 
     def full(*size: object, **options: object) -> torch.Tensor:
@@ -118,15 +115,14 @@ def test_slots_that_do_not_fit_name_both_numbers(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(torch, "empty", full)
     with pytest.raises(TransportError, match=r"1 slots of 65536 bytes .* 10000 bytes are free"):
-        messages.NcclAcceptor(None, there, CPU)
+        messages.NcclAcceptor(None, "0-1", PoolRequest(65536, 3), CPU)
 
 
 @pytest.fixture
 def lent() -> tuple[ipc.IpcAcceptor, PairRendezvous]:
     """An acceptor's end, and the evictor's side of its rendezvous."""
     here, there = rendezvous_of_both()
-    here.publish("want", "65536")
-    return ipc.IpcAcceptor(there, CPU), here
+    return ipc.IpcAcceptor(there, PoolRequest(2 * MIB, 2), CPU), here
 
 
 def test_the_acceptor_frees_after_the_evictor_has_unmapped(lent: Any) -> None:
@@ -134,7 +130,7 @@ def test_the_acceptor_frees_after_the_evictor_has_unmapped(lent: Any) -> None:
     closing = threading.Thread(target=acceptor_end.close)
     closing.start()
     closing.join(0.3)
-    assert bytes_of("allocated") == acceptor_end.pool_bytes == 65536
+    assert bytes_of("allocated") == acceptor_end.pool_bytes == 4 * MIB
     evictor.publish("unmapped", "")
     closing.join(5)
     assert bytes_of("allocated") == acceptor_end.pool_bytes == 0
@@ -146,15 +142,16 @@ def test_the_acceptor_keeps_what_may_still_be_mapped(
     monkeypatch.setattr(ipc, "SECONDS_TO_UNMAP", 0.1)
     acceptor_end, evictor = lent
     acceptor_end.close()
-    assert bytes_of("allocated") == 65536
+    assert bytes_of("allocated") == 4 * MIB
     evictor.publish("unmapped", "")
     acceptor_end.close()
 
 
 def test_it_is_unmapped_and_unpinned(tmp_path: Path) -> None:
     here, there = rendezvous_of_both(dist.FileStore(str(tmp_path / "store"), 2))
-    other = InProcess(lambda: ipc.IpcAcceptor(there, CPU))
-    transport = OneSidedTransport("0-1", ipc.IpcMemory(here, 4096, GPU), StreamCopies(CPU))
+    other = InProcess(lambda: ipc.IpcAcceptor(there, PoolRequest(4096, 1), CPU))
+    memory = ipc.IpcMemory(here, other.ask("offer"), GPU)
+    transport = OneSidedTransport("0-1", memory, StreamCopies(CPU))
     transport._memory._device = CPU  # pins as on a GPU, maps for tensors on the CPU
     transport.evict(0, pieces(0, 3000)).wait()
     transport.evict(1, pieces(1, 3 * MIB)).wait()
@@ -180,11 +177,11 @@ def test_an_acceptor_that_dies_is_named(tmp_path: Path) -> None:
 
     def lend() -> ipc.IpcAcceptor:
         there.exchange_identity()
-        return ipc.IpcAcceptor(there, CPU)
+        return ipc.IpcAcceptor(there, PoolRequest(65536, 1), CPU)
 
     other = InProcess(lend)
     here.exchange_identity()
-    transport = ipc.ipc_transport(here, 65536, CPU)
+    transport = ipc.ipc_transport(here, other.ask("offer"), CPU)
     transport.evict(0, pieces(0, 100)).wait()
     pid = other.process.pid
     other.process.kill()
@@ -196,8 +193,8 @@ def test_an_acceptor_that_dies_is_named(tmp_path: Path) -> None:
 
 def test_speed_is_measured_through_it(tmp_path: Path) -> None:
     here, there = rendezvous_of_both(dist.FileStore(str(tmp_path / "store"), 2))
-    other = InProcess(lambda: ipc.IpcAcceptor(there, CPU))
-    transport = ipc.ipc_transport(here, MIB, CPU)
+    other = InProcess(lambda: ipc.IpcAcceptor(there, PoolRequest(MIB, 1), CPU))
+    transport = ipc.ipc_transport(here, other.ask("offer"), CPU)
     speed = measure(transport, MIB, CPU)
     assert speed.size == MIB
     assert min(speed.out, speed.back) > 0
@@ -258,12 +255,11 @@ def test_a_load_that_is_not_waited_for_would_be_seen(
 
 
 def test_nccl_slots_grow_with_a_later_iteration() -> None:
-    here, there = rendezvous_of_both()
-    groups = groups_of_two(here.store)
+    groups = groups_of_two(*rendezvous_of_both())
+    request = PoolRequest(4096, 1)
     with ThreadPoolExecutor(1) as other, simulated_gpu(late=False):
-        lending = other.submit(messages.NcclAcceptor, groups[1], there, CPU)
-        transport = messages.NcclTransport(groups[0], here, 4096, 1, CPU)
-        acceptor_end = lending.result(20)
+        transport = messages.NcclTransport(groups[0], "0-1", request, CPU)
+        acceptor_end = messages.NcclAcceptor(groups[1], "0-1", request, CPU)
         sent = {i: pieces(i, 4096) for i in range(3)}
         for i, parts in sent.items():
             accepted = other.submit(acceptor_end.accept, i)

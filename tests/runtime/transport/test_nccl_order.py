@@ -14,10 +14,9 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
+from megatron_bpipe.runtime.transport import PoolRequest
 from megatron_bpipe.runtime.transport.cuda import messages
-from megatron_bpipe.runtime.transport.pair.rendezvous import PairRendezvous
 from tests.harness.stand_in_gpu import NEEDS_COMPILER, simulated_gpu, streams
 
 pytestmark = NEEDS_COMPILER
@@ -59,13 +58,10 @@ def exchange(seed: int, slot: int, beyond: int = 0) -> bool:
     """Micro-batches out and back in random order; whether all bytes were right, none left."""
     dice, right = random.Random(seed), True
     there, back = queue.SimpleQueue(), queue.SimpleQueue()
-    store = dist.HashStore()
     evictor, acceptor = Group(there, back), Group(back, there)
-    transport = messages.NcclTransport(
-        evictor, PairRendezvous(store, "0-1", "evictor", 5), slot, 2, CPU
-    )
-    evictor.stream.synchronize()
-    acceptor_end = messages.NcclAcceptor(acceptor, PairRendezvous(store, "0-1", "acceptor", 5), CPU)
+    request = PoolRequest(slot, 2)
+    transport = messages.NcclTransport(evictor, "0-1", request, CPU)
+    acceptor_end = messages.NcclAcceptor(acceptor, "0-1", request, CPU)
     held: dict[int, list[torch.Tensor]] = {}
 
     def come_back(i: int) -> bool:

@@ -9,10 +9,9 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
-import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import partial
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -20,12 +19,18 @@ import torch
 import torch.distributed as dist
 
 from megatron_bpipe.runtime.observe.memory import allocated_bytes
-from megatron_bpipe.runtime.transport import AcceptorEnd, Transport, TransportError, host_memory
+from megatron_bpipe.runtime.transport import (
+    AcceptorEnd,
+    PoolRequest,
+    Transport,
+    TransportError,
+    host_memory,
+)
 from megatron_bpipe.runtime.transport.cuda.ipc import IpcAcceptor, ipc_transport
 from megatron_bpipe.runtime.transport.cuda.messages import NcclAcceptor, NcclTransport
 from megatron_bpipe.runtime.transport.host import NoPool, host_transport
 from megatron_bpipe.runtime.transport.pair.negotiate import two_sided_group
-from megatron_bpipe.runtime.transport.pair.rendezvous import Identity, PairRendezvous
+from megatron_bpipe.runtime.transport.pair.rendezvous import Identity, PairRendezvous, _born
 from megatron_bpipe.runtime.transport.shared_memory import (
     SharedMemoryAcceptor,
     shared_memory_transport,
@@ -66,34 +71,26 @@ def rendezvous_of_both(store: Any = None) -> tuple[PairRendezvous, PairRendezvou
     return tuple(PairRendezvous(store, "0-1", end, DEADLINE) for end in ("evictor", "acceptor"))
 
 
-def groups_of_two(store: Any) -> list[Any]:
-    groups: list[Any] = [None, None]
-
-    def join(rank: int) -> None:
-        groups[rank] = two_sided_group(store, "0-1", rank, CPU, DEADLINE)
-
-    threads = [threading.Thread(target=join, args=(rank,)) for rank in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return groups
+def groups_of_two(*ends: PairRendezvous) -> list[Any]:
+    with ThreadPoolExecutor(2) as threads:
+        return list(threads.map(lambda end: two_sided_group(end, CPU), ends))
 
 
 def open_ends(name: str, wanted: int) -> Ends:
     if name == "host":
         return Ends(name, host_transport("0-1", wanted, CPU, DEADLINE), NoPool())
     here, there = rendezvous_of_both()
+    request = PoolRequest(wanted // 2, 2)
     if name == "ipc":
-        transport = ipc_transport(here, wanted, CPU)
-        return Ends(name, transport, IpcAcceptor(there, CPU))
+        acceptor_end = IpcAcceptor(there, request, CPU)
+        return Ends(name, ipc_transport(here, acceptor_end.offer, CPU), acceptor_end)
     if name == "shm":
-        transport = shared_memory_transport(here, wanted)
-        return Ends(name, transport, SharedMemoryAcceptor(there))
-    groups = groups_of_two(here.store)
+        acceptor_end = SharedMemoryAcceptor("0-1", request)
+        return Ends(name, shared_memory_transport(here, acceptor_end.offer), acceptor_end)
+    groups = groups_of_two(here, there)
     if name == "nccl":
-        acceptor_end = OnThread(lambda: NcclAcceptor(groups[1], there, CPU))
-        return Ends(name, NcclTransport(groups[0], here, wanted // 2, 2, CPU), acceptor_end)
+        acceptor_end = OnThread(lambda: NcclAcceptor(groups[1], "0-1", request, CPU))
+        return Ends(name, NcclTransport(groups[0], "0-1", request, CPU), acceptor_end)
     acceptor_end = TwoSidedAcceptor(groups[1], "0-1", CPU, DEADLINE)
     return Ends(name, TwoSidedTransport(groups[0], "0-1", DEADLINE), acceptor_end)
 
@@ -218,12 +215,10 @@ def test_no_memory_for_the_pool_names_both_numbers(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(host_memory, "available_bytes", lambda: 12_345)
-    here, there = rendezvous_of_both()
 
     def ask() -> None:
         if name == "shm":
-            shared_memory_transport(here, 65_536)
-            SharedMemoryAcceptor(there)
+            SharedMemoryAcceptor("0-1", PoolRequest(32_768, 2))
         else:
             host_transport("0-1", 65_536, CPU, DEADLINE)
 
@@ -232,15 +227,11 @@ def test_no_memory_for_the_pool_names_both_numbers(
 
 
 def test_a_dead_acceptor_is_named_at_the_next_eviction() -> None:
-    here, there = rendezvous_of_both()
+    here, _ = rendezvous_of_both()
     process = subprocess.Popen(["sleep", "60"])
-    mine = Identity.mine()
-    born = partial(Identity, mine.host, process.pid)
-    from megatron_bpipe.runtime.transport.pair.rendezvous import _born
-
-    here.peer = born(_born(process.pid) or "")
-    transport = shared_memory_transport(here, 65_536)
-    acceptor_end = SharedMemoryAcceptor(there)
+    here.peer = replace(Identity.mine(), pid=process.pid, born=_born(process.pid))
+    acceptor_end = SharedMemoryAcceptor("0-1", PoolRequest(65_536, 1))
+    transport = shared_memory_transport(here, acceptor_end.offer)
     transport.evict(0, pieces(0, 100)).wait()
     process.kill()
     process.wait()

@@ -1,8 +1,8 @@
 """The one-sided transport between GPUs of one node: a pool that the acceptor lends by CUDA IPC.
 
     evictor                               acceptor
-    F0 ends: says what it wants       ->  allocates it on its GPU
-    maps the pool                     <-  says the handle and the bytes
+                                          allocates the pool on its GPU
+    maps the pool                     <-  offers it (handle, bytes)
     writes and reads it, alone            never looks at it again
     closes: unmaps, says so           ->  frees it
 
@@ -18,7 +18,7 @@ import json
 
 import torch
 
-from megatron_bpipe.runtime.transport.base import TransportError
+from megatron_bpipe.runtime.transport.base import PoolRequest, TransportError
 from megatron_bpipe.runtime.transport.copies import Part
 from megatron_bpipe.runtime.transport.cuda import driver
 from megatron_bpipe.runtime.transport.cuda.streams import StreamCopies
@@ -34,16 +34,23 @@ SECONDS_TO_UNMAP = 10.0
 class IpcAcceptor:
     """The acceptor's end: allocates the pool and keeps it until the evictor has unmapped it.
 
+    Args:
+        rendezvous: with the evictor, to hear when it has unmapped the pool.
+        request: what the evictor asks for.
+        device: where this rank computes.
+
     Raises:
-        TransportError: the evictor does not ask in time, or the GPU has no memory for the pool.
+        TransportError: the GPU has no memory for the pool.
     """
 
-    def __init__(self, rendezvous: PairRendezvous, device: torch.device) -> None:
+    def __init__(
+        self, rendezvous: PairRendezvous, request: PoolRequest, device: torch.device
+    ) -> None:
         self._rendezvous = rendezvous
-        self.pool_bytes = int(rendezvous.get("want"))
+        # CUDA shares whole 2 MiB pages: a smaller pool would show its neighbours too
+        self.pool_bytes = max(1, -(-request.pool_bytes // GRANULE)) * GRANULE
         self._address = allocate(self.pool_bytes, device, rendezvous.pair)
-        handle = driver.share(self._address)
-        rendezvous.publish("lend", json.dumps([handle.hex(), self.pool_bytes]))
+        self.offer = json.dumps([driver.share(self._address).hex(), self.pool_bytes])
 
     def accept(self, key: ActivationKey) -> None:
         """Nothing to do: the evictor writes by itself."""
@@ -77,25 +84,24 @@ class IpcMemory:
 
     Args:
         rendezvous: with the acceptor, which must be on this node.
-        wanted: bytes of the pool to ask for.
+        offer: the acceptor's.
         device: where this rank computes.
     """
 
-    def __init__(self, rendezvous: PairRendezvous, wanted: int, device: torch.device) -> None:
+    def __init__(self, rendezvous: PairRendezvous, offer: str, device: torch.device) -> None:
         self._rendezvous = rendezvous
+        self._offer = offer
         self._device = device
         self._address = 0
         self._spill = HostMemory(rendezvous.pair, 0, device)
-        # CUDA shares whole 2 MiB pages: a smaller pool would show its neighbours too
-        rendezvous.publish("want", str(max(1, -(-wanted // GRANULE)) * GRANULE))
 
     def map(self) -> torch.Tensor:
         """Map what is lent.
 
         Raises:
-            TransportError: nothing is lent in time, or it cannot be mapped.
+            TransportError: it cannot be mapped.
         """
-        handle, size = json.loads(self._rendezvous.get("lend"))
+        handle, size = json.loads(self._offer)
         try:
             with torch.cuda.device(self._device):
                 self._address = driver.open_shared(bytes.fromhex(handle))
@@ -129,12 +135,11 @@ class IpcMemory:
 
 
 def ipc_transport(
-    rendezvous: PairRendezvous, wanted: int, device: torch.device
+    rendezvous: PairRendezvous, offer: str, device: torch.device
 ) -> OneSidedTransport:
     """The evictor's end; arguments as for `IpcMemory`."""
-    return OneSidedTransport(
-        rendezvous.pair, IpcMemory(rendezvous, wanted, device), StreamCopies(device)
-    )
+    memory = IpcMemory(rendezvous, offer, device)
+    return OneSidedTransport(rendezvous.pair, memory, StreamCopies(device))
 
 
 def allocate(size: int, device: torch.device, pair: str) -> int:

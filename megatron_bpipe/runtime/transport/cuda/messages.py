@@ -14,14 +14,13 @@ waits for was queued earlier, so even one hardware queue (CUDA_DEVICE_MAX_CONNEC
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from megatron_bpipe.runtime.activation import padded
-from megatron_bpipe.runtime.transport.base import TransportError
+from megatron_bpipe.runtime.transport.base import PoolRequest, TransportError
 from megatron_bpipe.runtime.transport.chunks import Placed, chunks, divide, overlaps
 from megatron_bpipe.runtime.transport.copies import Part
 from megatron_bpipe.runtime.transport.cuda.driver import Copy
@@ -33,7 +32,6 @@ from megatron_bpipe.runtime.transport.cuda.streams import (
 )
 from megatron_bpipe.runtime.transport.host import HostMemory
 from megatron_bpipe.runtime.transport.one_sided import OneSidedTransport
-from megatron_bpipe.runtime.transport.pair.rendezvous import PairRendezvous
 from megatron_bpipe.schedule.ops import ActivationKey
 
 CHUNK = 32 * 2**20
@@ -41,34 +39,39 @@ STAGES = 2  # chunks packed ahead of the one that is sent
 EVICTOR, ACCEPTOR, TAG = 0, 1, 0
 
 
+def connect(group: Any, rank: int, device: torch.device) -> None:
+    """Build the communicator, by the first message; both ends call it, neither on the thread that
+    computes.
+
+    Args:
+        group: a process group of this pair, evictor 0 and acceptor 1.
+        rank: this end's.
+        device: where this rank computes.
+    """
+    byte = torch.zeros(1, dtype=torch.uint8, device=device)
+    message, other = (group.send, ACCEPTOR) if rank == EVICTOR else (group.recv, EVICTOR)
+    _wait(message([byte], other, TAG))
+
+
 class NcclTransport:
     """The evictor's end; see `Transport`.
 
     Args:
         group: a process group of this pair, evictor 0 and acceptor 1.
-        rendezvous: with the acceptor.
-        slot: bytes of one message: what a micro-batch of usual size needs.
-        slots: messages the acceptor holds at once.
+        pair: the pair's name, for messages.
+        request: what was asked for.
         device: where this rank computes.
     """
 
-    def __init__(
-        self, group: Any, rendezvous: PairRendezvous, slot: int, slots: int, device: torch.device
-    ) -> None:
-        slot = max(padded(slot), padded(1))
-        rendezvous.publish("slot", json.dumps([slot, slots]))
-        self._group, self._slot = group, slot
+    def __init__(self, group: Any, pair: str, request: PoolRequest, device: torch.device) -> None:
+        self._group, self._slot = group, _slot(request)
         self._copies = StreamCopies(device)
-        size = min(CHUNK, slot)
-        shape = (STAGES, size)
+        shape = (STAGES, min(CHUNK, self._slot))
         self._staging = torch.empty(shape, dtype=torch.uint8, device=device)
         self._sending: list[Any] = [None] * STAGES
-        self._spill = OneSidedTransport(
-            rendezvous.pair, HostMemory(rendezvous.pair, 0, device), self._copies
-        )
+        self._spill = OneSidedTransport(pair, HostMemory(pair, 0, device), self._copies)
         self._spilled: dict[ActivationKey, int] = {}
         self._spilled_bytes = 0
-        _wait(group.send([self._staging[0, :1]], ACCEPTOR, TAG))  # connects, before any op needs it
 
     def evict(self, key: ActivationKey, pieces: Sequence[torch.Tensor]) -> StreamTransferHandle:
         """See `Transport`."""
@@ -143,13 +146,17 @@ class NcclTransport:
 class NcclAcceptor:
     """The acceptor's end; see `AcceptorEnd`. Slots are allocated once and used again.
 
+    Arguments as for `NcclTransport`.
+
     Raises:
-        TransportError: the evictor does not ask in time, or the GPU has no room for the slots.
+        TransportError: the GPU has no room for the slots.
     """
 
-    def __init__(self, group: Any, rendezvous: PairRendezvous, device: torch.device) -> None:
-        self._size, slots = json.loads(rendezvous.get("slot"))
-        self._group, self._pair, self._device = group, rendezvous.pair, device
+    offer = ""
+
+    def __init__(self, group: Any, pair: str, request: PoolRequest, device: torch.device) -> None:
+        self._size, slots = _slot(request), request.slots
+        self._group, self._pair, self._device = group, pair, device
         self._stream = copy_stream(device)
         self._slots: list[torch.Tensor] = []
         for _ in range(slots):
@@ -157,8 +164,6 @@ class NcclAcceptor:
         self._free = list(range(slots))
         self._held: dict[ActivationKey, int] = {}
         self._under_way: dict[int, list[Any]] = {}  # messages by slot
-        with torch.cuda.stream(self._stream):
-            _wait(group.recv([self._slots[0][:1]], EVICTOR, TAG))
 
     @property
     def pool_bytes(self) -> int:
@@ -220,6 +225,11 @@ class NcclAcceptor:
         # from here on it is used on that stream alone
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         self._slots.append(slot)
+
+
+def _slot(request: PoolRequest) -> int:
+    """Bytes of one message: what a micro-batch of usual size needs."""
+    return max(padded(request.microbatch_bytes), padded(1))
 
 
 def _packing(chunk: torch.Tensor, placed: Sequence[Placed], *, out: bool) -> list[Copy]:

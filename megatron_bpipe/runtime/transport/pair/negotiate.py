@@ -1,4 +1,4 @@
-"""Choose a pair's transport and open both of its ends.
+"""Choose a pair's transport; the first half of the handshake (handshake.py).
 
 both        say where they are (process, GPU)
 evictor     lists what is open to the pair, best first; tries CUDA IPC if that is the best
@@ -15,7 +15,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_bpipe.runtime.transport import AcceptorEnd, Transport, TransportError
+from megatron_bpipe.runtime.transport import (
+    AcceptorEnd,
+    PoolRequest,
+    Transport,
+    TransportError,
+)
 from megatron_bpipe.runtime.transport.host import NoPool, host_transport
 from megatron_bpipe.runtime.transport.pair.links import (
     DeviceInfo,
@@ -54,67 +59,77 @@ class Pair:
     group: Any
     link: Link | None = None
 
-    def open_evictor(self, microbatch_bytes: int, slots: int) -> Transport:
-        """The evictor's end."""
-        rendezvous, wanted = self.rendezvous, microbatch_bytes * slots
-        if self.transport == "shm":
-            return shared_memory_transport(rendezvous, wanted)
-        if self.transport == "host":
-            return host_transport(rendezvous.pair, wanted, self.device, rendezvous.deadline)
-        if self.transport == "ipc":
-            from megatron_bpipe.runtime.transport.cuda.ipc import ipc_transport
+    @property
+    def lends(self) -> bool:
+        """Whether evicted bytes lie on the acceptor."""
+        return self.transport != "host"
 
-            return ipc_transport(rendezvous, wanted, self.device)
-        if self.device.type == "cuda":
-            from megatron_bpipe.runtime.transport.cuda.messages import NcclTransport
+    def open_acceptor(self, request: PoolRequest) -> AcceptorEnd:
+        """The acceptor's end, with the pool; waits for nobody.
 
-            return NcclTransport(self.group, rendezvous, microbatch_bytes, slots, self.device)
-        return TwoSidedTransport(self.group, rendezvous.pair, rendezvous.deadline)
-
-    def open_acceptor(self) -> AcceptorEnd:
-        """The acceptor's end."""
+        Raises:
+            TransportError: there is no memory for the pool.
+        """
         rendezvous = self.rendezvous
         if self.transport == "shm":
-            return SharedMemoryAcceptor(rendezvous)
+            return SharedMemoryAcceptor(rendezvous.pair, request)
         if self.transport == "host":
             return NoPool()
         if self.transport == "ipc":
             from megatron_bpipe.runtime.transport.cuda.ipc import IpcAcceptor
 
-            return IpcAcceptor(rendezvous, self.device)
+            return IpcAcceptor(rendezvous, request, self.device)
         if self.device.type == "cuda":
             from megatron_bpipe.runtime.transport.cuda.messages import NcclAcceptor
 
-            return NcclAcceptor(self.group, rendezvous, self.device)
+            return NcclAcceptor(self.group, rendezvous.pair, request, self.device)
         return TwoSidedAcceptor(self.group, rendezvous.pair, self.device, rendezvous.deadline)
 
+    def open_evictor(self, request: PoolRequest, offer: str) -> Transport:
+        """The evictor's end; waits for nobody.
 
-def open_pair(group: Any, evictor: int, asked: str, device: torch.device, deadline: float) -> Pair:
-    """Meet the partner and agree; both ends call it at their first iteration.
+        Args:
+            request: what was asked for.
+            offer: the acceptor's answer; "" where evicted bytes do not lie there.
+
+        Raises:
+            TransportError: there is no memory for what this end needs.
+        """
+        rendezvous = self.rendezvous
+        if self.transport == "shm":
+            return shared_memory_transport(rendezvous, offer)
+        if self.transport == "host":
+            wanted = request.pool_bytes
+            return host_transport(rendezvous.pair, wanted, self.device, rendezvous.deadline)
+        if self.transport == "ipc":
+            from megatron_bpipe.runtime.transport.cuda.ipc import ipc_transport
+
+            return ipc_transport(rendezvous, offer, self.device)
+        if self.device.type == "cuda":
+            from megatron_bpipe.runtime.transport.cuda.messages import NcclTransport
+
+            return NcclTransport(self.group, rendezvous.pair, request, self.device)
+        return TwoSidedTransport(self.group, rendezvous.pair, rendezvous.deadline)
+
+
+def open_pair(rendezvous: PairRendezvous, asked: str, device: torch.device) -> Pair:
+    """Agree on a transport and connect; both ends call it once they have met.
 
     Args:
-        group: the pipeline's process group.
-        evictor: stage of the pair's evictor.
+        rendezvous: with the other end.
         asked: one of `options.TRANSPORTS`.
         device: where this rank computes.
-        deadline: seconds that any wait may take.
 
     Raises:
-        TransportError: the partner does not come, or what was asked for is not open to the pair;
-            then both ends raise it, with the reason.
+        TransportError: the partner is gone, or what was asked for is not open to the pair; then
+            both ends raise it, with the reason.
     """
-    stages = (evictor, group.size() - 1 - evictor)
-    ranks = [dist.get_global_rank(group, stage) for stage in stages]
-    end = "evictor" if group.rank() == evictor else "acceptor"
-    pair = f"{ranks[0]}-{ranks[1]}"
-    store = _store(pair, end, deadline)
-    rendezvous = PairRendezvous(store, pair, end, deadline)
     rendezvous.exchange_identity()
-    topology = _look(rendezvous, device)
+    topology = look(rendezvous, device)
     transport, why = agree(asked, topology, rendezvous, device)
     messages = None
     if transport == "p2p":
-        messages = two_sided_group(store, pair, int(end == "acceptor"), device, deadline)
+        messages = two_sided_group(rendezvous, device)
     return Pair(rendezvous, transport, why, device, messages, topology.link)
 
 
@@ -138,19 +153,24 @@ def agree(
     return transport, why
 
 
-def two_sided_group(store: Any, pair: str, rank: int, device: torch.device, deadline: float) -> Any:
+def two_sided_group(rendezvous: PairRendezvous, device: torch.device) -> Any:
     """A process group of two, evictor 0 and acceptor 1, unknown to torch's registry of groups.
 
     ``new_group`` would have to be called by every rank of the job, and its variant that need not
     (``use_local_synchronization``) names groups by how many the calling rank is in, which differs
     between a pipeline's ends.
     """
-    own = dist.PrefixStore(f"{pair}/group", store)
-    timeout = timedelta(seconds=deadline)
+    own = dist.PrefixStore(f"{rendezvous.pair}/group", rendezvous.store)
+    timeout = timedelta(seconds=rendezvous.deadline)
+    rank = int(rendezvous.end == "acceptor")
     if device.type == "cuda":
+        from megatron_bpipe.runtime.transport.cuda.messages import connect
+
         options = dist.ProcessGroupNCCL.Options()
         options._timeout = timeout
-        return dist.ProcessGroupNCCL(own, rank, 2, options)
+        group = dist.ProcessGroupNCCL(own, rank, 2, options)
+        connect(group, rank, device)
+        return group
     return dist.ProcessGroupGloo(own, rank, 2, timeout)
 
 
@@ -194,7 +214,7 @@ def _offer_trial(rendezvous: PairRendezvous, device: torch.device) -> None:
     trial.close()
 
 
-def _look(rendezvous: PairRendezvous, device: torch.device) -> PairTopology:
+def look(rendezvous: PairRendezvous, device: torch.device) -> PairTopology:
     """Say where this rank computes, hear where the other one does, see how they are linked."""
     on_gpu = device.type == "cuda"
     if on_gpu:
@@ -209,13 +229,3 @@ def _look(rendezvous: PairRendezvous, device: torch.device) -> PairTopology:
 
 def _of_cpus(topology: PairTopology) -> str:
     return "one host" if topology.one_host else Link.NODE.value
-
-
-def _store(pair: str, end: str, deadline: float) -> Any:
-    """The job's store, in a corner that no earlier rendezvous of this pair has written to."""
-    base: Any = dist.distributed_c10d._get_default_store()
-    # its own connection: a wait here must not hold up c10d's own requests
-    store = dist.PrefixStore("megatron_bpipe", base.clone())
-    store.set_timeout(timedelta(seconds=deadline))
-    times_met = store.add(f"{pair}/{end}/times", 1)
-    return dist.PrefixStore(str(times_met), store)
