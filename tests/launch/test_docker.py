@@ -76,8 +76,17 @@ def test_nothing_of_the_image_is_installed_again() -> None:
     assert "/opt/megatron_bpipe" in installs[0]
 
 
-def test_build_passes_every_version_on(tmp_path: Path) -> None:
-    engine = tmp_path / "engine"
+def test_no_list_of_kept_versions_may_be_empty() -> None:
+    lists = [" ".join(rest.split()) for _, rest in instructions() if "pip list" in rest]
+    assert len(lists) == 2
+    assert lists[0].endswith("> /opt/kept-versions && test -s /opt/kept-versions")
+    assert lists[1].endswith("| diff /opt/kept-versions -")
+    assert not re.search(r"(?<!-m )pip (list|install)", " ".join(lists)), "of another Python"
+
+
+@pytest.mark.parametrize("name", ["docker", "podman", "buildah"])
+def test_build_passes_every_version_on(tmp_path: Path, name: str) -> None:
+    engine = tmp_path / name
     engine.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
     engine.chmod(0o755)
     done = subprocess.run(
@@ -91,8 +100,9 @@ def test_build_passes_every_version_on(tmp_path: Path) -> None:
     words = done.stdout.splitlines()
     assert words[0] == "build"
     assert words[-3:] == ["--tag", "x", "."]
-    for name, value in versions().items():
-        assert words[words.index(f"{name}={value}") - 1] == "--build-arg"
+    assert ("--format" in words) == (name != "docker")
+    for key, value in versions().items():
+        assert words[words.index(f"{key}={value}") - 1] == "--build-arg"
 
 
 BESIDE_PYTHON = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
