@@ -10,18 +10,29 @@ import pytest
 
 from tests.harness import Megatron
 
+HERE = Path(__file__).parent
+TRAINING = HERE / "training"
 os.environ["OMP_NUM_THREADS"] = "1"
-
-TRAINING = Path(__file__).parent / "training"
 
 pytest_plugins = ["tests.results_table"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What lies in ``tests/training`` is marked ``trains``; elsewhere tests say so themselves."""
+    """Mark what trains, and say what runs beside what under pytest-xdist (scripts/test.sh).
+
+    What lies in ``tests/training`` is marked ``trains``; elsewhere tests say so themselves.
+    Trainings come first and all in one process, which shares their runs; the rest file by file.
+    """
+
+    def shares_runs(item: pytest.Item) -> bool:
+        return "megatron" in getattr(item, "fixturenames", ())
+
+    items.sort(key=shares_runs, reverse=True)  # the order within both stays
     for item in items:
         if item.path.is_relative_to(TRAINING):
             item.add_marker("trains")
+        group = "training" if shares_runs(item) else str(item.path.relative_to(HERE))
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(scope="session")

@@ -28,7 +28,7 @@ def pytest_terminal_summary(
     rows = []
     for outcome in ("passed", "failed", "error", "skipped"):
         for report in terminalreporter.stats.get(outcome, []):
-            file, _, name = report.nodeid.partition("::")
+            file, _, name = report.nodeid.partition("@")[0].partition("::")  # @: xdist's group
             if name.startswith(WRITTEN):
                 kind = Path(file).stem.removeprefix("test_")
                 seconds = sum(
