@@ -7,17 +7,16 @@ from typing import Any
 from megatron_bpipe.estimate.errors import EstimateError
 from megatron_bpipe.estimate.models import Mla, Model
 
-UNKNOWN = ("hybrid_layer_pattern", "hybrid_override_pattern", "experimental_attention_variant")
-"""Layers that the estimator does not know: state spaces, linear attention."""
+UNKNOWN = (
+    *("hybrid_layer_pattern", "hybrid_override_pattern", "is_hybrid_model"),
+    *("experimental_attention_variant", "heterogeneous_layers_config_path"),
+)
+"""Layers that the estimator does not know; not every release has each of these."""
 
 
 def model_of(args: Any) -> Model | None:
     """The model that is trained; None for one whose FLOPs the estimator does not know."""
     if any(getattr(args, name, None) for name in UNKNOWN):
-        return None
-    if getattr(args, "heterogeneous_layers_config_path", None) or getattr(
-        args, "is_hybrid_model", 0
-    ):
         return None
     heads, experts = args.num_attention_heads, getattr(args, "num_experts", None) or 0
     grouped = getattr(args, "group_query_attention", False)

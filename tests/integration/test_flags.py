@@ -34,6 +34,12 @@ OTHER_TOOLS = {
     },
     "docker": {"--ipc", "--shm-size"},
     "nvidia-smi": {"--query-gpu", "--format"},
+    "the zero-bubble fork (docs/coming-from.md)": {
+        *("--interleave-group-size", "--enable-zero-bubble", "--zero-bubble-max-pending-backward"),
+        *("--zero-bubble-v-schedule", "--zero-bubble-v-schedule-mem-setup", "--enable-1f1b-v"),
+        *("--offload-chunk-num", "--offload-time", "--enable-optimizer-post-validation"),
+        *("--allow-padding-num-layers", "--profile-memory-iter"),
+    },
 }
 # set by Megatron's validate_args, by torchrun's environment, or attributes of our own commands
 DERIVED = {"params_dtype", "padded_vocab_size", "world_size", "rank", "encoder_num_layers"}
