@@ -7,6 +7,7 @@ first batched message, where NCCL builds its communicator, and at the start of t
 iteration of the last one, starts torch.distributed anew and trains that one again.
 """
 
+import gc
 import json
 import os
 import sys
@@ -127,7 +128,8 @@ def fail(stages: int) -> str:
         said = type(error).__name__
     assert session().pools is None
     parallel_state.destroy_model_parallel()
-    dist.destroy_process_group()  # the others' messages fail by it
+    dist.destroy_process_group()
+    gc.collect()  # closes the connections, by which the others' messages fail
     store = dist.FileStore(f"{folder}/again", int(os.environ["WORLD_SIZE"]))
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
