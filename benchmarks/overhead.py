@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What BPipe costs on a CPU: stock and BPipe blocks of iterations, alternating in one training run.
 
-    .venv/bin/python benchmarks/overhead.py [--pairs 12] [--block 3] [--stages 4]
+    .venv/bin/python benchmarks/overhead.py [--pairs 12] [--block 3] [--stages 4] [--chunks 1]
 
 One run of Megatron's `pretrain()`; between blocks only the schedule function is exchanged, so both
 see the same processes, caches and neighbours. Prints medians and spread of wall seconds and of CPU
@@ -42,6 +42,7 @@ def main() -> int:
     parser.add_argument("--pairs", type=int, default=12, help="alternating pairs of blocks")
     parser.add_argument("--block", type=int, default=3, help="iterations a block")
     parser.add_argument("--stages", type=int, default=4)
+    parser.add_argument("--chunks", type=int, default=1, help="model chunks a stage")
     parser.add_argument("--output", type=Path, help="write the result as JSON")
     parser.add_argument("--rank-writes-to", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -52,7 +53,8 @@ def main() -> int:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command += ["--log-dir", folder, "--nproc-per-node", str(arguments.stages), __file__]
         command += ["--pairs", str(arguments.pairs), "--block", str(arguments.block)]
-        command += ["--stages", str(arguments.stages), "--rank-writes-to", folder]
+        command += ["--stages", str(arguments.stages), "--chunks", str(arguments.chunks)]
+        command += ["--rank-writes-to", folder]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         environment["TMPDIR"] = folder  # the data loader's workers leave sockets there
         subprocess.run(command, env=environment, check=True, timeout=3600)
@@ -68,9 +70,15 @@ def main() -> int:
 def _be_a_rank(arguments: argparse.Namespace) -> None:
     from megatron_bpipe.integration import install
     from megatron_bpipe.integration.bootstrap.run_script import run_script
+    from megatron_bpipe.integration.checks.hook_points import (
+        FORWARD_BACKWARD,
+        FORWARD_BACKWARD_INTERLEAVED,
+    )
     from megatron_bpipe.integration.cpu.flags import cpu_flags
     from megatron_bpipe.integration.patches.import_hook import after_import
 
+    point = FORWARD_BACKWARD if arguments.chunks == 1 else FORWARD_BACKWARD_INTERLEAVED
+    replaced = point.name
     steps = arguments.block * 2 * (arguments.pairs + 1)  # the first pair warms up
     rows: list[dict[str, Any]] = []
 
@@ -86,9 +94,9 @@ def _be_a_rank(arguments: argparse.Namespace) -> None:
             if not choices:  # the arguments are parsed by now, so the schedule is replaced
                 patches = install._installed
                 assert patches is not None
-                choices.append(patches.stock[install.REPLACED])
-                choices.append(getattr(schedules, install.REPLACED))
-            setattr(schedules, install.REPLACED, choices[bpipe])
+                choices.append(patches.stock[replaced])
+                choices.append(getattr(schedules, replaced))
+            setattr(schedules, replaced, choices[bpipe])
             dist.barrier()
             wall, cpu = time.perf_counter(), time.process_time()
             result = stock_step(*positional, **named)
@@ -109,6 +117,8 @@ def _be_a_rank(arguments: argparse.Namespace) -> None:
 
     after_import("megatron.training.training", alternate)
     flags = [*MODEL, "--bpipe", "--pipeline-model-parallel-size", str(arguments.stages)]
+    if arguments.chunks > 1:
+        flags += ["--num-virtual-stages-per-pipeline-rank", str(arguments.chunks)]
     flags += ["--train-iters", str(steps), *cpu_flags()]
     run_script(str(ROOT / "scripts" / "examples" / "pretrain_gpt.py"), flags)
 
@@ -121,7 +131,8 @@ def _summarise(ranks: list[list[dict[str, Any]]], arguments: argparse.Namespace)
     cpu = [sum(r[i]["cpu"] for r in ranks) for i in range(len(ranks[0]))]
     result: dict[str, Any] = {
         "command": f"benchmarks/overhead.py --pairs {arguments.pairs} --block {block} "
-        f"--stages {arguments.stages}",
+        f"--stages {arguments.stages}"
+        + (f" --chunks {arguments.chunks}" if arguments.chunks > 1 else ""),
         "model": " ".join(MODEL),
         "environment": {
             "cpu": _cpu_name(),

@@ -19,6 +19,8 @@ MODES = (
     "outputs not deallocated",
     "gradients finalised",
     "own process groups",
+    "interleaved",
+    "interleaved, messages not overlapped",
 )
 
 

@@ -29,6 +29,7 @@ import megatron_bpipe
 from megatron_bpipe.integration.patches.process_groups import default_groups
 
 STAGES, MICROBATCHES, SIZE, LONGEST, VOCABULARY = 4, 8, 2, 64, 128
+CHUNKS = 2  # of the interleaved modes
 
 
 class ScaledDotProductAttention(DotProductAttention):
@@ -44,11 +45,20 @@ class ScaledDotProductAttention(DotProductAttention):
 DISTRIBUTED = ("gradients finalised", "own process groups")
 
 
-def build(mode: str) -> torch.nn.Module:
+def build(mode: str) -> list[torch.nn.Module]:
+    """The stage's model chunks; only the interleaved modes have several."""
     torch.manual_seed(7)
     tensor_parallel.model_parallel_cuda_manual_seed(7)
+    count = CHUNKS if mode.startswith("interleaved") else 1
+    overlapped = mode == "interleaved"
+    virtual = count if count > 1 else None
+    parallel_state.set_virtual_pipeline_model_parallel_world_size(virtual)
     config = TransformerConfig(
-        num_layers=STAGES,
+        virtual_pipeline_model_parallel_size=virtual,
+        overlap_p2p_comm=overlapped,
+        batch_p2p_comm=not overlapped,
+        microbatch_group_size_per_vp_stage=STAGES,
+        num_layers=STAGES * count,
         hidden_size=64,
         num_attention_heads=4,
         pipeline_model_parallel_size=STAGES,
@@ -71,23 +81,28 @@ def build(mode: str) -> torch.nn.Module:
     spec = get_gpt_layer_local_spec()
     if mode == "SDPA":
         spec.submodules.self_attention.submodules.core_attention = ScaledDotProductAttention
-    model = GPTModel(
-        config=config,
-        share_embeddings_and_output_weights=mode in DISTRIBUTED,
-        transformer_layer_spec=spec,
-        vocab_size=VOCABULARY,
-        max_sequence_length=LONGEST,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
-    )
+    models: list[torch.nn.Module] = [
+        GPTModel(
+            config=config,
+            share_embeddings_and_output_weights=mode in DISTRIBUTED,
+            transformer_layer_spec=spec,
+            vocab_size=VOCABULARY,
+            max_sequence_length=LONGEST,
+            pre_process=parallel_state.is_pipeline_first_stage() and chunk == 0,
+            post_process=parallel_state.is_pipeline_last_stage() and chunk == count - 1,
+            vp_stage=chunk if count > 1 else None,
+        )
+        for chunk in range(count)
+    ]
     if mode not in DISTRIBUTED:
-        return model
+        return models
+    (model,) = models
     how = DistributedDataParallelConfig(overlap_grad_reduce=True)
     model = DistributedDataParallel(config=config, ddp_config=how, module=model)
     config.no_sync_func = model.no_sync
     config.grad_sync_func = model.start_grad_sync
     config.finalize_model_grads_func = finalize_model_grads
-    return model
+    return [model]
 
 
 def batches(mode: str, iteration: int):
@@ -121,19 +136,20 @@ def forward_step(mode, data, model, checkpoint_all=None):
 
 
 def train(mode: str) -> list:
-    model = build(mode)
+    models = build(mode)
     schedule = get_forward_backward_func()
     seen = []
     for iteration in range(3):
         if mode == "evaluation first":
             with torch.no_grad():
-                run(schedule, mode, model, 100 + iteration, forward_only=True)
-        model.zero_grad_buffer() if mode in DISTRIBUTED else model.zero_grad()
-        losses = run(schedule, mode, model, iteration, forward_only=False)
+                run(schedule, mode, models, 100 + iteration, forward_only=True)
+        for model in models:
+            model.zero_grad_buffer() if mode in DISTRIBUTED else model.zero_grad()
+        losses = run(schedule, mode, models, iteration, forward_only=False)
         seen += [loss["loss"] for loss in losses]
         name = "main_grad" if mode in DISTRIBUTED else "grad"
         with torch.no_grad():
-            for parameter in model.parameters():
+            for parameter in (each for model in models for each in model.parameters()):
                 gradient = getattr(parameter, name)
                 seen.append(gradient.clone())
                 parameter -= 0.1 * gradient
@@ -149,16 +165,18 @@ def own_groups(model) -> dict:
     return {"p2p_communicator": communicator, name: default_groups(schedules)}
 
 
-def run(schedule, mode, model, iteration, *, forward_only):
+def run(schedule, mode, models, iteration, *, forward_only):
+    data = [batches(mode, iteration) for _ in models]
+    several = len(models) > 1
     return schedule(
         forward_step_func=partial(forward_step, mode),
-        data_iterator=batches(mode, iteration),
-        model=model,
+        data_iterator=data if several else data[0],
+        model=models if several else models[0],
         num_microbatches=MICROBATCHES,
         seq_length=LONGEST,
         micro_batch_size=SIZE,
         forward_only=forward_only,
-        **(own_groups(model) if mode == "own process groups" else {}),
+        **(own_groups(models[0]) if mode == "own process groups" else {}),
     )
 
 
