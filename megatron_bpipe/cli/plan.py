@@ -58,7 +58,7 @@ class _Task:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Plan and print; returns 2 after one line on stderr if that is not possible."""
+    """Plan and print; 1 where nothing fits, 2 after one line on stderr if that is not possible."""
     try:
         if args.check:
             print(check_text(as_json=args.json))
@@ -71,10 +71,10 @@ def run(args: argparse.Namespace) -> int:
         found = search(task.question, task.predictor)
         took = time.perf_counter() - start
         print(_json(args, task, found) if args.json else _text(args, task, found, took))
+        return 0 if found.best else 1
     except (EstimateError, PlacementError, UnitError) as error:
         print(f"plan: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
 def _measured(args: argparse.Namespace) -> str:

@@ -120,3 +120,11 @@ def test_files_are_named_when_they_are_written(
     words = ["simulate", "--pp", "4", "--microbatches", "8"]
     assert main([*words, "--html", str(page), "--trace", str(trace)]) == 0
     assert capsys.readouterr().err == f"written: {page}\nwritten: {trace}\n"
+
+
+def test_a_plan_where_nothing_fits_has_a_status_of_its_own(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ["--gpu", "A100-80GB", "--gpus", "1", "--gpus-per-node", "1", "--global-batch", "8"]
+    assert main(["plan", "--model", "LLaMA 65B", *words]) == 1
+    assert "Nothing fits" in capsys.readouterr().out
