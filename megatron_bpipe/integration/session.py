@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from megatron_bpipe.integration.log import log_rank, log_rank0
 from megatron_bpipe.integration.options import Options
+from megatron_bpipe.integration.rank_mapping.launcher import identify
 from megatron_bpipe.integration.rank_mapping.mapping import RankMap, verify
 from megatron_bpipe.integration.stage_pools import StagePools
 from megatron_bpipe.integration.versions import package_versions
@@ -112,6 +113,7 @@ class Session:
     def verify_placement(self, stage: int) -> None:
         """Check on all ranks that each runs where its placement says; rank 0 shows the table."""
         if self.ranks is not None:
+            identify(f"rank {self.ranks.logical}, stage {stage}")
             shown = verify(self.ranks, stage=stage)
             if self.ranks.moves_ranks:
                 log_rank0(f"ranks placed so that pairs share a node\n{shown}")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.harness import Megatron
+from tests.harness import Megatron, Result
 from tests.harness.models import gpt
 
 
@@ -35,14 +35,23 @@ def test_megatron_order_stays_where_asked_or_where_nothing_is_gained(megatron: M
         assert result.placed == {0: 0, 1: 1, 2: 2, 3: 3}
 
 
+ORDERS = ("megatron", "pair-adjacent")
+
+
 @pytest.mark.long
-def test_a_checkpoint_loads_under_the_other_placement(megatron: Megatron, tmp_path: Path) -> None:
-    save = ["--save", str(tmp_path), "--save-interval", "5", "--exit-interval", "5"]
-    begun = megatron.train([*gpt(4), "--bpipe", *save], nodes=2, dump_at=5)
-    assert begun.ok, begun.logs
-    assert begun.placed[3] == 1
-    load = ["--load", str(tmp_path), "--bpipe-placement", "megatron"]
-    resumed = megatron.train([*gpt(4), "--bpipe", *load], nodes=2, dump_at=5)
+@pytest.mark.parametrize(("saved", "loaded"), [ORDERS, ORDERS[::-1]])
+def test_a_checkpoint_loads_under_the_other_placement(
+    megatron: Megatron, tmp_path: Path, saved: str, loaded: str
+) -> None:
+    def train(placement: str, *more: str) -> Result:
+        flags = [*gpt(4), "--bpipe", "--bpipe-placement", placement, "--ckpt-format", "torch_dist"]
+        result = megatron.train([*flags, *more], nodes=2, dump_at=5)
+        assert result.ok, result.logs
+        assert result.placed[3] == (1 if placement == "pair-adjacent" else 3)
+        return result
+
+    train(saved, "--save", str(tmp_path), "--save-interval", "5", "--exit-interval", "5")
+    resumed = train(loaded, "--load", str(tmp_path))
     whole = megatron.train(gpt(4))
     for one, other in zip(whole.states, resumed.states, strict=True):
         assert all(map(torch.equal, one["params"].values(), other["params"].values()))

@@ -9,13 +9,17 @@ Sources: "Environment Variables" of torch.distributed.run; OUTPUT ENVIRONMENT VA
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from megatron_bpipe.placement import common_node_size
 
 PHYSICAL_RANK = "BPIPE_PHYSICAL_RANK"
+IDENTITY_FILE = "BPIPE_IDENTITY_FILE"
+"""Names the file that the Slurm scripts read when a rank is dead and cannot say who it was."""
 
 
 class LauncherError(ValueError):
@@ -159,3 +163,10 @@ def _number(environ: Mapping[str, str], name: str, default: int | None = None) -
     if not text.isdecimal():
         raise LauncherError(f"{name} is {text!r}: expected a number from 0")
     return int(text)
+
+
+def identify(who: str) -> None:
+    """Leave ``who`` this process is where its launcher asks for it, if it does."""
+    path = os.environ.get(IDENTITY_FILE)
+    if path is not None:
+        Path(path).write_text(who, encoding="utf-8")
