@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import pytest
 
 from megatron_bpipe.schedule import Schedule, balance, lower, one_f_one_b
+from megatron_bpipe.schedule.bases.catalogue import ScheduleSpec, make
 from megatron_bpipe.schedule.errors import ScheduleError
 from megatron_bpipe.schedule.handshake import (
     check_handshake,
@@ -16,7 +17,7 @@ from megatron_bpipe.schedule.handshake import (
     handshake_programs,
     run_handshake,
 )
-from megatron_bpipe.schedule.ops import Op
+from megatron_bpipe.schedule.ops import Kind, Op
 from megatron_bpipe.schedule.validation.rendezvous import POST, Program
 
 
@@ -42,6 +43,17 @@ def test_it_ends(p: int, m: int) -> None:
     schedule = lowered(p, m)
     check_handshake(schedule)
     assert run_handshake(schedule, [[] for _ in range(p)]) == {}
+
+
+@pytest.mark.parametrize(("p", "chunks"), itertools.product((4, 6, 8, 16), (2, 3)))
+def test_interleaved_schedules_end_too(p: int, chunks: int) -> None:
+    spec = ScheduleSpec(
+        name="interleaved", p=p, m=2 * p, chunks=chunks, group=p, balanced=True, budget=None
+    )
+    schedule = lower(make(spec))
+    assert any(op.kind is Kind.EVICT for op in schedule.stages[0])
+    check_handshake(schedule)
+    assert run_handshake(schedule, nccl(schedule), at_begin)  # the control
 
 
 @pytest.mark.parametrize("p", range(2, 17))
