@@ -22,7 +22,8 @@ publishes and awaits what stands here, in this order::
 
 The computing thread of an evictor posts ``bytes`` when its first forward is over and waits for its
 agent's ``done`` before its first E. That of an acceptor waits for ``done`` before its first
-forward; AC and RT that stand before it are kept until then.
+forward; AC and RT that stand before it are kept until then. With model chunks the first forward is
+that of the last chunk.
 """
 
 from __future__ import annotations
