@@ -15,14 +15,21 @@ from tests.launch.stand_in import SLURM, STYLES, job, run
 
 @pytest.fixture
 def interpreter(tmp_path: Path) -> Path:
-    """Stands in for Python: prints its variables and words, ends with $STATUS on task $FAILS."""
+    """Stands in for Python: prints its variables and words, ends with $STATUS on task $FAILS.
+
+    That one fails when all have started, as the others may be ended before they begin otherwise.
+    """
     path = tmp_path / "python"
     path.write_text(
         "#!/bin/sh\n"
         'echo "task=$SLURM_PROCID rank=$RANK local=$LOCAL_RANK world=$WORLD_SIZE'
         ' of=$LOCAL_WORLD_SIZE at=$MASTER_ADDR:$MASTER_PORT $*"\n'
         'echo "rank 3, stage 3" >"${BPIPE_IDENTITY_FILE:-/dev/null}"\n'
-        '[ "$SLURM_PROCID" = "$FAILS" ] && exit "$STATUS"\n'
+        ': >"$0.$SLURM_PROCID"\n'
+        'if [ "$SLURM_PROCID" = "$FAILS" ]; then\n'
+        '  while [ "$(ls "$0".* | wc -l)" -lt "$SLURM_NTASKS" ]; do sleep 0.1; done\n'
+        '  exit "$STATUS"\n'
+        "fi\n"
         '[ -n "$FAILS" ] && sleep 300\n'
         "exit 0\n"
     )
