@@ -14,6 +14,7 @@ import os
 import pkgutil
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_bpipe import __version__
@@ -57,14 +58,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = _commands()
     asked = [words[0]] if words and words[0] in commands else commands
     parser = _Parser(
-        prog="python -m megatron_bpipe",
+        prog="bpipe" if Path(sys.argv[0]).name == "bpipe" else "python -m megatron_bpipe",
         description="Memory-balanced pipeline parallelism (BPipe) for Megatron-LM.",
         allow_abbrev=False,
     )
-    parser.add_argument("--version", action="version", version=f"megatron_bpipe {__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name in asked:
         importlib.import_module(f"megatron_bpipe.cli.flags.{name}").add_parser(subparsers)
+    for one in (parser, *subparsers.choices.values()):
+        one.add_argument("--version", action="version", version=f"megatron_bpipe {__version__}")
     if not words or (words[0] in commands and words[1:] == [] and words[0] not in RUN_BARE):
         (subparsers.choices[words[0]] if words else parser).print_help()
         return 2

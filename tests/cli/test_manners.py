@@ -48,8 +48,9 @@ def test_nothing_at_all_shows_the_commands(capsys: pytest.CaptureFixture[str]) -
     assert "simulate" in said
 
 
-def test_version(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--version"]) == 0
+@pytest.mark.parametrize("words", [[], ["run"], ["plan"], ["doctor"], ["schedule"]])
+def test_version(capsys: pytest.CaptureFixture[str], words: list[str]) -> None:
+    assert main([*words, "--version"]) == 0
     assert capsys.readouterr().out == f"megatron_bpipe {__version__}\n"
 
 

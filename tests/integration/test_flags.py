@@ -32,7 +32,7 @@ OTHER_TOOLS = {
         *("--distribution", "--ntasks", "--ntasks-per-node", "--nodes", "--partition"),
         *("--gpus-per-task", "--gpu-bind", "--kill-on-bad-exit"),
     },
-    "docker": {"--ipc", "--shm-size"},
+    "docker": {"--ipc", "--pid", "--shm-size"},
     "nvidia-smi": {"--query-gpu", "--format"},
     "the zero-bubble fork (docs/coming-from.md)": {
         *("--interleave-group-size", "--enable-zero-bubble", "--zero-bubble-max-pending-backward"),
