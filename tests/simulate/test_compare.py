@@ -129,6 +129,16 @@ def test_output_is_looked_at_first(words: list[str], named: str, capsys) -> None
     assert named in capsys.readouterr().err
 
 
+def test_runs_are_called_what_tells_them_apart(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        folder = tmp_path / name / "report"
+        folder.mkdir(parents=True)
+        write_report(folder, 2, 2, False, losses=BITS)
+    assert compare(tmp_path / "one" / "report", tmp_path / "two" / "report").names == ("one", "two")
+    again = tmp_path / "one" / "report"
+    assert compare(again, again).names == (str(again), str(again))
+
+
 def test_runs_that_cannot_be_compared(folders: tuple[Path, Path], tmp_path: Path, capsys) -> None:
     stock, _ = folders
     assert main(["compare", str(stock), str(tmp_path / "none")]) == 2

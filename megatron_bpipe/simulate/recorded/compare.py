@@ -136,9 +136,12 @@ def compare(before: Path, after: Path) -> Comparison:
 
 
 def _names(before: Path, after: Path) -> tuple[str, str]:
-    """The folders' own names, or their whole paths where those are the same."""
-    a, b = before.resolve().name, after.resolve().name
-    return (a, b) if a != b else (str(before), str(after))
+    """The last part of each path in which the two differ: x/stock/report is stock."""
+    parts = (before.resolve().parts, after.resolve().parts)
+    for a, b in zip(*map(reversed, parts), strict=False):
+        if a != b:
+            return a, b
+    return str(before), str(after)
 
 
 def _quartiles(values: Sequence[float]) -> tuple[float, float]:

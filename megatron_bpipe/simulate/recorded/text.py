@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from megatron_bpipe.simulate.recorded.compare import Comparison
 
 MIB = 2**20
+WORTH = 0.001
+"""Share of an iteration below which an exposed copy is not worth a line."""
 
 
 def comparison_text(found: Comparison) -> str:
@@ -101,7 +103,8 @@ def _time(found: Comparison) -> str:
     said = []
     for letter, times in zip("AB", found.times, strict=True):
         low, high = times.quartiles
-        said.append(f"{letter} {times.median:.4g} s ({low:.4g} to {high:.4g})")
+        count = f"{len(times.seconds)} iteration" + "s" * (len(times.seconds) != 1)
+        said.append(f"{letter} {times.median:.4g} s ({low:.4g} to {high:.4g}, {count})")
     low, high = found.time_ratio_quartiles
     line = (
         f"time per iteration: {', '.join(said)}; ratio {found.time_ratio:.3f} "
@@ -122,9 +125,15 @@ def _exposed(found: Comparison) -> list[str]:
         seconds = found.times[n].median
         share = "" if math.isnan(seconds) else f" ({100 * total / seconds:.1f} %)"
         lines.append(
-            f"exposed in {letter}: at most {time_text(total, 's')} an iteration on one stage{share}"
+            f"exposed in {letter}: at most {time_text(total, 's')} an iteration on one "
+            f"stage{share}, mean of the last iterations; in the one that is drawn:"
         )
-        for one in found.exposures(n):
+        seen = [
+            one for one in found.exposures(n) if one.exposed > WORTH * found.recordings[n].seconds
+        ]
+        if not seen:
+            lines[-1] += " nothing to speak of"
+        for one in seen:
             what = "evictions" if one.kind is Kind.EVICT else "loads"
             lines.append(
                 f"  stage {one.stage}: {time_text(one.exposed, 's')} for {one.count} {what} of "
