@@ -50,7 +50,7 @@ COMBINATIONS = {
     ),
     "evaluation between steps": Combination(4, four("--eval-iters", "2", "--eval-interval", "3")),
     "tp2 with sequence parallelism": Combination(
-        8, four("--tensor-model-parallel-size", "2", "--sequence-parallel"), quick=True
+        8, four("--tensor-model-parallel-size", "2", "--sequence-parallel")
     ),
     "dp2 distributed optimizer, both overlaps": Combination(
         8, four(*DISTRIBUTED_OPTIMIZER, microbatches=16), quick=True
@@ -75,10 +75,11 @@ COMBINATIONS = {
     "m = p": Combination(4, four(microbatches=4)),
     "m no multiple of p": Combination(4, four(microbatches=7)),
     "untied embeddings": Combination(4, four("--untie-embeddings-and-output-weights")),
-    "LLaMA-like": Combination(4, four(*LLAMA), quick=True),
+    "LLaMA-like": Combination(4, four(*LLAMA)),
     "LLaMA-like, tp2, sequence parallelism, bf16": Combination(
         8,
         four(*LLAMA, "--bf16", "--tensor-model-parallel-size", "2", "--sequence-parallel"),
+        quick=True,  # stands by default for each of its parts, which --all trains alone
     ),
     "MoE, 4 experts": Combination(4, four(*MOE)),
     "ramp-up of the batch size": Combination(
