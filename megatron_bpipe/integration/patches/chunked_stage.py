@@ -52,6 +52,8 @@ class ChunkedStage:
         rank = self.call.communicator.pp_group.rank()
         self._sync = ChunkSync(self.call.config, self.call.models, self.ops, rank)
         self._warmup = _warmup(self.ops)
+        shapes = self.call.shapes[0]  # without interleaving Megatron has a list of one
+        self._shape = shapes[0] if isinstance(shapes[0], (tuple, list)) else shapes
 
     def exchange(self, ops: Sequence[Op]) -> None:
         """See `executor.Stage`."""
@@ -61,7 +63,7 @@ class ChunkedStage:
         gradient = self._taken(by_kind, Kind.SEND_BACKWARD, self._gradients, keep=False)
         from_previous = Kind.RECV_FORWARD in by_kind
         from_next = Kind.RECV_BACKWARD in by_kind
-        communicator, shape = self.call.communicator, self.call.shapes[0]
+        communicator, shape = self.call.communicator, self._shape
         if self.call.config.overlap_p2p_comm:
             if output is not None or from_previous:
                 received, handles = communicator.send_forward_recv_forward(

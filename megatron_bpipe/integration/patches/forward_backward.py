@@ -141,7 +141,7 @@ def _stage_call(schedules: Any, arguments: dict[str, Any]) -> StageCall:
         data_iterators=iterators,
         microbatches=arguments["num_microbatches"],
         shapes=(
-            _chunk_shapes(config, groups, arguments)
+            _one_shape(config, groups, arguments)
             if len(models) > 1
             else _shapes(schedules, config, groups, arguments)
         ),
@@ -158,7 +158,7 @@ def _as_given(call: StageCall) -> Any:
     return list(call.models) if len(call.models) > 1 else call.model
 
 
-def _chunk_shapes(config: Any, groups: Any, arguments: dict[str, Any]) -> tuple[Any, Any]:
+def _one_shape(config: Any, groups: Any, arguments: dict[str, Any]) -> tuple[Any, Any]:
     """The one shape of all messages of an interleaved pipeline."""
     if arguments["adjust_tensor_shapes_fn"] is not None:
         raise ValueError(
