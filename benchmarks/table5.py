@@ -29,7 +29,7 @@ from benchmarks.environment import NO_GPU, environment  # noqa: E402
 from megatron_bpipe.estimate.models import model_named  # noqa: E402
 from megatron_bpipe.estimate.paper.published import EXPERIMENTS, LAYOUT  # noqa: E402
 from megatron_bpipe.estimate.profile import Profile, read_profile  # noqa: E402
-from megatron_bpipe.planner.inputs.flags import model_flags  # noqa: E402
+from megatron_bpipe.planner.output.megatron_flags import model_flags  # noqa: E402
 
 MODELS = tuple(dict.fromkeys(e.model for e in EXPERIMENTS))
 UNFUSED = (

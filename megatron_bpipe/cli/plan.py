@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import get_args
 
@@ -24,13 +23,14 @@ from megatron_bpipe.placement import PlacementError
 from megatron_bpipe.planner.check.show import check_text
 from megatron_bpipe.planner.evaluate import Predictor
 from megatron_bpipe.planner.inputs.cluster import Cluster, preset, read_cluster
-from megatron_bpipe.planner.inputs.flags import Asked, Fixed, model_flags, read_flags
+from megatron_bpipe.planner.inputs.flags import Asked, read_flags
 from megatron_bpipe.planner.inputs.hugging_face import read_config
 from megatron_bpipe.planner.inputs.sources import from_layer_model, from_profile, from_table_5
 from megatron_bpipe.planner.measured import read_report
 from megatron_bpipe.planner.output import show_measured
 from megatron_bpipe.planner.output.advice import advice, gain_of_bpipe
-from megatron_bpipe.planner.output.command import command_line, node_order
+from megatron_bpipe.planner.output.command import command_text
+from megatron_bpipe.planner.output.megatron_flags import model_flags
 from megatron_bpipe.planner.output.show import (
     fallen_out,
     memory_line,
@@ -38,11 +38,11 @@ from megatron_bpipe.planner.output.show import (
     plans_table,
     too_large_data,
 )
-from megatron_bpipe.planner.search import Found, Plan, search
+from megatron_bpipe.planner.search import Found, Plan, Progress, search
 from megatron_bpipe.planner.space import Question
-from megatron_bpipe.planner.uncertainty import Uncertainty, uncertainty
+from megatron_bpipe.planner.uncertainty import KNOWN, Uncertainty, uncertainty
 
-TRIAL = ("--bf16", "--mock-data", "--tokenizer-type", "NullTokenizer", "--train-iters", "20")
+TRIAL = ("--mock-data", "--tokenizer-type", "NullTokenizer", "--train-iters", "20")
 """Beside a model without data: enough for Megatron to start."""
 
 
@@ -52,7 +52,7 @@ class _Task:
 
     question: Question
     predictor: Predictor
-    kept: tuple[str, ...]
+    asked: Asked
     source: str
     unsure: Uncertainty
 
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
             return 0
         task = _task(args)
         start = time.perf_counter()
-        found = search(task.question, task.predictor)
+        found = search(task.question, task.predictor, _progress())
         took = time.perf_counter() - start
         print(_json(args, task, found) if args.json else _text(args, task, found, took))
         return 0 if found.best else 1
@@ -88,12 +88,36 @@ def _measured(args: argparse.Namespace) -> str:
     return show_measured.text(found, capacity, args.microbatches)
 
 
+def _progress() -> Progress:
+    """Reports to standard error, where that is a terminal."""
+    if not sys.stderr.isatty():
+        return lambda number, best: None
+    last = 0.0
+
+    def report(number: int, best: float | None) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last < 0.5:
+            return
+        last = now
+        found = "" if best is None else f", best so far {best:.1f} % MFU"
+        print(f"\r{number} candidates{found} (interrupt: best so far)", end="", file=sys.stderr)
+
+    return report
+
+
 def _task(args: argparse.Namespace) -> _Task:
     asked = _asked(args)
+    if args.global_batch is not None and asked.global_batch not in (None, args.global_batch):
+        raise EstimateError(
+            f"--global-batch {args.global_batch}: Megatron's flags say {asked.global_batch}; give "
+            "one of them"
+        )
     batch = asked.global_batch if args.global_batch is None else args.global_batch
     if batch is None or batch < 1:
         raise EstimateError(f"--global-batch is {batch}: give the sequences of an iteration")
     cluster = _cluster(args)
+    asked = _for_gpus(args, asked, cluster)
     attentions: tuple[Attention, ...] = get_args(Attention)
     if args.attention:
         attentions = tuple(args.attention.split(","))
@@ -106,7 +130,7 @@ def _task(args: argparse.Namespace) -> _Task:
         asked.model, cluster, batch, asked.fixed, attentions, uneven=not args.even_layers
     )
     if args.profile is None:
-        predictor = from_layer_model(asked.element, cluster.overhead)
+        predictor = from_layer_model(asked.element, cluster.overhead, state=asked.state)
         source = "the model of a layer (plan --check compares it with published runs)"
     elif args.profile == "table-5":
         predictor, source = from_table_5(cluster.overhead), "the paper's table 5"
@@ -115,7 +139,7 @@ def _task(args: argparse.Namespace) -> _Task:
         question, predictor = _profiled(args, question, asked.element)
         source = args.profile
     return _Task(
-        question, predictor, asked.kept, source, uncertainty(stages_measured=bool(args.profile))
+        question, predictor, asked, source, uncertainty(stages_measured=bool(args.profile))
     )
 
 
@@ -162,16 +186,45 @@ def _asked(args: argparse.Namespace) -> Asked:
         raise EstimateError("no model: give --hf-config FILE, --model NAME, or Megatron's flags")
     if not args.hf_config and not args.model:
         return read_flags(args.flags)
+    return _from_model(args, "--bf16")
+
+
+def _for_gpus(args: argparse.Namespace, asked: Asked, cluster: Cluster) -> Asked:
+    """The same for GPUs that have fp16 only: fp16 where nothing was asked for, else a refusal."""
+    old = next((kind.gpu for kind in cluster.nodes if not kind.gpu.has_bf16), None)
+    if old is None:
+        return asked
+    if not args.flags:
+        return _from_model(args, "--fp16")
+    if asked.precision == "bf16":
+        raise EstimateError(f"--bf16: {old.name} computes in fp16 only; use --fp16")
+    if asked.fixed.attention == "flash":
+        raise EstimateError(f"--attention-backend flash: {old.name} has no kernel for it")
+    return asked
+
+
+def _from_model(args: argparse.Namespace, precision: str) -> Asked:
+    """A model from a config or of the paper, with the flags beside it."""
     extra: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     if args.hf_config:
-        config = read_config(args.hf_config, args.seq_length)
-        model, extra = config.model, config.extra_flags
+        beside = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        beside.add_argument("--seq-length", type=int)
+        seq = beside.parse_known_args(args.flags)[0].seq_length
+        if None not in (seq, args.seq_length) and seq != args.seq_length:
+            raise EstimateError(
+                f"--seq-length {args.seq_length}: Megatron's flags say {seq}; give one of them"
+            )
+        config = read_config(args.hf_config, args.seq_length or seq)
+        model, extra, notes = config.model, config.extra_flags, config.notes
     else:
         model = model_named(args.model)
-    if args.flags:  # beside a config: sizes and whatever else is to stand in the command
-        asked = read_flags([*model_flags(model), *args.flags])
-        return replace(asked, model=model, kept=(*asked.kept, *extra))
-    return Asked(model, Fixed(), None, 2, (*model_flags(model), *extra, *TRIAL))
+    words = [*model_flags(model), *extra, *args.flags]
+    if not args.flags:
+        words += [precision, *TRIAL]
+    asked = read_flags(words)
+    model = replace(asked.model, name=model.name)
+    return replace(asked, model=model, notes=(*asked.notes, *notes))
 
 
 def _cluster(args: argparse.Namespace) -> Cluster:
@@ -189,9 +242,17 @@ def _shown(found: Found, top: int) -> list[Plan]:
     first = list(found.best[:top])
     for way in dict.fromkeys(plan.way for plan in found.best):
         best = found.best_of(way)
-        if best is not None and all(plan.way != way for plan in first):
+        if best is not None and best not in first:
             first.append(best)
     return first
+
+
+def _chosen(task: _Task, found: Found) -> Plan | None:
+    """The plan that the command is for: with --bpipe the best that has it."""
+    fixed = task.asked.fixed
+    if not fixed.bpipe:
+        return found.best_of()
+    return found.best_of("host offload" if fixed.transport == "host" else "BPipe")
 
 
 def _outside(task: _Task, plan: Plan | None) -> tuple[str, ...]:
@@ -204,12 +265,14 @@ def _outside(task: _Task, plan: Plan | None) -> tuple[str, ...]:
 
 def _text(args: argparse.Namespace, task: _Task, found: Found, took: float) -> str:
     model, cluster = task.question.model, task.question.cluster
-    best = found.best_of()
+    best = _chosen(task, found)
     lines = [
         f"model     {_describe(model)}",
         f"cluster   {cluster.name}: {cluster.gpus} GPUs, {cluster.gpus_per_node} a node",
         f"times     {task.source}",
         f"searched  {found.looked_at} candidates in {took:.1f} s",
+        *(["interrupted: these are the best of what was looked at"] if found.interrupted else []),
+        *task.asked.notes,
         "",
     ]
     shown = _shown(found, args.top)
@@ -220,12 +283,20 @@ def _text(args: argparse.Namespace, task: _Task, found: Found, took: float) -> s
     lines += ["why the rest fell out", fallen_out(found), ""]
     outside = _outside(task, best)
     lines.append(advice(found, task.unsure, bool(outside)))
-    lines.append(
-        f"Predicted MFU was up to {task.unsure.mfu:.1f} points off on the paper's ten runs, each "
-        "predicted from the others."
-    )
+    if args.profile:
+        lines.append(
+            f"Predicted MFU was up to {task.unsure.mfu:.1f} points off on the paper's ten runs, "
+            "each predicted from the others."
+        )
+    else:
+        lines.append(
+            f"On {KNOWN.runs} published runs that nothing was fitted on, seconds were "
+            f"{100 * KNOWN.seconds_mean:.0f} % off on average and {100 * KNOWN.seconds_worst:.0f} "
+            f"at worst, memory {100 * KNOWN.memory_mean:.0f} and {100 * KNOWN.memory_worst:.0f} "
+            "(plan --check)."
+        )
     if outside:
-        lines.append("Outside those runs, so further off: " + "; ".join(outside))
+        lines.append("Outside the paper's runs, where BPipe's cost is from: " + "; ".join(outside))
     if best is not None:
         trap = softmax_trap(best.candidate.run)
         lines += [trap] if trap else []
@@ -234,11 +305,11 @@ def _text(args: argparse.Namespace, task: _Task, found: Found, took: float) -> s
 
 
 def _json(args: argparse.Namespace, task: _Task, found: Found) -> str:
-    best = found.best_of()
+    best = _chosen(task, found)
     outside = _outside(task, best)
     return json.dumps(
         {
-            "model": vars(task.question.model),
+            "model": asdict(task.question.model),
             "cluster": task.question.cluster.name,
             "times": task.source,
             "plans": [plan_data(plan) for plan in _shown(found, args.top)],
@@ -247,6 +318,9 @@ def _json(args: argparse.Namespace, task: _Task, found: Found) -> str:
             "not_looked_at": found.reasons,
             "advice": advice(found, task.unsure, bool(outside)),
             "gain_of_bpipe": gain_of_bpipe(found),
+            "notes": task.asked.notes,
+            "interrupted": found.interrupted,
+            "known_error": vars(KNOWN),
             "uncertainty": vars(task.unsure),
             "outside_calibration": outside,
             "command": _command(args, task, best) if best else None,
@@ -256,9 +330,7 @@ def _json(args: argparse.Namespace, task: _Task, found: Found) -> str:
 
 
 def _command(args: argparse.Namespace, task: _Task, plan: Plan) -> str:
-    words = command_line(plan, task.kept, args.script)
-    order = node_order(plan)
-    return (f"# nodes in this order: {order}\n" if order else "") + shlex.join(words)
+    return command_text(plan, task.asked, args.script)
 
 
 def _describe(model: Model) -> str:

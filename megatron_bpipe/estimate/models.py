@@ -158,6 +158,13 @@ class Model:
         return "moe"
 
     @property
+    def kinds(self) -> tuple[LayerKind, ...]:
+        """Every kind of layer that there is."""
+        if not self.experts:
+            return ("dense",)
+        return ("dense", "moe") if "0" in self.moe_layers else ("moe",)
+
+    @property
     def mtp_kind(self) -> LayerKind:
         """The kind of the layers of multi-token prediction: that of the last layer."""
         return self.kind(self.layers - 1)

@@ -92,7 +92,7 @@ class Run:
     attention: Attention
     bpipe: bool = False
     distributed_optimizer: bool = False
-    budget: int | None = None
+    budget: float | None = None
     host: bool = False
     chunks: int = 1
     partition: tuple[int, ...] = ()

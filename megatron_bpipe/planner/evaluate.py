@@ -217,7 +217,17 @@ def _penalty(run: Run, predictor: Predictor) -> float:
     """What BPipe costs beyond what the simulation shows (see ``estimate.paper.refined``)."""
     if not run.bpipe:
         return 0.0
-    return predictor.bpipe * bytes_moved(run, predictor.stored_for(run).kernels)
+    kernels, p, m = predictor.stored_for(run).kernels, run.layout.pp, run.micro_batches
+    if m <= 8 * p:
+        return predictor.bpipe * bytes_moved(run, kernels)
+    # from some micro-batches on each further one moves as much as the last
+    short, longer = (bytes_moved(_so_many(run, n * p), kernels) for n in (4, 6))
+    return predictor.bpipe * (short + (m - 4 * p) / (2 * p) * (longer - short))
+
+
+def _so_many(run: Run, m: int) -> Run:
+    """The same run with m micro-batches."""
+    return replace(run, global_batch=m * run.micro_batch * run.layout.dp)
 
 
 def _simulated(candidate: Candidate, stored: Stored) -> float:
@@ -239,7 +249,7 @@ def _windows(run: Run) -> tuple[int, int]:
 
 def _iteration(candidate: Candidate, m: int, stored: Stored) -> float:
     run = candidate.run
-    part = replace(run, global_batch=m * run.micro_batch * run.layout.dp)
+    part = _so_many(run, m)
     lowered = lowered_of(part)
     costs = costs_for(part, lowered, candidate.machine, stored)
     return simulate(lowered, costs, network_for(candidate.machine)).seconds

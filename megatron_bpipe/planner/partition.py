@@ -60,6 +60,32 @@ def balanced_partition(stages: Sequence[StageLimits], layers: int) -> tuple[int,
     return tuple(taken)
 
 
+def uneven_chunks(layers: int, p: int, chunks: int) -> tuple[int, ...] | None:
+    """Layers of p x chunks virtual stages that differ by one, None where some had none.
+
+    The first, beside the embedding, and the last, beside the loss, may have none.  What is left
+    over goes to whole rows of stages first, then to those in the middle.
+    """
+    parts = p * chunks
+    fewer, more = divmod(layers, parts)
+    if fewer == 0:
+        lacking = parts - more
+        if lacking > 2:
+            return None
+        sizes = [1] * parts
+        sizes[-1] = 0
+        sizes[0] = 0 if lacking == 2 else 1
+        return tuple(sizes)
+    rows, rest = divmod(more, p)
+    sizes = [fewer] * parts
+    for row in range(rows):
+        for stage in range(p):
+            sizes[row * p + stage] += 1
+    for stage in range(p - 1 - rest, p - 1):
+        sizes[rows * p + stage] += 1
+    return tuple(sizes)
+
+
 def _room(stages: Sequence[StageLimits], pace: float, layers: int) -> int:
     """Layers that all stages take within this pace; -1 where one cannot take any."""
     taken = [_taken(stage, pace, layers) for stage in stages]

@@ -10,11 +10,10 @@ Units: seconds, MFU in per cent, GiB.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from megatron_bpipe.estimate.errors import EstimateError
-from megatron_bpipe.estimate.runs import Run
 from megatron_bpipe.planner.evaluate import (
     Candidate,
     Memory,
@@ -23,7 +22,7 @@ from megatron_bpipe.planner.evaluate import (
     mfu_of,
     seconds_of,
 )
-from megatron_bpipe.planner.space import Question, Refused, shapes, ways
+from megatron_bpipe.planner.space import Question, Refused, shapes, way_of, ways
 
 KEPT = {"yes": 3, "borderline": 1}
 """Plans kept of each way, by whether they fit."""
@@ -50,7 +49,8 @@ class Found:
 
     ``best`` all plans kept, best first; ``too_large`` for each way and attention the candidate that
     would have been the fastest had it fitted (its bound as MFU); ``slower`` how many fitted and
-    were not kept; ``reasons`` why shapes were not looked at.
+    were not kept; ``reasons`` why shapes were not looked at; ``interrupted``: there is more
+    to look at.
     """
 
     best: tuple[Plan, ...]
@@ -58,6 +58,7 @@ class Found:
     slower: int
     looked_at: int
     reasons: dict[str, int] = field(default_factory=dict)
+    interrupted: bool = False
 
     def best_of(self, *named: str) -> Plan | None:
         """The best plan that runs in one of these ways (none named: in any), sure to fit if any."""
@@ -76,43 +77,77 @@ class TooLarge:
     count: int
 
 
-def search(question: Question, predictor: Predictor) -> Found:
+@dataclass
+class Looked:
+    """What the first part of a search collects: what fits, by way, and what does not."""
+
+    fitting: dict[str, list[tuple[float, Candidate, Memory]]] = field(default_factory=dict)
+    too_large: dict[tuple[str, str], TooLarge] = field(default_factory=dict)
+    number: int = 0
+
+    def add(self, candidate: Candidate, memory: Memory, predictor: Predictor) -> None:
+        """One more candidate."""
+        self.number += 1
+        run = candidate.run
+        bound = mfu_of(candidate, least_seconds(candidate, predictor))
+        way = way_of(run)
+        if memory.fits != "no":
+            self.fitting.setdefault(way, []).append((bound, candidate, memory))
+            return
+        key = (way, run.attention)
+        known = self.too_large.get(key)
+        count = known.count + 1 if known else 1
+        if known is None or bound > known.most_mfu:
+            self.too_large[key] = TooLarge(candidate, memory, bound, count)
+        else:
+            self.too_large[key] = replace(known, count=count)
+
+
+Progress = Callable[[int, float | None], None]
+"""Told how many candidates were looked at and the best MFU found so far (None: none yet)."""
+
+
+def search(
+    question: Question, predictor: Predictor, progress: Progress = lambda number, best: None
+) -> Found:
     """All shapes in all ways.
+
+    An interrupt (KeyboardInterrupt) ends it with the best of what has been looked at by then.
 
     Raises EstimateError where nothing could be looked at, with the reasons.
     """
-    refused = Refused()
-    fitting: dict[str, list[tuple[float, Candidate, Memory]]] = {}
-    too_large: dict[tuple[str, str], TooLarge] = {}
-    looked_at = 0
-    for shape in shapes(question, refused):
-        for candidate, memory in ways(question, shape, predictor, refused):
-            looked_at += 1
-            run = candidate.run
-            bound = mfu_of(candidate, least_seconds(candidate, predictor))
-            way = way_of(run)
-            if memory.fits != "no":
-                fitting.setdefault(way, []).append((bound, candidate, memory))
-                continue
-            key = (way, run.attention)
-            known = too_large.get(key)
-            count = known.count + 1 if known else 1
-            if known is None or bound > known.most_mfu:
-                too_large[key] = TooLarge(candidate, memory, bound, count)
-            else:
-                too_large[key] = replace(known, count=count)
-    if not looked_at:
+    refused, looked = Refused(), Looked()
+    interrupted = False
+    try:
+        for shape in shapes(question, refused):
+            for candidate, memory in ways(question, shape, predictor, refused):
+                looked.add(candidate, memory, predictor)
+                progress(looked.number, None)
+    except KeyboardInterrupt:
+        interrupted = True
+    if not looked.number:
         why = "; ".join(f"{reason} ({n})" for reason, n in refused.reasons().items())
         raise EstimateError(f"nothing to plan: {why or 'no shape divides as it must'}")
-    best = [plan for group in fitting.values() for plan in _best(group, predictor)]
+    best: list[Plan] = []
+    for group in looked.fitting.values():
+        try:
+            for plan in _best(group, predictor, 1 if interrupted else None):
+                best.append(plan)
+                progress(looked.number, max(found.mfu for found in best))
+        except KeyboardInterrupt:
+            if interrupted:
+                raise
+            interrupted = True
+            best += _best(group, predictor, 1)
     best.sort(key=lambda plan: -plan.mfu)
-    total = sum(map(len, fitting.values()))
+    total = sum(map(len, looked.fitting.values()))
     return Found(
         tuple(best),
-        tuple(sorted(too_large.values(), key=lambda t: -t.most_mfu)),
+        tuple(sorted(looked.too_large.values(), key=lambda t: -t.most_mfu)),
         total - len(best),
-        looked_at,
+        looked.number,
         refused.reasons(),
+        interrupted,
     )
 
 
@@ -122,23 +157,18 @@ def evaluate(candidate: Candidate, memory: Memory, predictor: Predictor) -> Plan
     return Plan(candidate, memory, seconds, mfu_of(candidate, seconds))
 
 
-def way_of(run: Run) -> str:
-    """``1F1B``, ``interleaved``, ``BPipe`` or ``host offload``."""
-    if run.bpipe:
-        return "BPipe"
-    if run.host:
-        return "host offload"
-    return "interleaved" if run.chunks > 1 else "1F1B"
+def _best(
+    group: Sequence[tuple[float, Candidate, Memory]], predictor: Predictor, simulated: int | None
+) -> list[Plan]:
+    """The best few of those that run in one way, and the best of those that are borderline.
 
-
-def _best(group: Sequence[tuple[float, Candidate, Memory]], predictor: Predictor) -> list[Plan]:
-    """The best few of those that run in one way, and the best of those that are borderline."""
+    ``simulated``: at most so many are, those of the best bounds (None: until it is certain).
+    """
     kept: list[Plan] = []
     for fits, most in KEPT.items():
         plans: list[Plan] = []
-        for bound, candidate, memory in sorted(group, key=lambda item: -item[0]):
-            if memory.fits != fits:
-                continue
+        mine = sorted((item for item in group if item[2].fits == fits), key=lambda item: -item[0])
+        for bound, candidate, memory in mine[:simulated]:
             if len(plans) >= most and bound <= plans[-1].mfu:
                 break
             plans.append(evaluate(candidate, memory, predictor))

@@ -1,16 +1,18 @@
 """What there is to choose from: parallel sizes, micro-batch, attention, and ways to run each.
 
-A *shape* is t, p, d, the micro-batch and the attention method; a *way* is how its pipeline runs:
-1F1B (layers dealt out evenly, or balanced), interleaved, BPipe with a budget, or evictions to the
-host.  The last two only cost time, so they are looked at where plain 1F1B does not surely fit.
+A *shape* is t, p, d, the micro-batch and the attention method; a *way* is how its pipeline runs
+(``WAYS``): 1F1B (layers dealt out evenly, or balanced), interleaved, BPipe with a budget, or
+evictions to the host.  The last two only cost time, so they are looked at where plain 1F1B does not
+surely fit, or where the user asks for them.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import get_args
 
 from megatron_bpipe.estimate.errors import EstimateError
@@ -20,7 +22,7 @@ from megatron_bpipe.estimate.runs import Attention, Layout, Run
 from megatron_bpipe.planner.evaluate import Candidate, Memory, Predictor, memory_of, place
 from megatron_bpipe.planner.inputs.cluster import Cluster
 from megatron_bpipe.planner.inputs.flags import Fixed
-from megatron_bpipe.planner.partition import StageLimits, balanced_partition
+from megatron_bpipe.planner.partition import StageLimits, balanced_partition, uneven_chunks
 from megatron_bpipe.schedule.ops import default_budget
 
 MICRO_BATCHES = (1, 2, 4, 8, 16)
@@ -66,8 +68,8 @@ class Refused:
 def shapes(question: Question, refused: Refused) -> Iterator[Run]:
     """All runs that divide as they must, as plain 1F1B; layers need not divide (see ``ways``)."""
     model, fixed, cluster = question.model, question.fixed, question.cluster
-    for t in _sizes(fixed.tp, cluster.gpus_per_node):
-        if cluster.gpus_per_node % t:
+    for t in _sizes(fixed.tp, cluster.domain):
+        if cluster.domain % t:
             refused.add("a tensor-parallel group must fill a node evenly")
             continue
         for p in _sizes(fixed.pp, min(cluster.gpus // t, model.layers)):
@@ -77,56 +79,117 @@ def shapes(question: Question, refused: Refused) -> Iterator[Run]:
                 continue
             d = cluster.gpus // (t * p * fixed.cp)
             for b in (fixed.micro_batch,) if fixed.micro_batch else question.micro_batches:
-                for attention in (fixed.attention,) if fixed.attention else question.attentions:
+                for attention in _attentions(question):
                     try:
-                        if model.layers % p and not question.uneven:
-                            raise EstimateError(f"{model.layers} layers on {p} stages: uneven")
-                        layout = Layout(t, fixed.cp, _experts(question, t, d), d, p, t > 1)
-                        yield _run(question, layout, b, attention)
+                        yield _run(question, _layout(question, t, p, d), b, attention)
                     except EstimateError as error:
                         refused.add(error)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One shape on a cluster, with what every way to run it needs.
+
+    ``base`` plain 1F1B as ``shapes`` has it, ``fast`` the partitions that are fast.
+    """
+
+    question: Question
+    base: Candidate
+    fast: tuple[tuple[int, ...], ...]
+    predictor: Predictor
+
+    @cached_property
+    def fits_plainly(self) -> bool:
+        """Whether 1F1B surely fits with a partition that is fast."""
+        candidates = (replace(self.base, run=_with(self.base.run, part)) for part in self.fast)
+        return any(memory_of(c, self.predictor).fits == "yes" for c in candidates)
 
 
 def ways(
     question: Question, run: Run, predictor: Predictor, refused: Refused
 ) -> Iterator[tuple[Candidate, Memory]]:
     """Every way to run a shape, with its memory, whether it fits or not."""
-    want = question.fixed.bpipe
     for cluster in question.cluster.orders():
         try:
             base = place(run, cluster, predictor)
         except EstimateError as error:
             refused.add(error)
             continue
-        partitions = _partitions(question, base)
-        plain = list(_plain(question, base, partitions, predictor))
-        if not want:
-            yield from plain
-        if run.layout.pp == 1:
-            continue
-        if not want and not cluster.mixed:
-            yield from _tried(_interleaved(run), cluster, predictor, refused)
-        fast = [m for candidate, m in plain if candidate.run.partition in partitions]
-        if want or not any(memory.fits == "yes" for memory in fast):
-            for partition in partitions:
-                for way in ("bpipe",) if want else ("bpipe", "host"):
-                    runs = _evicting(replace(run, partition=partition), way)
-                    yield from _tried(runs, cluster, predictor, refused)
+        shape = Shape(question, base, tuple(_partitions(question, base)), predictor)
+        for runs in WAYS.values():
+            yield from _tried(runs(shape), shape, refused)
 
 
-def _plain(
-    question: Question, base: Candidate, fast: list[tuple[int, ...]], predictor: Predictor
-) -> Iterator[tuple[Candidate, Memory]]:
+def _plain(shape: Shape) -> Iterator[Run]:
     """1F1B with the partitions that are fast, and with the fastest that fits."""
-    limited = _unlike(question, base, _most_layers(base, predictor))
-    for partition in dict.fromkeys([*fast, *limited]):
-        candidate = replace(base, run=replace(base.run, partition=partition))
-        yield candidate, memory_of(candidate, predictor)
+    question, base = shape.question, shape.base
+    if base.run.chunks > 1:
+        return
+    limited: list[tuple[int, ...]] = []
+    if not question.fixed.layers.uneven:
+        limited = _unlike(question, base, _most_layers(base, shape.predictor))
+    for partition in dict.fromkeys([*shape.fast, *limited]):
+        yield _with(base.run, partition)
+
+
+def _interleaved(shape: Shape) -> Iterator[Run]:
+    """Interleaved, as given or with 2 to ``MOST_CHUNKS`` chunks, uneven ones by a layout."""
+    run, fixed = shape.base.run, shape.question.fixed
+    p, layers = run.layout.pp, run.model.layers
+    if run.chunks > 1:
+        yield run
+        return
+    if p == 1 or shape.base.cluster.mixed or run.micro_batches % p or fixed.layers.words:
+        return
+    for chunks in range(2, min(-(-layers // p), MOST_CHUNKS) + 1):
+        if layers % (p * chunks) == 0:
+            yield replace(run, partition=(), chunks=chunks)
+            continue
+        if layers % p == 0 or not shape.question.uneven:
+            continue
+        sizes = uneven_chunks(layers, p, chunks)
+        if sizes is not None:
+            yield replace(run, partition=sizes, chunks=chunks)
+
+
+def _bpipe(shape: Shape) -> Iterator[Run]:
+    """BPipe, where the user asks for it or 1F1B does not surely fit."""
+    if shape.question.fixed.transport == "host":
+        return iter(())
+    return _evicting(shape, "bpipe")
+
+
+def _host(shape: Shape) -> Iterator[Run]:
+    """The same evictions to the host, unless the user has BPipe elsewhere."""
+    fixed = shape.question.fixed
+    if fixed.bpipe and fixed.transport != "host":
+        return iter(())
+    return _evicting(shape, "host")
+
+
+WAYS: dict[str, Callable[[Shape], Iterator[Run]]] = {
+    "1F1B": _plain,
+    "interleaved": _interleaved,
+    "BPipe": _bpipe,
+    "host offload": _host,
+}
+"""Every way by its name (``way_of``)."""
+
+
+def way_of(run: Run) -> str:
+    """The name of the way that a run has among ``WAYS``."""
+    if run.bpipe:
+        return "BPipe"
+    if run.host:
+        return "host offload"
+    return "interleaved" if run.chunks > 1 else "1F1B"
 
 
 def _partitions(question: Question, base: Candidate) -> list[tuple[int, ...]]:
     """Even (empty), where layers divide, and balanced in time."""
     run = base.run
+    if question.fixed.layers.words:
+        return [run.partition]
     layers, p = run.model.layers, run.layout.pp
     even: list[tuple[int, ...]] = [] if layers % p else [()]
     return [*even, *_unlike(question, base, [layers] * p)]
@@ -162,55 +225,92 @@ def _most_layers(candidate: Candidate, predictor: Predictor) -> list[int]:
 
 def _with_layers(run: Run, layers: int, predictor: Predictor) -> list[int]:
     """Bytes of each stage if each had so many layers."""
-    model = replace(run.model, layers=layers * run.layout.pp)
+    model = replace(run.model, layers=layers * run.layout.pp, moe_layers="")
     stored = predictor.stored_for(run)
     alike = replace(run, model=model, partition=())
     stages = memory_by_stage(alike, stored.kernels, stored.state, stored.overhead)
     return [stage.total for stage in stages]
 
 
-def _interleaved(run: Run) -> Iterator[Run]:
+def _evicting(shape: Shape, way: str) -> Iterator[Run]:
+    """The budget that is given, or those from the largest that saves something to the paper's."""
+    run, fixed = shape.base.run, shape.question.fixed
     p = run.layout.pp
-    if run.model.layers % p or run.micro_batches % p:
+    if p == 1 or run.chunks > 1 or not (fixed.bpipe or not shape.fits_plainly):
         return
-    layers = run.model.layers // p
-    for chunks in range(2, min(layers, MOST_CHUNKS) + 1):
-        if layers % chunks == 0:
-            yield replace(run, partition=(), chunks=chunks)
-
-
-def _evicting(run: Run, way: str) -> Iterator[Run]:
-    """Budgets from the largest that saves something to the paper's."""
-    p = run.layout.pp
-    held = min(p, run.micro_batches)
-    for budget in range(held - 1, default_budget(p) - 1, -1):
-        paper = None if budget == default_budget(p) else budget
-        yield replace(run, bpipe=way == "bpipe", host=way == "host", budget=paper)
+    held, least = min(p, run.micro_batches), default_budget(p)
+    budgets: Sequence[float] = range(held - 1, least - 1, -1)
+    if fixed.budget is not None:
+        budgets = (fixed.budget,)
+    elif fixed.bpipe and not budgets:
+        budgets = (least,)
+    for partition in shape.fast:
+        for budget in budgets:
+            paper = None if budget == least else budget
+            yield replace(
+                _with(run, partition), bpipe=way == "bpipe", host=way == "host", budget=paper
+            )
 
 
 def _tried(
-    runs: Iterator[Run], cluster: Cluster, predictor: Predictor, refused: Refused
+    runs: Iterator[Run], shape: Shape, refused: Refused
 ) -> Iterator[tuple[Candidate, Memory]]:
-    """Those that a schedule exists for; of budgets only the largest that fits."""
+    """Those that a schedule exists for; of a partition's budgets only the largest that fits."""
+    done: set[tuple[bool, tuple[int, ...]]] = set()
     for run in runs:
+        if run.evicts and (run.host, run.partition) in done:
+            continue
         try:
-            candidate = place(run, cluster, predictor)
-            memory = memory_of(candidate, predictor)
+            candidate = place(run, shape.base.cluster, shape.predictor)
+            memory = memory_of(candidate, shape.predictor)
         except EstimateError as error:
             refused.add(error)
             continue
         yield candidate, memory
-        if memory.fits == "yes" and (run.bpipe or run.host):
-            return
+        if memory.fits == "yes" and run.evicts:
+            done.add((run.host, run.partition))
+
+
+def _with(run: Run, partition: tuple[int, ...]) -> Run:
+    return replace(run, partition=partition)
+
+
+def _attentions(question: Question) -> tuple[Attention, ...]:
+    """What is given, or those of the question that the GPUs have kernels for."""
+    if question.fixed.attention:
+        return (question.fixed.attention,)
+    kernels = all(kind.gpu.has_bf16 for kind in question.cluster.nodes)
+    return tuple(a for a in question.attentions if kernels or a != "flash")
+
+
+def _layout(question: Question, t: int, p: int, d: int) -> Layout:
+    """Parallel sizes; experts are not cut and lie on as many ranks of a domain as divide them."""
+    model, fixed = question.model, question.fixed
+    ep, etp = fixed.ep, fixed.etp
+    if model.experts:
+        etp = etp or 1
+        ranks = t * fixed.cp * d // etp
+        most = max(1, question.cluster.domain // etp)
+        ep = ep or max(e for e in range(1, most + 1) if ranks % e == 0 and model.experts % e == 0)
+    return Layout(t, fixed.cp, ep or 1, d, p, t > 1, etp)
 
 
 def _run(question: Question, layout: Layout, b: int, attention: Attention) -> Run:
-    """The shape as a run; layers that do not divide are dealt out as evenly as they go."""
+    """The shape as a run, with what is fixed; layers that do not divide are dealt out evenly."""
+    fixed = question.fixed
     layers, p = question.model.layers, layout.pp
+    chunks = 1
     partition: tuple[int, ...] = ()
-    if layers % p:
+    if fixed.layers.words:
+        chunks, partition = fixed.layers.on(p, layers)
+        if fixed.bpipe and chunks > 1:
+            raise EstimateError("interleaving together with --bpipe is not known to the planner")
+    elif layers % p:
+        if not question.uneven:
+            raise EstimateError(f"{layers} layers on {p} stages: uneven")
         fewer, more = divmod(layers, p)
         partition = tuple(fewer + (p - 1 - more <= stage < p - 1) for stage in range(p))
+    kernels = all(kind.gpu.has_bf16 for kind in question.cluster.nodes)
     return Run(
         question.model,
         layout,
@@ -218,19 +318,13 @@ def _run(question: Question, layout: Layout, b: int, attention: Attention) -> Ru
         question.global_batch,
         attention,
         distributed_optimizer=question.distributed_optimizer and layout.dp * layout.cp > 1,
+        chunks=chunks,
         partition=partition,
+        recompute=fixed.recompute,
+        unfused=fixed.unfused or (attention == "full" and not kernels),
+        settings=fixed.settings,
     )
 
 
 def _sizes(fixed: int | None, most: int) -> list[int]:
     return [fixed] if fixed else list(range(1, most + 1))
-
-
-def _experts(question: Question, t: int, d: int) -> int:
-    """Expert-parallel size: as given, else the most that divides experts and replicas in a node."""
-    model, fixed = question.model, question.fixed
-    if not model.experts or fixed.ep:
-        return fixed.ep or 1
-    most = max(1, question.cluster.gpus_per_node // t)
-    lanes = d * fixed.cp
-    return max(e for e in range(1, most + 1) if lanes % e == 0 and model.experts % e == 0)

@@ -18,8 +18,8 @@ from megatron_bpipe.estimate.profile import read_profile
 from megatron_bpipe.estimate.runs import Attention, Layout, Run
 from megatron_bpipe.planner.evaluate import Predictor, place, seconds_of
 from megatron_bpipe.planner.inputs.cluster import Cluster, Nodes
-from megatron_bpipe.planner.inputs.flags import layout_text
 from megatron_bpipe.planner.inputs.sources import from_profile
+from megatron_bpipe.planner.output.megatron_flags import layout_text
 from tests.harness import Megatron
 from tests.harness.models import gpt
 

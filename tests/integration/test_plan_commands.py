@@ -14,9 +14,9 @@ from megatron_bpipe.cli.main import main
 from megatron_bpipe.estimate.models import llama
 from megatron_bpipe.estimate.runs import Layout, Run
 from megatron_bpipe.placement import ParallelShape, make_report
-from megatron_bpipe.planner.inputs.flags import model_flags, plan_flags
+from megatron_bpipe.planner.output.megatron_flags import model_flags, plan_flags
 from tests.harness import Megatron
-from tests.planner.test_hugging_face import MIXTRAL_8X7B, QWEN2_72B
+from tests.planner.families import MIXTRAL_8X7B, QWEN2_72B
 
 CLUSTER = ["--gpu", "H100-80GB", "--gpus", "32", "--global-batch", "128"]
 MIXED = """

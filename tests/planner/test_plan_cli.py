@@ -19,7 +19,7 @@ from megatron_bpipe.estimate.profile import (
     Timing,
     write_profile,
 )
-from megatron_bpipe.planner.inputs.flags import model_flags
+from megatron_bpipe.planner.output.megatron_flags import model_flags
 
 MODEL = llama("the model", hidden=4096, heads=32, layers=32, seq=2048)
 CLUSTER = ["--gpu", "A100-80GB", "--gpus", "16", "--global-batch", "64"]
@@ -63,7 +63,7 @@ def test_it_says_what_to_run_and_whether_bpipe_pays(capsys: pytest.CaptureFixtur
     assert "Do not use BPipe: its best plan is" in out
     assert "peak memory by stage" in out
     assert "why the rest fell out" in out
-    assert "Outside those runs" in out
+    assert "Outside the paper's runs" in out
     last = out.splitlines()[-1]
     assert last.startswith("torchrun --nnodes 4")
     assert "-m megatron_bpipe run pretrain_gpt.py --num-layers 80" in last

@@ -22,7 +22,7 @@ from megatron_bpipe.planner.inputs.sources import from_layer_model, from_table_5
 from megatron_bpipe.planner.output.advice import advice, gain_of_bpipe
 from megatron_bpipe.planner.search import Found, search
 from megatron_bpipe.planner.space import Question
-from megatron_bpipe.planner.uncertainty import predictions, uncertainty
+from megatron_bpipe.planner.uncertainty import measured_uncertainty, predictions, uncertainty
 
 PAPER = preset("A100-80GB", 32)
 TABLE_5, LAYERS = from_table_5(FIXED_OVERHEAD), from_layer_model(2, FIXED_OVERHEAD)
@@ -128,7 +128,11 @@ def test_free_to_choose_all_it_advises_against(name: str) -> None:
 
 
 def test_uncertainty_is_the_worst_of_ten() -> None:
-    known, modelled = uncertainty(stages_measured=True), uncertainty(stages_measured=False)
+    known = measured_uncertainty(stages_measured=True)
+    modelled = measured_uncertainty(stages_measured=False)
+    for found, measured_ones in ((known, True), (modelled, False)):
+        said = uncertainty(stages_measured=measured_ones)
+        assert (said.mfu, said.gain) == pytest.approx((found.mfu, found.gain), abs=0.01)
     left_out = predictions(stages_measured=True)
     worst = max(abs(left_out[e.id] - e.mfu) for e in EXPERIMENTS)
     assert known.mfu == worst

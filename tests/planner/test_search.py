@@ -24,8 +24,8 @@ from megatron_bpipe.planner.inputs.cluster import Cluster, Nodes, preset
 from megatron_bpipe.planner.inputs.flags import Fixed
 from megatron_bpipe.planner.inputs.sources import from_layer_model
 from megatron_bpipe.planner.output.advice import advice
-from megatron_bpipe.planner.search import Found, evaluate, search, way_of
-from megatron_bpipe.planner.space import Question, Refused, shapes, ways
+from megatron_bpipe.planner.search import Found, evaluate, search
+from megatron_bpipe.planner.space import Question, Refused, shapes, way_of, ways
 from megatron_bpipe.planner.uncertainty import uncertainty
 from megatron_bpipe.simulate import simulate
 

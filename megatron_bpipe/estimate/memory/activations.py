@@ -49,6 +49,7 @@ Two implementations beside the paper's are known, see ``Kernels``.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from megatron_bpipe.estimate.models import LayerKind
@@ -227,23 +228,49 @@ def softmax_bytes(run: Run, kernels: Kernels = FUSED) -> int:
     return scores * per_score
 
 
-def micro_batch_bytes(run: Run, stage: int, kernels: Kernels = FUSED) -> int:
+@dataclass(frozen=True)
+class LayerBytes:
+    """Bytes of one layer of a kind: as it is run, and if nothing of it is recomputed."""
+
+    kept: int
+    whole: int
+
+
+Sizes = Mapping[LayerKind, LayerBytes]
+
+
+def layer_sizes(run: Run, kernels: Kernels = FUSED) -> Sizes:
+    """Every kind of layer that the model has; the same on all stages."""
+    found: dict[LayerKind, LayerBytes] = {}
+    whole = replace(run, recompute=NOTHING) if run.recomputes.method == "block" else run
+    for kind in run.model.kinds:
+        kept = kernels.layer or sum(layer_activations(run, kernels, kind).values())
+        alone = kept
+        if whole is not run:
+            alone = kernels.layer or sum(layer_activations(whole, kernels, kind).values())
+        found[kind] = LayerBytes(kept, alone)
+    return found
+
+
+def micro_batch_bytes(
+    run: Run, stage: int, kernels: Kernels = FUSED, sizes: Sizes | None = None
+) -> int:
     """What one micro-batch keeps on one stage: its layers, and the embedding's dropout on stage 0.
 
     This is what BPipe moves.  The output layer of the last stage is not in it: its logits live only
-    from the end of a forward to the start of its backward.
+    from the end of a forward to the start of its backward.  ``sizes`` saves their computation.
     """
-    total = sum(chunk_bytes(run, stage, chunk, kernels) for chunk in range(run.chunks))
+    sizes = sizes or layer_sizes(run, kernels)
+    total = sum(chunk_bytes(run, stage, chunk, sizes) for chunk in range(run.chunks))
     if run.model.mtp and stage == run.layout.pp - 1:
-        layer = _layer_bytes(run, kernels, run.model.mtp_kind)
         both = 2 * kernels.element * run.tokens * run.model.hidden
-        total += run.model.mtp * (layer + both)
+        total += run.model.mtp * (sizes[run.model.mtp_kind].kept + both)
     if stage == 0 and run.model.dropout:
         total += kernels.mask * run.tokens * run.model.hidden // run.layout.sp
     return total
 
 
-def chunk_bytes(run: Run, stage: int, chunk: int, kernels: Kernels = FUSED) -> int:
+def chunk_bytes(run: Run, stage: int, chunk: int, sizes: Sizes) -> int:
     """The layers of one chunk of one stage."""
     recompute = run.recomputes
     left = recompute.layers if recompute.method == "block" else run.model.layers
@@ -251,15 +278,8 @@ def chunk_bytes(run: Run, stage: int, chunk: int, kernels: Kernels = FUSED) -> i
     for kind, number in sorted(run.kinds_of(stage, chunk).items()):
         again = min(number, left)
         left -= again
-        total += again * _layer_bytes(run, kernels, kind)
-        if number > again:  # beyond the recomputed block
-            whole = replace(run, recompute=NOTHING)
-            total += (number - again) * _layer_bytes(whole, kernels, kind)
+        total += again * sizes[kind].kept + (number - again) * sizes[kind].whole
     return total
 
 
 NOTHING = Recompute()
-
-
-def _layer_bytes(run: Run, kernels: Kernels, kind: LayerKind) -> int:
-    return kernels.layer or sum(layer_activations(run, kernels, kind).values())

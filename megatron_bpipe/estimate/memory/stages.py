@@ -11,6 +11,7 @@ Units: bytes per GPU; GiB = 2^30 bytes where named so.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -22,6 +23,7 @@ from megatron_bpipe.estimate.memory.activations import (
     chunk_bytes,
     expert_rows,
     layer_activations,
+    layer_sizes,
     micro_batch_bytes,
     softmax_bytes,
     whole_layer,
@@ -109,9 +111,21 @@ def memory_by_stage(
     overhead: int = FIXED_OVERHEAD,
 ) -> tuple[StageMemory, ...]:
     """The peak of each stage from 0 to p-1 under 1F1B, with BPipe where the run has it."""
-    return tuple(
-        _stage_memory(run, stage, kernels, state, overhead) for stage in range(run.layout.pp)
-    )
+    sizes = layer_sizes(run, kernels)
+    each = tuple(micro_batch_bytes(run, x, kernels, sizes) for x in range(run.layout.pp))
+    alike = (_logits(run, kernels), _recomputed(run, kernels), _layer_gradients(run, kernels))
+    first = chunk_bytes(run, 0, 0, sizes)
+    embedding = max(0, _embedding_gradient(run, kernels) - first)  # its first chunk is gone by then
+    found = []
+    for stage in range(run.layout.pp):
+        memory = _stage_memory(run, stage, each, kernels, state)
+        logits = alike[0] if stage == run.layout.pp - 1 else 0
+        found.append(
+            StageMemory(
+                *memory, logits, *alike[1:], embedding if stage == 0 else 0, overhead=overhead
+            )
+        )
+    return tuple(found)
 
 
 def peak_gib(
@@ -137,8 +151,12 @@ def verdict(needed_gib: float, capacity_gib: float = 80.0) -> Verdict:
 
 
 def _stage_memory(
-    run: Run, stage: int, kernels: Kernels, state: StateBytes, overhead: int
-) -> StageMemory:
+    run: Run, stage: int, each: Sequence[int], kernels: Kernels, state: StateBytes
+) -> tuple[int, int, int, int, int]:
+    """Weights, gradients, optimizer, activations and pool of one stage.
+
+    ``each`` has the bytes of one micro-batch on every stage.
+    """
     layout, held = run.layout, held_by_stage(run)
     parameters = stage_parameters(run, stage)
     shards, expert_shards = 1, 1
@@ -146,23 +164,12 @@ def _stage_memory(
         shards, expert_shards = layout.dp * layout.cp, layout.expert_dp
     optimizer = parameters.dense / shards + parameters.experts / expert_shards
     other = partner(stage, layout.pp)
-    lent = 0 if other is None else held[other][1]
-    evicted = 0 if other is None else micro_batch_bytes(run, other, kernels)
-    each = micro_batch_bytes(run, stage, kernels) // run.chunks
-    embedding = 0
-    if stage == 0:  # its first chunk is gone by then
-        embedding = max(0, _embedding_gradient(run, kernels) - chunk_bytes(run, 0, 0, kernels))
-    return StageMemory(
-        weights=state.weights * parameters.total,
-        gradients=state.gradients * parameters.total + _placeholders(run, stage, kernels),
-        optimizer=round(state.optimizer * optimizer),
-        activations=held[stage][0] * each,
-        pool=lent * evicted,
-        logits=_logits(run, kernels) if stage == layout.pp - 1 else 0,
-        recompute=_recomputed(run, kernels),
-        backward=_layer_gradients(run, kernels),
-        embedding=embedding,
-        overhead=overhead,
+    return (
+        state.weights * parameters.total,
+        state.gradients * parameters.total + _placeholders(run, stage, kernels),
+        round(state.optimizer * optimizer),
+        held[stage][0] * (each[stage] // run.chunks),
+        0 if other is None else held[other][1] * each[other],
     )
 
 
@@ -186,7 +193,7 @@ def _recomputed(run: Run, kernels: Kernels) -> int:
     recompute = run.recomputes
     if not recompute.active:
         return 0
-    kinds = {run.model.kind(0), run.model.kind(run.model.layers - 1)}
+    kinds = run.model.kinds
     if recompute.method:
         layers = max(1, recompute.layers) if recompute.method == "uniform" else 1
         return layers * max(sum(whole_layer(run, kernels, kind).values()) for kind in kinds)
@@ -210,7 +217,7 @@ def _layer_gradients(run: Run, kernels: Kernels) -> int:
     model, layout = run.model, run.layout
     width = 2 if model.gated else 1
     found = 0
-    for kind in {model.kind(0), model.kind(model.layers - 1)}:
+    for kind in model.kinds:
         inner = run.tokens * model.ffn // layout.tp
         if kind == "moe":
             inner = expert_rows(run) * model.expert_width // layout.expert_tp

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from megatron_bpipe.estimate.hardware import A100_80G
 from megatron_bpipe.estimate.memory.activations import MEGATRON_2023
@@ -61,6 +62,7 @@ def published_cases() -> tuple[Measured, ...]:
     return tuple(measured(experiment) for experiment in EXPERIMENTS)
 
 
+@lru_cache(maxsize=1)
 def published_constants() -> Constants:
     """The constants fitted on all ten experiments."""
     return fit(published_cases())

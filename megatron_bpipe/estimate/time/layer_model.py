@@ -25,7 +25,6 @@ Units: seconds, bytes.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 from megatron_bpipe.estimate.hardware import Gpu
 from megatron_bpipe.estimate.memory.activations import FUSED, Kernels, expert_rows
@@ -74,14 +73,22 @@ class Part:
 
 def layer_model(kernels: Kernels = FUSED) -> StageTimes:
     """The pace of any run on any GPU."""
+    known: dict[tuple[object, ...], Pace] = {}
 
     def pace(run: Run, gpu: Gpu) -> Pace:
-        return _pace(run, gpu, kernels)
+        # a layer knows nothing of stages, schedules or the batch
+        how = (run.attention, run.recompute, run.unfused, run.settings)
+        layout = run.layout
+        sizes = (layout.tp, layout.cp, layout.ep, layout.etp, layout.sequence_parallel)
+        key = (gpu, run.model, sizes, layout.gpus, run.micro_batch, how)
+        found = known.get(key)
+        if found is None:
+            found = known[key] = _pace(run, gpu, kernels)
+        return found
 
     return pace
 
 
-@lru_cache(maxsize=16384)
 def _pace(run: Run, gpu: Gpu, kernels: Kernels) -> Pace:
     model, gpus = run.model, run.layout.gpus
     slower = 1.0 if gpus == 1 else VARIATION[gpus > max(gpu.node, 8)]

@@ -37,35 +37,45 @@ def held_by_stage(run: Run) -> tuple[tuple[int, int], ...]:
 
     Raises EstimateError.
     """
-    return _held(*_shape(run))
+    p, m, *rest = _shape(run)
+    return _held(p, _enough(p, m), *rest)
 
 
-def _shape(run: Run) -> tuple[int, int, bool, bool, int, int | None]:
+def _enough(p: int, m: int) -> int:
+    """As few micro-batches as show all that a stage ever holds: from 4 p on it repeats (tested)."""
+    return m if m <= 5 * p else 4 * p + m % p
+
+
+def _shape(run: Run) -> tuple[int, int, bool, bool, int, float | None]:
     """All that the schedule depends on."""
     return run.layout.pp, run.micro_batches, run.bpipe, run.host, run.chunks, run.budget
 
 
 @lru_cache(maxsize=64)
-def _schedule(p: int, m: int, bpipe: bool, host: bool, chunks: int, budget: int | None) -> Schedule:
+def _schedule(
+    p: int, m: int, bpipe: bool, host: bool, chunks: int, budget: float | None
+) -> Schedule:
     try:
         if chunks > 1:
             return interleaved(p, m, chunks)
         schedule = one_f_one_b(p, m)
         if bpipe:
             return balance(schedule, budget)
-        return offload(schedule, budget or default_budget(p)) if host else schedule
+        return offload(schedule, int(budget or default_budget(p))) if host else schedule
     except ValueError as error:
         raise EstimateError(str(error)) from error
 
 
 @lru_cache(maxsize=64)
-def _lowered(p: int, m: int, bpipe: bool, host: bool, chunks: int, budget: int | None) -> Schedule:
+def _lowered(
+    p: int, m: int, bpipe: bool, host: bool, chunks: int, budget: float | None
+) -> Schedule:
     return lower(_schedule(p, m, bpipe, host, chunks, budget))
 
 
 @lru_cache(maxsize=4096)
 def _held(
-    p: int, m: int, bpipe: bool, host: bool, chunks: int, budget: int | None
+    p: int, m: int, bpipe: bool, host: bool, chunks: int, budget: float | None
 ) -> tuple[tuple[int, int], ...]:
     return held_in(_schedule(p, m, bpipe, host, chunks, budget))
 

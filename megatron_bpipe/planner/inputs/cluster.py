@@ -18,9 +18,9 @@
     ...
 
 ``messages_gb_s`` beside ``name`` is the effective rate of messages between stages with all their
-synchronisation, if it was measured; without it the constant fitted on the paper's runs is scaled
-with the network's speed.  ``overhead_gib`` is memory that is gone before the model (default 3:
-CUDA context, NCCL and cuBLAS buffers, fragmentation; an assumption).
+synchronisation, if it was measured; without it the links' rates are taken.  ``overhead_gib`` is
+memory that is gone before the model (default 3: CUDA context, NCCL, fragmentation; an assumption).
+A preset's figures may be replaced, but not by more than its datasheet has.
 
 Units: GB = 10^9 bytes, GiB = 2^30 bytes.
 """
@@ -126,11 +126,22 @@ class Cluster:
         return (self, turned) if self.mixed else (self,)
 
 
-def preset(gpu: str, gpus: int, gpus_per_node: int = 8) -> Cluster:
+def preset(gpu: str, gpus: int, gpus_per_node: int | None = None) -> Cluster:
     """So many GPUs of a known kind; fewer than a node's make one smaller node.
 
-    Raises EstimateError for an unknown kind and for a last node that is not full.
+    ``gpus_per_node`` None: as many as a machine of that kind has.
+
+    Raises EstimateError for an unknown kind, a last node that is not full, and for what is no
+    machine but a rack that NVLink joins.
     """
+    kind = gpu_named(gpu)
+    if gpus_per_node is None:
+        gpus_per_node = kind.node
+    if kind.domain > kind.node < gpus_per_node:
+        raise EstimateError(
+            f"--gpus-per-node {gpus_per_node}: a machine with {gpu} has {kind.node} and starts as "
+            f"many ranks; that NVLink joins {kind.domain} is known, leave the flag away"
+        )
     if gpus < 1 or gpus_per_node < 1:
         raise EstimateError(f"{gpus} GPUs, {gpus_per_node} on a node: give at least 1 of each")
     size = min(gpus, gpus_per_node)
@@ -139,7 +150,7 @@ def preset(gpu: str, gpus: int, gpus_per_node: int = 8) -> Cluster:
             f"{gpus} GPUs do not fill nodes of {size}: use {gpus // size * size} or "
             f"{(gpus // size + 1) * size}"
         )
-    return Cluster(f"{gpus} x {gpu}", (Nodes(gpus // size, size, gpu_named(gpu)),))
+    return Cluster(f"{gpus} x {gpu}", (Nodes(gpus // size, size, kind),))
 
 
 def read_cluster(path: Path) -> Cluster:
@@ -188,6 +199,17 @@ def _nodes(path: Path, where: str, table: Mapping[str, Any]) -> Nodes:
     base = GPUS[kind] if kind else Gpu(str(table.get("name", "GPU")), *(1.0,) * 6)
     changes = {FIELDS[name][0]: value * FIELDS[name][1] for name, value in given.items()}
     gpu = replace(base, **changes)  # type: ignore[arg-type]
+    if kind and base.domain > base.node < numbers["gpus"]:
+        raise EstimateError(
+            f"{path}: {where}gpus is {numbers['gpus']}: a machine with {kind} has {base.node}; "
+            f"that NVLink joins {base.domain} of them is known"
+        )
+    for name in ("memory_gib", "bf16_tflops", "nvlink_gb_s"):
+        if kind and name in given and given[name] > 1.05 * _figure(base, name):
+            raise EstimateError(
+                f"{path}: {where}{name} is {table[name]}: the datasheet of {kind} has "
+                f"{_figure(base, name):g}; dense figures and one direction are expected"
+            )
     if not 0 < gpu.matmul_share <= 1:
         raise EstimateError(
             f"{path}: {where}matmul_share is {gpu.matmul_share}: a share is from 0 to 1"
@@ -199,6 +221,12 @@ def _nodes(path: Path, where: str, table: Mapping[str, Any]) -> Nodes:
                 f"it fills ({gpu.memory_bandwidth / 1e9:.0f} GB/s); it is GB/s in one direction"
             )
     return Nodes(gpu=gpu, **numbers)
+
+
+def _figure(gpu: Gpu, name: str) -> float:
+    """A preset's figure in the file's unit."""
+    attribute, factor = FIELDS[name]
+    return float(getattr(gpu, attribute)) / factor
 
 
 def _number(path: Path, name: str, value: object) -> float:

@@ -8,8 +8,8 @@ from dataclasses import asdict
 from megatron_bpipe.estimate.runs import Run
 from megatron_bpipe.placement.columns import columns
 from megatron_bpipe.planner.evaluate import Memory
-from megatron_bpipe.planner.inputs.flags import layout_text
-from megatron_bpipe.planner.search import Found, Plan, TooLarge, way_of
+from megatron_bpipe.planner.search import Found, Plan, TooLarge
+from megatron_bpipe.planner.space import way_of
 from megatron_bpipe.schedule.ops import default_budget
 
 
@@ -25,7 +25,7 @@ def plans_table(plans: Sequence[Plan]) -> str:
                 str(number),
                 way_text(run),
                 *map(str, (run.layout.tp, run.layout.pp, run.layout.dp, run.micro_batch)),
-                run.attention,
+                attention_text(run),
                 _layers(run),
                 f"{plan.mfu:.1f}",
                 f"{plan.seconds:.3g}",
@@ -41,7 +41,17 @@ def way_text(run: Run) -> str:
     way = way_of(run)
     if run.chunks > 1:
         return f"{way}, {run.chunks} chunks"
-    return f"{way}, budget {_budget(run)}" if run.evicts else way
+    return f"{way}, budget {_budget(run):g}" if run.evicts else way
+
+
+def attention_text(run: Run) -> str:
+    """The attention method, and what else is recomputed."""
+    recompute = run.recomputes
+    if run.recompute is None or not recompute.active:
+        return run.attention
+    if recompute.method:
+        return f"{run.attention} ({recompute.method} {recompute.layers})"
+    return f"{run.attention} (recompute {' '.join(recompute.modules)})"
 
 
 def memory_line(memory: Memory) -> str:
@@ -113,11 +123,19 @@ def too_large_data(large: TooLarge) -> dict[str, object]:
     }
 
 
-def _budget(run: Run) -> int:
+def _budget(run: Run) -> float:
     return run.budget or default_budget(run.layout.pp)
 
 
 def _layers(run: Run) -> str:
+    """Layers of each stage, or chunk of a stage; equal ones together."""
     if not run.partition:
         return str(run.layers_per_stage)
-    return layout_text(run.partition).replace("E", "").replace("L", "").replace("t*", "")
+    runs: list[tuple[int, int]] = []
+    for layers in run.partition:
+        if runs and runs[-1][0] == layers:
+            runs[-1] = layers, runs[-1][1] + 1
+        else:
+            runs.append((layers, 1))
+    each = [str(layers) if n == 1 else f"{n} of {layers}" for layers, n in runs]
+    return ", ".join(each)
