@@ -220,9 +220,8 @@ def _penalty(run: Run, predictor: Predictor) -> float:
     kernels, p, m = predictor.stored_for(run).kernels, run.layout.pp, run.micro_batches
     if m <= 8 * p:
         return predictor.bpipe * bytes_moved(run, kernels)
-    # from some micro-batches on each further one moves as much as the last
-    short, longer = (bytes_moved(_so_many(run, n * p), kernels) for n in (4, 6))
-    return predictor.bpipe * (short + (m - 4 * p) / (2 * p) * (longer - short))
+    # of many micro-batches the same share moves
+    return predictor.bpipe * m / (8 * p) * bytes_moved(_so_many(run, 8 * p), kernels)
 
 
 def _so_many(run: Run, m: int) -> Run:

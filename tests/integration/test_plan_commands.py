@@ -11,12 +11,14 @@ from typing import Any
 import pytest
 
 from megatron_bpipe.cli.main import main
+from megatron_bpipe.estimate.memory.parameters import model_parameters
 from megatron_bpipe.estimate.models import llama
 from megatron_bpipe.estimate.runs import Layout, Run
 from megatron_bpipe.placement import ParallelShape, make_report
+from megatron_bpipe.planner.inputs.hugging_face import read_config
 from megatron_bpipe.planner.output.megatron_flags import model_flags, plan_flags
 from tests.harness import Megatron
-from tests.planner.families import MIXTRAL_8X7B, QWEN2_72B
+from tests.planner.families import DEEPSEEK_V3, MIXTRAL_8X7B, PUBLISHED, QWEN2_72B
 
 CLUSTER = ["--gpu", "H100-80GB", "--gpus", "32", "--global-batch", "128"]
 MIXED = """
@@ -75,6 +77,12 @@ def parsed_as_planned(megatron: Megatron, cases: list[dict[str, Any]]) -> None:
     assert result.ok, result.logs
 
 
+def after_script(words: list[str]) -> list[str]:
+    """Variables before torchrun, and the script's flags."""
+    variables = words[: words.index("torchrun")]
+    return [*variables, *words[words.index("pretrain_gpt.py") + 1 :]]
+
+
 def test_megatron_takes_every_way_to_run(megatron: Megatron) -> None:
     cases: list[dict[str, Any]] = []
     for run in RUNS.values():
@@ -89,7 +97,7 @@ def test_megatron_takes_every_way_to_run(megatron: Megatron) -> None:
             "recompute_granularity": {"recompute": "selective", "full": "full"}.get(run.attention),
             "virtual_pipeline_model_parallel_size": run.chunks if run.chunks > 1 else None,
         }
-        argv = [*model_flags(run.model), *REST, *plan_flags(run)]
+        argv = ["CUDA_DEVICE_MAX_CONNECTIONS=1", *model_flags(run.model), *REST, *plan_flags(run)]
         cases.append({"argv": argv, "layout": run.layout, "expected": expected})
     parsed_as_planned(megatron, cases)
 
@@ -117,7 +125,7 @@ def test_megatron_takes_what_the_command_ends_with(
         assert main(["plan", "--json", *words]) == 0, name
         result = json.loads(capsys.readouterr()[0])
         argv = shlex.split(result["command"].splitlines()[-1])
-        argv = argv[argv.index("pretrain_gpt.py") + 1 :]
+        argv = after_script(argv)
         best = next(plan for plan in result["plans"] if plan["fits"] == "yes")
         expected = {
             "num_layers": sum(best["partition"]),
@@ -128,4 +136,53 @@ def test_megatron_takes_what_the_command_ends_with(
             "bpipe": name == "user's BPipe",
         }
         cases.append({"argv": argv, "layout": Layout(**best["layout"]), "expected": expected})
+    parsed_as_planned(megatron, cases)
+
+
+SHORTER: dict[str, Any] = {
+    "num_hidden_layers": 8,
+    "n_layer": 8,
+    "layer_types": ["sliding_attention", "full_attention"] * 4,
+}
+FEWER = {"n_routed_experts": 16, "num_local_experts": 16, "num_experts": 16}
+
+
+def shortened(config: dict[str, Any]) -> dict[str, Any]:
+    """The same architecture with eight layers and sixteen experts, so that building it is quick."""
+    small = {name: value for name, value in (SHORTER | FEWER).items() if name in config}
+    return {**config, **small}
+
+
+def test_families_from_config_to_megatrons_parser_and_builder(
+    megatron: Megatron, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command of each is taken, and Megatron's model has the parameters that were planned."""
+    cases: list[dict[str, Any]] = []
+    own = [*REST, "--lr", "1e-4", "--tensor-model-parallel-size", "1", "--micro-batch-size", "1"]
+    own += ["--pipeline-model-parallel-size", "2"]
+    for name, (config, _) in (PUBLISHED | {"with prediction": (DEEPSEEK_V3, 0.0)}).items():
+        path = tmp_path / f"{name}.json"
+        path.write_text(json.dumps(shortened(config)))
+        words = ["--hf-config", str(path), "--seq-length", "1024", "--attention", "flash"]
+        words += ["--gpu", "H200", "--gpus", "16", "--global-batch", "16", "--even-layers"]
+        assert main(["plan", "--json", *words, "--", *own]) == 0, name
+        result = json.loads(capsys.readouterr()[0])
+        assert result["command"], name
+        argv = shlex.split(result["command"].splitlines()[-1])
+        argv = after_script(argv)
+        model = read_config(path, 1024).model
+        cases.append(
+            {
+                "argv": argv,
+                "layout": Layout(**result["plans"][0]["layout"]),
+                "expected": {
+                    "num_layers": 8,
+                    "hidden_size": model.hidden,
+                    "kv_channels": model.mla.nope if model.mla else model.head_width,
+                    "num_experts": model.experts or None,
+                    "mtp_num_layers": model.mtp or None,
+                },
+                "parameters": model_parameters(model),
+            }
+        )
     parsed_as_planned(megatron, cases)

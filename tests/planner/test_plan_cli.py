@@ -65,7 +65,7 @@ def test_it_says_what_to_run_and_whether_bpipe_pays(capsys: pytest.CaptureFixtur
     assert "why the rest fell out" in out
     assert "Outside the paper's runs" in out
     last = out.splitlines()[-1]
-    assert last.startswith("torchrun --nnodes 4")
+    assert last.startswith("CUDA_DEVICE_MAX_CONNECTIONS=1 torchrun --nnodes 4")
     assert "-m megatron_bpipe run pretrain_gpt.py --num-layers 80" in last
 
 
@@ -77,7 +77,7 @@ def test_json_has_the_same(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(best["peak_gib"]) == best["layout"]["pp"] == len(best["partition"])
     assert all(need < has for need, has in zip(best["peak_gib"], best["capacity_gib"], strict=True))
     assert found["uncertainty"]["gain"] > 0
-    assert found["command"].startswith("torchrun")
+    assert "torchrun --n" in found["command"]
 
 
 def test_a_profile_narrows_the_search_and_sets_the_pace(
