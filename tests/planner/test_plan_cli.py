@@ -124,7 +124,7 @@ def test_a_profile_of_something_else_is_refused_by_field(
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        ([], "no model"),
+        (CLUSTER, "no model"),
         (["--model", "LLaMA 65B"], "--global-batch"),
         (["--model", "BERT", *CLUSTER], "BERT"),
         (["--model", "LLaMA 65B", "--global-batch", "128"], "no cluster"),
