@@ -46,7 +46,10 @@ def test_wheel_installs_clean_and_its_script_is_the_module(built: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         packed = {name for name in archive.namelist() if name.startswith("megatron_bpipe/")}
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "megatron_bpipe").rglob("*.py")}
-    data = {"py.typed", *(f"simulate/draw/page{end}" for end in (".js", ".html", "_both.js"))}
+    data = {
+        "py.typed",
+        *(f"simulate/draw/page{end}" for end in (".js", ".html", "_both.js", "_parts.js")),
+    }
     assert packed == modules | {f"megatron_bpipe/{name}" for name in data}
     page = [*CSV[:5], "--html", built / "page.html"]
     run(python, "-m", "megatron_bpipe", "simulate", *page[1:], cwd=built)

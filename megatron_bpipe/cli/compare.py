@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 
-from megatron_bpipe.cli.output import OutputError, check_output, written
+from megatron_bpipe.cli.common.output import OutputError, check_output, written
 from megatron_bpipe.report.fields import ReportError
 from megatron_bpipe.simulate.draw.figure import SUFFIXES, FigureError
 from megatron_bpipe.simulate.recorded.compare import compare

@@ -7,7 +7,7 @@ import json
 import sys
 from dataclasses import asdict
 
-from megatron_bpipe.cli.status import status_line
+from megatron_bpipe.cli.common.status import status_line
 
 
 def run(args: argparse.Namespace) -> int:

@@ -9,7 +9,7 @@ import shlex
 import sys
 from typing import TYPE_CHECKING
 
-from megatron_bpipe.cli.status import status_line
+from megatron_bpipe.cli.common.status import status_line
 
 if TYPE_CHECKING:
     from megatron_bpipe.integration.profile.bench import Progress

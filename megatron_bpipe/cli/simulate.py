@@ -9,7 +9,7 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megatron_bpipe.cli.output import OutputError, check_output, written
+from megatron_bpipe.cli.common.output import OutputError, check_output, written
 from megatron_bpipe.cli.quantities import UnitError, bandwidth, seconds, size
 from megatron_bpipe.estimate.errors import EstimateError
 from megatron_bpipe.estimate.hardware import gpu_named

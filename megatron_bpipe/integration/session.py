@@ -13,12 +13,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_bpipe.integration.checks.versions import package_versions
 from megatron_bpipe.integration.log import log_rank, log_rank0
 from megatron_bpipe.integration.options import Options
 from megatron_bpipe.integration.rank_mapping.launcher import identify
 from megatron_bpipe.integration.rank_mapping.mapping import RankMap, verify
 from megatron_bpipe.integration.stage_pools import StagePools
-from megatron_bpipe.integration.versions import package_versions
 from megatron_bpipe.report.run import RankReport, StageReport, merge
 from megatron_bpipe.runtime.executor import Observer
 from megatron_bpipe.runtime.observe.link_watch import LinkSampler

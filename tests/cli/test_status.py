@@ -11,7 +11,7 @@ import pytest
 
 CODE = """
 import sys
-from megatron_bpipe.cli.status import status_line
+from megatron_bpipe.cli.common.status import status_line
 with status_line(quiet=sys.argv[1] == "quiet") as say:
     say("looking at one")
     say("looking at two")

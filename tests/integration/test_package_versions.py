@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 
-from megatron_bpipe.integration.versions import megatron_version
+from megatron_bpipe.integration.checks.versions import megatron_version
 
 
 @pytest.mark.parametrize(

@@ -138,7 +138,7 @@ def test_two_runs_over_one_axis(tmp_path: Path) -> None:
     assert "losses identical: cannot be compared" in document  # the text stands above
 
 
-@pytest.mark.parametrize("name", ["page.js", "page_both.js"])
+@pytest.mark.parametrize("name", ["page.js", "page_both.js", "page_parts.js"])
 def test_the_script_is_well_formed(name: str) -> None:
     node = shutil.which("node")
     if node is None:

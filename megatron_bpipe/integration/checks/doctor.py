@@ -18,7 +18,7 @@ from megatron_bpipe.integration import cpu
 from megatron_bpipe.integration.checks.driver import why_unusable
 from megatron_bpipe.integration.checks.hook_points import HOOK_POINTS, Feature
 from megatron_bpipe.integration.checks.probe import missing
-from megatron_bpipe.integration.versions import megatron_version
+from megatron_bpipe.integration.checks.versions import megatron_version
 from megatron_bpipe.runtime.transport.base import TransportError
 from megatron_bpipe.runtime.transport.node_memory import available_bytes
 from megatron_bpipe.runtime.transport.pair.links import Link

@@ -26,7 +26,7 @@ def page(picture: Picture, heading: str, *, both: bool = False, notes: str = "")
     }
     text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
     here = Path(__file__).parent
-    names = ("page_both.js", "page.js")
+    names = ("page_parts.js", "page_both.js", "page.js")
     script = "".join((here / name).read_text(encoding="utf-8") for name in names)
     skeleton = (here / "page.html").read_text(encoding="utf-8")
     filled = skeleton.replace("@SCRIPT@", script).replace("@HEADING@", html.escape(heading))
