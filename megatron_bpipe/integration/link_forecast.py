@@ -19,6 +19,7 @@ from megatron_bpipe.estimate.models import Model
 from megatron_bpipe.estimate.time.flops import layer_flops
 from megatron_bpipe.runtime.observe.link_watch import too_slow
 from megatron_bpipe.runtime.transport.pair.bandwidth import Speed
+from megatron_bpipe.runtime.transport.pair.catalogue import Route, spec_named
 from megatron_bpipe.runtime.transport.pair.links import Link
 
 SHARE_OF_PEAK = 0.5
@@ -69,12 +70,17 @@ def forward_flops(config: Any, seq: int, sequences: int, groups: Any, stages: in
 
 
 def bandwidth(transport: str, link: Link | None, gpu: Gpu) -> float:
-    """Published bytes/s of a transport over a link, one direction."""
-    if transport == "host" or link in (Link.PCIE, Link.PEER, Link.HOST):
-        return gpu.host
-    if link is Link.SAME_GPU:
-        return gpu.memory_bandwidth / 2  # each byte is read and written
-    return gpu.network if link is Link.NODE else gpu.nvlink
+    """Published bytes/s of a transport over a link, one direction.
+
+    Raises:
+        TransportError: there is no transport of this name.
+    """
+    return {
+        Route.GPU_MEMORY: gpu.memory_bandwidth / 2,  # each byte is read and written
+        Route.NVLINK: gpu.nvlink,
+        Route.HOST_LINK: gpu.host,
+        Route.NETWORK: gpu.network,
+    }[spec_named(transport).route(link)]
 
 
 def forecast(

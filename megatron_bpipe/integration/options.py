@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_bpipe.runtime.transport.pair.catalogue import AUTO, SPECS
 from megatron_bpipe.schedule.bases.catalogue import EXECUTED
 
-TRANSPORTS = ("auto", "ipc", "shm", "p2p", "host")
+TRANSPORTS = (AUTO, *SPECS)
 PLACEMENTS = ("pair-adjacent", "megatron")
 
 
@@ -35,7 +36,7 @@ class Options:
     bpipe: bool = False
     budget: float | None = None
     schedule: str | None = None
-    transport: str = "auto"
+    transport: str = AUTO
     placement: str = "pair-adjacent"
     report: Path | None = None
     measure_links: bool = False
@@ -92,12 +93,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--bpipe-transport",
-        default="auto",
+        default=AUTO,
         metavar="|".join(TRANSPORTS),
-        help="How activations travel: ipc is memory of the paired rank's GPU, shm (CPU ranks) host "
-        "memory that the paired rank lends, p2p messages over a process group of the pair (NCCL or "
-        "gloo), host the evicting rank's own host memory; auto takes the best that the link allows "
-        "and says which (docs/transports.md).",
+        help="How activations travel: "
+        + ", ".join(f"{spec.name} is {spec.summary}" for spec in SPECS.values())
+        + f"; {AUTO} takes the best that the link allows and says which (docs/transports.md).",
     )
     group.add_argument(
         "--bpipe-placement",

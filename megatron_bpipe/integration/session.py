@@ -98,17 +98,19 @@ class Session:
         group: Any,
         models: Sequence[torch.nn.Module],
         flops: Callable[[], float | None] = lambda: None,
+        sizes_vary: bool = False,
     ) -> None:
         """An iteration begins, and BPipe's schedule runs it; waits for nobody.
 
-        ``flops`` gives those of one micro-batch's forward, if they are known.
+        ``flops`` gives those of one micro-batch's forward, if they are known; ``sizes_vary`` says
+        whether micro-batches may differ in how much they save.
         """
         self.observe(group, models)
         assert self._group is not None
         self.plan = plan
         if self.pools is None:
             self.pools = StagePools(self.options, self._group, inspect_loaded=self.inspect_loaded)
-        self.pools.begin(plan, self._closing, self.recorder, flops)
+        self.pools.begin(plan, self._closing, self.recorder, flops, sizes_vary)
 
     def verify_placement(self, stage: int) -> None:
         """Check on all ranks that each runs where its placement says; rank 0 shows the table."""
@@ -138,9 +140,9 @@ class Session:
             self.recorder.end(losses)
         if self.store is not None:
             assert self.pools is not None
-            verdict = self._links.iteration_over()
-            if verdict is not None:
-                log_rank(f"pair {self.pools.pair}: {verdict}")
+            for said in (self._links.iteration_over(), self.pools.first_spill()):
+                if said is not None:
+                    log_rank(f"pair {self.pools.pair}: {said}")
 
     def failed(self, error: BaseException) -> None:
         """The iteration has failed: forget all of it, so that training can be started again."""

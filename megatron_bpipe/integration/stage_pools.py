@@ -18,6 +18,7 @@ from megatron_bpipe.runtime.observe.recorder import Recorder
 from megatron_bpipe.runtime.store import ActivationStore
 from megatron_bpipe.runtime.transport import Transport
 from megatron_bpipe.runtime.transport.pair.bandwidth import Speed, measure
+from megatron_bpipe.runtime.transport.pair.catalogue import AUTO
 from megatron_bpipe.runtime.transport.pair.handshake import (
     BorrowedPool,
     LentPool,
@@ -28,6 +29,10 @@ from megatron_bpipe.runtime.transport.pair.negotiate import Pair
 from megatron_bpipe.schedule.stage_plan import StagePlan
 
 Flops = Callable[[], float | None]
+MIB = 2**20
+# of the first micro-batch's bytes, where others may be larger; more would cost the acceptor memory,
+# and what is still too much spills
+HEADROOM = 1 / 8
 
 
 @dataclass
@@ -52,6 +57,7 @@ class StagePools:
     _transport: str = ""
     _borrowed: BorrowedPool | None = None
     _announced: bool = False
+    _spill_told: bool = False
     # tests look at, and tamper with, what comes back; see ActivationStore.inspect
     inspect_loaded: Any = field(default=None, repr=False)
 
@@ -61,6 +67,7 @@ class StagePools:
         previous: threading.Thread | None,
         recorder: Recorder | None,
         flops: Flops,
+        sizes_vary: bool = False,
     ) -> None:
         """An iteration begins; waits for nobody.
 
@@ -69,12 +76,14 @@ class StagePools:
             previous: gives back what an earlier pipeline kept, perhaps still.
             recorder: that is told which storages a load allocated.
             flops: gives those of one micro-batch's forward, if they are known.
+            sizes_vary: micro-batches differ in how much they save.
         """
         self.peak_slots_lent = max(self.peak_slots_lent, plan.slots_lent)
         if plan.slots_lent and self.lent is None:
             self.lent = LentPool(self._end(plan, previous))
         if plan.slots_borrowed and self.store is None:
-            pool = BorrowedPool(self._end(plan, previous), plan.slots_borrowed)
+            headroom = HEADROOM if sizes_vary else 0.0
+            pool = BorrowedPool(self._end(plan, previous), plan.slots_borrowed, headroom)
             self._borrowed = pool
             self.store = ActivationStore(
                 lambda size: self._connect(pool, plan, size, flops),
@@ -87,6 +96,21 @@ class StagePools:
             )
         if not plan.slots_borrowed:  # rank 0 evicts in every schedule that evicts at all
             self._announce(plan, "")
+
+    def first_spill(self) -> str | None:
+        """What to tell the user once, when evicted bytes have found no room in the pool."""
+        transport = self.store.transport if self.store is not None else None
+        if transport is None or self._spill_told or not transport.spilled_bytes:
+            return None
+        self._spill_told = True
+        hosted = transport.hosted_bytes / MIB
+        where = f"this rank's host memory ({hosted:.1f} MiB of it)" if hosted else "a longer pool"
+        return (
+            f"{transport.spilled_bytes / MIB:.1f} MiB of evicted activations found no room in the "
+            f"pool and went to {where}: micro-batches are larger than the first one was. "
+            "spilled_bytes in memory.json has the sum (--bpipe-report); if it grows, raise "
+            "--bpipe-budget or make micro-batches alike (--moe-pad-expert-input-to-capacity)"
+        )
 
     @property
     def transport(self) -> str:
@@ -108,10 +132,10 @@ class StagePools:
         pair, transport = pool.open()
         self._transport = pair.transport
         asked = self.options
-        chosen = "chosen by auto: " if asked.transport == "auto" else ""
+        chosen = "chosen by auto: " if asked.transport == AUTO else ""
         self._announce(plan, f", transport {pair.transport} ({chosen}{pair.why})")
         speed = None
-        if asked.measure_links and pair.transport != "p2p":
+        if asked.measure_links and pair.spec.one_ended:
             speed = measure(transport, size, pair.device)
         lines = [
             _measured(pair, speed) if asked.measure_links else None,
@@ -140,8 +164,20 @@ class StagePools:
 
 def _measured(pair: Pair, speed: Speed | None) -> str:
     if speed is None:
-        return "p2p needs both ends for every copy: its speed shows in the report's timeline"
+        return (
+            f"{pair.transport} needs both ends for every copy: its speed shows in the report's "
+            "timeline"
+        )
     return (
         f"{pair.transport} copies {speed.size / 2**20:.1f} MiB at {speed.out / 2**30:.1f} GiB/s "
         f"out and {speed.back / 2**30:.1f} GiB/s back"
     )
+
+
+def sizes_vary(config: Any) -> bool:
+    """Whether micro-batches may save more than the first one did, by Megatron's configuration."""
+    experts = getattr(config, "num_moe_experts", None)
+    padded = getattr(config, "moe_pad_expert_input_to_capacity", False)
+    partly = getattr(config, "num_microbatches_with_partial_activation_checkpoints", None)
+    variable = getattr(config, "variable_seq_lengths", False)
+    return bool((experts and not padded) or variable or partly)

@@ -9,6 +9,7 @@ import pytest
 from megatron_bpipe.estimate.hardware import A100_80G
 from megatron_bpipe.integration import link_forecast
 from megatron_bpipe.integration.link_forecast import bandwidth, forecast, forward_flops
+from megatron_bpipe.runtime.transport import TransportError
 from megatron_bpipe.runtime.transport.pair.bandwidth import Speed
 from megatron_bpipe.runtime.transport.pair.links import Link
 
@@ -59,6 +60,11 @@ def test_a_model_it_does_not_know() -> None:
 )
 def test_bandwidth_of_a_link(transport: str, link: Link, expected: float) -> None:
     assert bandwidth(transport, link, A100_80G) == expected
+
+
+def test_an_unknown_transport_has_no_bandwidth() -> None:
+    with pytest.raises(TransportError, match="transport 'tcp' is unknown"):
+        bandwidth("tcp", Link.NVLINK, A100_80G)
 
 
 def test_what_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,8 @@ from megatron_bpipe.integration.checks.probe import missing, release
 from megatron_bpipe.integration.checks.schedule import check_schedule
 from megatron_bpipe.integration.log import abort, log_rank0
 from megatron_bpipe.integration.options import TRANSPORTS, Options
-from megatron_bpipe.runtime.transport.pair.links import DeviceInfo, PairTopology, obstacle
+from megatron_bpipe.runtime.transport.pair.catalogue import AUTO, spec_named
+from megatron_bpipe.runtime.transport.pair.links import one_machine
 
 # attribute of Megatron's arguments or configuration: what the user gave
 OFFLOADING = {
@@ -60,9 +61,8 @@ def check_arguments(args: Any, options: Options) -> str | None:
 
 def _check_transport(transport: str) -> None:
     """Whether it fits the device; what only a pair can see comes when pairs meet."""
-    here = DeviceInfo("here", ("here",)) if torch.cuda.is_available() else DeviceInfo()
-    one_host = PairTopology(here, here, one_host=True)
-    why = obstacle(transport, one_host) if transport != "auto" else ""
+    here = one_machine(on_gpu=torch.cuda.is_available())
+    why = spec_named(transport).obstacle(here) if transport != AUTO else ""
     if why:
         abort(f"--bpipe-transport {transport} cannot be used here: {why}")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import resource
 import shutil
 import sys
@@ -19,10 +18,9 @@ from megatron_bpipe.integration.checks.driver import why_unusable
 from megatron_bpipe.integration.checks.hook_points import HOOK_POINTS, Feature
 from megatron_bpipe.integration.checks.probe import missing
 from megatron_bpipe.integration.checks.versions import megatron_version
-from megatron_bpipe.runtime.transport.base import TransportError
 from megatron_bpipe.runtime.transport.node_memory import available_bytes
-from megatron_bpipe.runtime.transport.pair.links import Link
-from megatron_bpipe.runtime.transport.pair.rendezvous import Identity
+from megatron_bpipe.runtime.transport.pair.catalogue import SPECS
+from megatron_bpipe.runtime.transport.pair.links import Link, one_machine
 
 GIB = 2**30
 
@@ -55,7 +53,7 @@ def examine(progress: Callable[[str], None] = lambda _: None) -> list[Finding]:
     progress("Megatron, which takes up to a minute to import")
     findings += _megatron()
     progress("links and transports")
-    findings += [*_links(), *_ipc_transport(), _shm_transport(), _p2p_transport()]
+    findings += [*_links(), *_transports()]
     progress("memory and limits")
     findings += [_memory(), *_limits(), _dev_shm()]
     findings += [_optional(name) for name in ("transformer_engine", "flash_attn", "apex")]
@@ -156,42 +154,18 @@ def _links() -> list[Finding]:
     return findings
 
 
-def _ipc_transport() -> list[Finding]:
-    """Memory of this GPU, offered the way an acceptor would; who maps it is found out in a run."""
-    if not torch.cuda.is_available():
-        return []
-    from megatron_bpipe.runtime.transport.cuda.driver import DriverError
-    from megatron_bpipe.runtime.transport.cuda.ipc import Trial
-
-    try:
-        Trial(torch.device("cuda", torch.cuda.current_device()), "doctor").close()
-    except (DriverError, TransportError, OSError) as error:
-        remedy = "containers need --ipc=host; --bpipe-transport host does without"
-        return [Finding("transport ipc", str(error), False, needed=False, remedy=remedy)]
-    return [Finding("transport ipc", "this GPU's memory can be lent", needed=False)]
-
-
-def _shm_transport() -> Finding:
-    """A memfd of this process, opened the way a partner would."""
-    remedy = "partners must see each other's /proc: one user, one PID namespace; or take p2p"
-    try:
-        descriptor = os.memfd_create("bpipe-doctor")
-        os.posix_fallocate(descriptor, 0, 4096)
-        os.close(os.open(f"/proc/{os.getpid()}/fd/{descriptor}", os.O_RDWR))
-        os.close(descriptor)
-    except OSError as error:
-        return Finding("transport shm", str(error), False, needed=False, remedy=remedy)
-    here = Identity.mine().here()
-    found = "can lend memory" if here else "cannot see its own /proc entry"
-    return Finding("transport shm", found, here, needed=False, remedy=remedy)
-
-
-def _p2p_transport() -> Finding:
-    dist = torch.distributed
-    gloo, nccl = dist.is_gloo_available(), dist.is_nccl_available()
-    good = nccl if torch.cuda.is_available() else gloo
-    found = f"gloo {'yes' if gloo else 'no'}, NCCL {'yes' if nccl else 'no'}"
-    return Finding("transport p2p", found, good, remedy="use a torch build with this backend")
+def _transports() -> list[Finding]:
+    """Those for this kind of device: whether the machine allows them, whoever the partner is."""
+    here = one_machine(on_gpu=torch.cuda.is_available())
+    findings = []
+    for spec in SPECS.values():
+        if spec.obstacle(here):
+            continue
+        why = spec.probe()
+        found = why or f"{spec.summary}: nothing in its way"
+        finding = Finding(f"transport {spec.name}", found, not why, spec.needed, spec.remedy)
+        findings.append(finding)
+    return findings
 
 
 def _memory() -> Finding:

@@ -28,6 +28,7 @@ from megatron_bpipe.integration.patches.p2p_sync import StreamWaits, host_waits
 from megatron_bpipe.integration.patches.process_groups import GROUPS_NAMES, default_groups
 from megatron_bpipe.integration.patches.stage import MegatronStage, StageCall
 from megatron_bpipe.integration.session import Session
+from megatron_bpipe.integration.stage_pools import sizes_vary
 from megatron_bpipe.runtime.executor import ScheduleExecutor
 from megatron_bpipe.schedule.bases.catalogue import ScheduleSpec
 from megatron_bpipe.schedule.stage_plan import StagePlan, stage_plan
@@ -51,7 +52,8 @@ def make_schedule(
         group = call.communicator.pp_group
         plan = stage_plan(_spec(call, session.options), group.rank())
         try:
-            session.begin(plan, group, call.models, _flops_of(call, arguments))
+            flops, vary = _flops_of(call, arguments), sizes_vary(call.config)
+            session.begin(plan, group, call.models, flops, vary)
             losses = _iteration(call, plan, session, arguments)
             session.end(losses)
         except BaseException as error:

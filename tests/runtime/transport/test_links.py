@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
+import re
+from pathlib import Path
 
 import pytest
+import torch
 
-from megatron_bpipe.runtime.transport.pair.links import (
-    DeviceInfo,
-    Link,
-    PairTopology,
-    candidates,
-    obstacle,
-)
+from megatron_bpipe.integration.options import add_flags
+from megatron_bpipe.runtime.transport import PoolRequest, TransportError
+from megatron_bpipe.runtime.transport.pair.catalogue import SPECS, candidates, spec_named
+from megatron_bpipe.runtime.transport.pair.links import DeviceInfo, Link, PairTopology
+from megatron_bpipe.runtime.transport.pair.negotiate import Pair
 
 GPUS = ("a", "b")
 CPU = PairTopology(DeviceInfo(), DeviceInfo(), one_host=True)
@@ -39,7 +41,7 @@ def gpus(link: Link, *, theirs: str = "b", one_host: bool = True) -> PairTopolog
     ],
 )
 def test_what_auto_tries_in_which_order(topology: PairTopology, order: list[str]) -> None:
-    assert candidates("auto", topology)[0] == order
+    assert [spec.name for spec in candidates("auto", topology)[0]] == order
 
 
 @pytest.mark.parametrize(
@@ -63,15 +65,40 @@ def test_asked_for_by_name_it_is_refused_with_the_reason(
 
 def test_what_is_asked_for_by_name_is_tried_alone() -> None:
     topologies = [CPU, FAR_CPU, *(gpus(link) for link in Link)]
-    for asked, topology in itertools.product(("ipc", "shm", "p2p", "host"), topologies):
+    for asked, topology in itertools.product(SPECS, topologies):
         order, out = candidates(asked, topology)
-        assert order == ([] if obstacle(asked, topology) else [asked])
+        assert order == ([] if SPECS[asked].obstacle(topology) else [SPECS[asked]])
         assert set(out) <= {asked}
 
 
 def test_host_is_always_open() -> None:
     for topology in (CPU, FAR_CPU, *(gpus(link) for link in Link)):
-        assert obstacle("host", topology) == ""
+        assert SPECS["host"].obstacle(topology) == ""
+
+
+@pytest.mark.parametrize("name", ["", "tcp", "IPC"])
+def test_an_unknown_name_is_an_error_and_never_another_transport(name: str) -> None:
+    with pytest.raises(TransportError, match=r"transport '.*' is unknown: use ipc, shm, p2p, host"):
+        spec_named(name)
+    with pytest.raises(TransportError, match="is unknown"):
+        candidates(name, CPU)
+    pair = Pair(None, name, "", torch.device("cpu"), None)  # type: ignore[arg-type]
+    with pytest.raises(TransportError, match="is unknown"):
+        pair.open_evictor(PoolRequest(1, 1), "")
+    with pytest.raises(TransportError, match="is unknown"):
+        pair.open_acceptor(PoolRequest(1, 1))
+
+
+def test_flag_documents_and_specifications_name_the_same_transports() -> None:
+    parser = argparse.ArgumentParser()
+    add_flags(parser)
+    (flag,) = [a for a in parser._actions if "--bpipe-transport" in a.option_strings]
+    assert str(flag.metavar).split("|") == ["auto", *SPECS]
+    for spec in SPECS.values():
+        assert f"{spec.name} is {spec.summary}" in str(flag.help)
+    page = (Path(__file__).parents[3] / "docs" / "transports.md").read_text(encoding="utf-8")
+    table = page.split("| name | where bytes lie |")[1].split("\n\n")[0]
+    assert sorted(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == sorted(SPECS)
 
 
 def test_places_travel_as_text() -> None:

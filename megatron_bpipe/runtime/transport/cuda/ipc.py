@@ -187,19 +187,24 @@ def try_to_open(handle: str, device: torch.device) -> str:
     """The evictor's part: map, write, read back.
 
     Returns:
-        What stands in the way; "" if nothing does.
+        What stands in the way, whatever it is; "" if nothing does.
     """
-    sent = torch.arange(256, dtype=torch.uint8, device=device)
-    back = torch.zeros_like(sent)
     try:
         with torch.cuda.device(device):
             address = driver.open_shared(bytes.fromhex(handle))
-            there = tensor_at(address, GRANULE, device)
-            copies = StreamCopies(device)
-            copies.start("trial", [Part(there, 0, sent, 0, 256)], out=True).wait()
-            copies.start("trial", [Part(there, 0, back, 0, 256)], out=False).wait()
-            copies.close()
-            driver.close_shared(address)
-    except driver.DriverError as error:
-        return str(error)
+            try:
+                return _write_and_read(tensor_at(address, GRANULE, device), device)
+            finally:
+                driver.close_shared(address)
+    except Exception as error:  # of the driver, of torch, of a library that lacks a call
+        return str(error) or type(error).__name__
+
+
+def _write_and_read(there: torch.Tensor, device: torch.device) -> str:
+    sent = torch.arange(256, dtype=torch.uint8, device=device)
+    back = torch.zeros_like(sent)
+    copies = StreamCopies(device)
+    copies.start("trial", [Part(there, 0, sent, 0, 256)], out=True).wait()
+    copies.start("trial", [Part(there, 0, back, 0, 256)], out=False).wait()
+    copies.close()
     return "" if torch.equal(sent, back) else "what was written was not what was read"

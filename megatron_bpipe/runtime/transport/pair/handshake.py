@@ -154,10 +154,11 @@ class BorrowedPool:
     Args:
         end: which one.
         slots: micro-batches that the pool must hold at once.
+        headroom: share by which they may be larger than the first.
     """
 
-    def __init__(self, end: PairEnd, slots: int) -> None:
-        self._end, self._slots = end, slots
+    def __init__(self, end: PairEnd, slots: int, headroom: float = 0.0) -> None:
+        self._end, self._slots, self._headroom = end, slots, headroom
         self._request: Future[PoolRequest] = Future()
         self._handed_over = False
         self._agent = end.start(self._work)
@@ -172,7 +173,9 @@ class BorrowedPool:
         Raises:
             TransportError: it is known already that there will be no pool.
         """
-        self._request.set_result(PoolRequest(microbatch_bytes, self._slots, total))
+        size = self._with_headroom(microbatch_bytes)
+        whole = self._with_headroom(total) if total is not None else None
+        self._request.set_result(PoolRequest(size, self._slots, whole))
         if self._agent.done():
             self._end.wait(self._agent)
 
@@ -193,10 +196,13 @@ class BorrowedPool:
         if not self._handed_over:
             self._agent.add_done_callback(lambda agent: _close(agent, lambda found: found[1]))
 
+    def _with_headroom(self, size: int) -> int:
+        return int(size * (1 + self._headroom))
+
     def _work(self) -> tuple[Pair, Transport]:
         pair = self._end.meet()
         request = self._request.result()
-        if not pair.lends:
+        if not pair.spec.lends:
             return pair, pair.open_evictor(request, "")
         pair.rendezvous.publish("request", json.dumps(astuple(request)))
         answer = json.loads(pair.rendezvous.get("pool"))
@@ -275,7 +281,7 @@ class LentPool:
 
     def _work(self) -> tuple[Pair, AcceptorEnd]:
         pair = self._end.meet()
-        if not pair.lends:
+        if not pair.spec.lends:
             return pair, pair.open_acceptor(PoolRequest(0, 0))
         request = PoolRequest(*json.loads(pair.rendezvous.get("request")))
         try:

@@ -1,4 +1,4 @@
-"""How two ranks of a pair are linked, and from that which transports are open to them. Pure."""
+"""How two ranks of a pair are linked. Pure."""
 
 from __future__ import annotations
 
@@ -68,50 +68,7 @@ class PairTopology:
     link: Link | None = None
 
 
-ORDER = {True: ("ipc", "host", "p2p"), False: ("shm", "p2p")}  # by DeviceInfo.on_gpu
-
-
-def obstacle(transport: str, topology: PairTopology) -> str:
-    """What keeps a pair from using ``transport``, with the remedy; "" if nothing does."""
-    on_gpu = topology.mine.on_gpu
-    if transport == "host":
-        return ""
-    if transport == "shm":
-        if on_gpu:
-            return "it is for ranks that compute on CPUs; host is the same for GPUs"
-        if not topology.one_host:
-            return (
-                "its ranks share no host (or no PID namespace); place pairs on one node, or use p2p"
-            )
-        return ""
-    if transport == "p2p":
-        same = on_gpu and topology.link is Link.SAME_GPU
-        return "NCCL refuses two ranks on one GPU; use ipc or host" if same else ""
-    if not on_gpu:
-        return "it is for GPUs; use shm"
-    if not topology.one_host:
-        return "its ranks are on two hosts; place pairs on one node, or use p2p"
-    if topology.link is Link.HOST:
-        return "the GPUs have no peer access to each other; use host"
-    return ""
-
-
-def preference(asked: str, topology: PairTopology) -> list[str]:
-    """Transports to look at, best first.
-
-    Args:
-        asked: a transport, or ``auto``.
-        topology: of the evictor.
-    """
-    if asked != "auto":
-        return [asked]
-    if topology.mine.on_gpu and not topology.one_host:
-        return ["p2p", "host"]  # the network before the host's memory: that is for both ends
-    return list(ORDER[topology.mine.on_gpu])
-
-
-def candidates(asked: str, topology: PairTopology) -> tuple[list[str], dict[str, str]]:
-    """Transports to try, best first; and why the others are out. Arguments as for `preference`."""
-    order = preference(asked, topology)
-    out = {name: why for name in order if (why := obstacle(name, topology))}
-    return [name for name in order if name not in out], out
+def one_machine(*, on_gpu: bool) -> PairTopology:
+    """What can be said before a partner is known: both ends alike, on one host."""
+    here = DeviceInfo("here", ("here",)) if on_gpu else DeviceInfo()
+    return PairTopology(here, here, one_host=True)

@@ -15,28 +15,23 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_bpipe.runtime.transport import (
+from megatron_bpipe.runtime.transport.base import (
     AcceptorEnd,
     PoolRequest,
     Transport,
     TransportError,
 )
-from megatron_bpipe.runtime.transport.host import NoPool, host_transport
-from megatron_bpipe.runtime.transport.pair.links import (
-    DeviceInfo,
-    Link,
-    PairTopology,
+from megatron_bpipe.runtime.transport.pair.catalogue import (
+    TransportSpec,
     candidates,
     preference,
+    spec_named,
 )
+from megatron_bpipe.runtime.transport.pair.links import DeviceInfo, Link, PairTopology
 from megatron_bpipe.runtime.transport.pair.rendezvous import PairRendezvous
-from megatron_bpipe.runtime.transport.shared_memory import (
-    SharedMemoryAcceptor,
-    shared_memory_transport,
-)
-from megatron_bpipe.runtime.transport.two_sided import TwoSidedAcceptor, TwoSidedTransport
 
 NONE = "none"  # no transport is open to the pair
+MOST_CTAS = 2
 
 
 @dataclass
@@ -45,7 +40,7 @@ class Pair:
 
     Attributes:
         rendezvous: the line to the other end.
-        transport: ``ipc``, ``shm``, ``p2p`` or ``host``.
+        transport: the name of what they have agreed on.
         why: for people: the link, and what was passed over.
         device: where this rank computes.
         group: the pair's process group, for ``p2p``.
@@ -60,9 +55,9 @@ class Pair:
     link: Link | None = None
 
     @property
-    def lends(self) -> bool:
-        """Whether evicted bytes lie on the acceptor."""
-        return self.transport != "host"
+    def spec(self) -> TransportSpec:
+        """What the pair has agreed on."""
+        return spec_named(self.transport)
 
     def open_acceptor(self, request: PoolRequest) -> AcceptorEnd:
         """The acceptor's end, with the pool; waits for nobody.
@@ -70,20 +65,7 @@ class Pair:
         Raises:
             TransportError: there is no memory for the pool.
         """
-        rendezvous = self.rendezvous
-        if self.transport == "shm":
-            return SharedMemoryAcceptor(rendezvous.pair, request)
-        if self.transport == "host":
-            return NoPool()
-        if self.transport == "ipc":
-            from megatron_bpipe.runtime.transport.cuda.ipc import IpcAcceptor
-
-            return IpcAcceptor(rendezvous, request, self.device)
-        if self.device.type == "cuda":
-            from megatron_bpipe.runtime.transport.cuda.messages import NcclAcceptor
-
-            return NcclAcceptor(self.group, rendezvous.pair, request, self.device)
-        return TwoSidedAcceptor(self.group, rendezvous.pair, self.device, rendezvous.deadline)
+        return self.spec.open_acceptor(self, request)
 
     def open_evictor(self, request: PoolRequest, offer: str) -> Transport:
         """The evictor's end; waits for nobody.
@@ -95,21 +77,7 @@ class Pair:
         Raises:
             TransportError: there is no memory for what this end needs.
         """
-        rendezvous = self.rendezvous
-        if self.transport == "shm":
-            return shared_memory_transport(rendezvous, offer)
-        if self.transport == "host":
-            wanted = request.pool_bytes
-            return host_transport(rendezvous.pair, wanted, self.device, rendezvous.deadline)
-        if self.transport == "ipc":
-            from megatron_bpipe.runtime.transport.cuda.ipc import ipc_transport
-
-            return ipc_transport(rendezvous, offer, self.device)
-        if self.device.type == "cuda":
-            from megatron_bpipe.runtime.transport.cuda.messages import NcclTransport
-
-            return NcclTransport(self.group, rendezvous.pair, request, self.device)
-        return TwoSidedTransport(self.group, rendezvous.pair, rendezvous.deadline)
+        return self.spec.open_evictor(self, request, offer)
 
 
 def open_pair(rendezvous: PairRendezvous, asked: str, device: torch.device) -> Pair:
@@ -127,10 +95,9 @@ def open_pair(rendezvous: PairRendezvous, asked: str, device: torch.device) -> P
     rendezvous.exchange_identity()
     topology = look(rendezvous, device)
     transport, why = agree(asked, topology, rendezvous, device)
-    messages = None
-    if transport == "p2p":
-        messages = two_sided_group(rendezvous, device)
-    return Pair(rendezvous, transport, why, device, messages, topology.link)
+    needs_group = spec_named(transport).needs_group
+    group = two_sided_group(rendezvous, device) if needs_group else None
+    return Pair(rendezvous, transport, why, device, group, topology.link)
 
 
 def agree(
@@ -142,7 +109,7 @@ def agree(
         TransportError: nothing that was asked for is open to the pair; on both ends.
     """
     if rendezvous.end == "acceptor":
-        if rendezvous.get("trial") == "ipc":
+        if rendezvous.get("trial"):
             _offer_trial(rendezvous, device)
         transport, _, why = rendezvous.get("transport").partition(" ")
     else:
@@ -168,6 +135,9 @@ def two_sided_group(rendezvous: PairRendezvous, device: torch.device) -> Any:
 
         options = dist.ProcessGroupNCCL.Options()
         options._timeout = timeout
+        # a receive that is posted early holds its thread blocks until the bytes come: few of them.
+        # Two are what NCCL itself starts from for messages over one network card.
+        options.config.max_ctas = MOST_CTAS
         group = dist.ProcessGroupNCCL(own, rank, 2, options)
         connect(group, rank, device)
         return group
@@ -179,18 +149,20 @@ def _choose(
 ) -> tuple[str, str]:
     """The evictor's choice: what is open, tried where it may be forbidden all the same."""
     order, out = candidates(asked, topology)
-    trial = order[:1] == ["ipc"]
-    rendezvous.publish("trial", "ipc" if trial else "")
+    best = order[0] if order else None
+    trial = best.name if best is not None and best.trial else ""
+    rendezvous.publish("trial", trial)
     if trial:
         failed = _try(rendezvous, device)
         if failed:
-            out["ipc"] = f"CUDA IPC was tried and failed: {failed}"
-            order.remove("ipc")
+            out[trial] = f"CUDA IPC was tried and failed: {failed}"
+            del order[0]
     if not order:
         return NONE, "; ".join(out.values())
     link = topology.link.value if topology.link is not None else _of_cpus(topology)
-    better = itertools.takewhile(lambda name: name != order[0], preference(asked, topology))
-    return order[0], "; ".join([link, *(f"not {name}: {out[name]}" for name in better)])
+    better = itertools.takewhile(lambda spec: spec is not order[0], preference(asked, topology))
+    passed_over = (f"not {spec.name}: {out[spec.name]}" for spec in better)
+    return order[0].name, "; ".join([link, *passed_over])
 
 
 def _try(rendezvous: PairRendezvous, device: torch.device) -> str:
@@ -201,13 +173,12 @@ def _try(rendezvous: PairRendezvous, device: torch.device) -> str:
 
 
 def _offer_trial(rendezvous: PairRendezvous, device: torch.device) -> None:
-    from megatron_bpipe.runtime.transport.cuda.driver import DriverError
     from megatron_bpipe.runtime.transport.cuda.ipc import Trial
 
     try:
         trial = Trial(device, rendezvous.pair)
-    except (DriverError, TransportError) as error:
-        rendezvous.publish("offer", f" {error}")
+    except Exception as error:  # whatever it is, the other end must hear of it and go on
+        rendezvous.publish("offer", f" {str(error) or type(error).__name__}")
         return
     rendezvous.publish("offer", f"{trial.handle} ")
     rendezvous.get("transport")  # said when the trial is over: nothing is mapped any more
