@@ -33,3 +33,11 @@ def test_one_flipped_bit_is_seen(megatron: Megatron) -> None:
     hook = {"call": INSTEAD, "with": {"transport": "ipc"}}
     tampered = megatron.train([*gpt(4), "--bpipe"], hooks=(hook, TAMPER))
     assert difference(megatron.train(gpt(4)), tampered) is not None
+
+
+@pytest.mark.long
+def test_a_copy_that_starts_too_early_is_seen(megatron: Megatron) -> None:
+    hook = {"call": INSTEAD, "with": {"transport": "ipc"}}
+    hasty = {"call": "tests.harness.stand_in_gpu.in_rank:hasty", "with": {}}
+    early = megatron.train([*gpt(4), "--bpipe"], hooks=(hook, hasty))
+    assert difference(megatron.train(gpt(4)), early) is not None

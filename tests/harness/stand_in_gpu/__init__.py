@@ -121,7 +121,7 @@ def _load(name: Any, *positional: Any, **named: Any) -> Any:
 def simulated_gpu(
     *, late: bool = True, one_process: bool = False, release: int = NEWEST
 ) -> Iterator[None]:
-    """Let ``runtime/transport/cuda`` run on the CPU.
+    """Let ``runtime/transport/cuda`` run on the CPU; entered by the thread that computes.
 
     Args:
         late: copies run as late as the events allow; False: at once.

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import bisect
 import contextlib
-import threading
 from collections import deque
 from collections.abc import Iterator
 from functools import cache
@@ -48,7 +47,6 @@ class Computation(TorchDispatchMode):
         self._recent: deque[Operation] = deque(maxlen=REMEMBERED)
         self._starts: list[int] = []
         self._storages: dict[int, tuple[int, StorageWeakRef]] = {}  # end, by start
-        self._thread = threading.get_ident()
         self._paused = False
 
     @classmethod

@@ -205,16 +205,17 @@ def copies_under_way() -> Iterator[tuple[int, int, int]]:
 
 @contextlib.contextmanager
 def fresh() -> Iterator[None]:
-    """Streams that no earlier test has used, and a computation of its own."""
+    """Streams that no earlier test has used; this thread's operations are numbered from here on."""
     violations.clear()
     _pools.clear()
     _dealt.clear()
-    with Computation() as computation:
-        computations.append(computation)
-        try:
+    computation = Computation()
+    computations.append(computation)
+    try:
+        with computation:
             yield
-        finally:
-            computations.pop()
+    finally:
+        computations.pop()
 
 
 def _put(queue: _Queue, work: Callable[[], Any]) -> None:
