@@ -7,6 +7,7 @@ import argparse
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("megatron.core")
 
 from megatron_bpipe.integration.cpu.flags import CPU_FLAGS, cpu_flags  # noqa: E402
+from tests.harness import Megatron  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 
@@ -36,13 +38,21 @@ def run_python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def check(code: str, *arguments: str) -> None:
-    """Run code with the backend installed; it fails if an assertion in it does."""
-    done = run_python(
-        f"import torch\nfrom megatron_bpipe.integration import cpu\ncpu.install()\n{code}",
-        *arguments,
-    )
-    assert done.returncode == 0, done.stderr
+Check = Callable[[str], None]
+
+
+@pytest.fixture
+def check(megatron: Megatron, tmp_path: Path) -> Check:
+    """Run code in a process of its own with the backend installed; it fails if the code does."""
+
+    def run(code: str) -> None:
+        script = tmp_path / "code.py"
+        head = "import torch\nfrom megatron_bpipe.integration import cpu\n"
+        script.write_text(head + code)
+        result = megatron.script(str(script), [], world=1)
+        assert result.ok, result.logs
+
+    return run
 
 
 def test_refuses_after_megatron_was_imported() -> None:
@@ -66,7 +76,7 @@ def test_refuses_where_a_gpu_is() -> None:
     assert "CUDA_VISIBLE_DEVICES" in done.stderr
 
 
-def test_install_is_idempotent_and_announced() -> None:
+def test_install_is_idempotent_and_announced(check: Check) -> None:
     check(
         """
 zeros = torch.zeros
@@ -80,7 +90,7 @@ assert not torch.cuda.is_available()
     )
 
 
-def test_tensors_are_placed_on_the_cpu() -> None:
+def test_tensors_are_placed_on_the_cpu(check: Check) -> None:
     check(
         """
 from megatron_bpipe.integration.cpu.placement import FACTORIES, METHODS
@@ -114,7 +124,7 @@ assert torch.cuda.get_device_capability() == (0, 0)
     )
 
 
-def test_type_names_are_those_of_cuda() -> None:
+def test_type_names_are_those_of_cuda(check: Check) -> None:
     check(
         """
 assert torch.zeros(1).type() == "torch.cuda.FloatTensor"
@@ -127,7 +137,7 @@ assert torch.zeros(1).type(dtype=torch.int32).dtype == torch.int32
     )
 
 
-def test_streams_and_events_are_instant_and_tell_the_time() -> None:
+def test_streams_and_events_are_instant_and_tell_the_time(check: Check) -> None:
     check(
         """
 import time
@@ -148,7 +158,7 @@ assert not torch.cuda.is_current_stream_capturing()
     )
 
 
-def test_the_cuda_generator_is_the_cpu_generator() -> None:
+def test_the_cuda_generator_is_the_cpu_generator(check: Check) -> None:
     check(
         """
 torch.cuda.manual_seed(7)
@@ -163,7 +173,7 @@ assert torch.cuda.default_generators[torch.cuda.current_device()] is torch.defau
     )
 
 
-def test_megatrons_generators_are_saved_and_restored() -> None:
+def test_megatrons_generators_are_saved_and_restored(check: Check) -> None:
     check(
         """
 import logging
@@ -195,7 +205,7 @@ assert not [r for r in warned if "CPU RNG state" in r.getMessage()]
     )
 
 
-def test_memory_reports_are_of_the_process() -> None:
+def test_memory_reports_are_of_the_process(check: Check) -> None:
     check(
         """
 before = torch.cuda.memory_allocated()
@@ -209,7 +219,7 @@ torch.cuda.empty_cache()
     )
 
 
-def test_norms_are_marked_for_sequence_parallelism() -> None:
+def test_norms_are_marked_for_sequence_parallelism(check: Check) -> None:
     check(
         """
 from megatron.core.transformer import TransformerConfig
@@ -231,18 +241,15 @@ for parallel in (True, False):
     )
 
 
-def test_a_gpu_only_flag_is_named_with_the_remedy() -> None:
-    done = run_python(
-        "import sys\n"
-        "from megatron_bpipe.integration import cpu\n"
-        "cpu.install()\n"
-        "from megatron.training.arguments import parse_and_validate_args\n"
-        "sys.argv[1:] = ['--distributed-backend', 'nccl']\n"
-        "parse_and_validate_args()"
+def test_a_gpu_only_flag_is_named_with_the_remedy(megatron: Megatron, tmp_path: Path) -> None:
+    script = tmp_path / "code.py"
+    script.write_text(
+        "from megatron.training.arguments import parse_and_validate_args\nparse_and_validate_args()"
     )
-    assert done.returncode == 2
-    assert "--distributed-backend nccl needs a GPU, and there is none" in done.stderr
-    assert "give gloo" in done.stderr
+    result = megatron.script(str(script), ["--distributed-backend", "nccl"], world=1)
+    assert result.status == {0: 2}
+    assert "--distributed-backend nccl needs a GPU, and there is none" in result.log(0)
+    assert "give gloo" in result.log(0)
 
 
 def test_flags_are_those_that_this_release_knows() -> None:
@@ -255,7 +262,7 @@ def test_flags_are_those_that_this_release_knows() -> None:
     assert cpu_flags([]) == []
 
 
-def test_megatrons_parser_knows_all_flags() -> None:
+def test_megatrons_parser_knows_all_flags(check: Check) -> None:
     check(
         """
 import argparse
