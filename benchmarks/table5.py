@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The single stages of the paper's table 5 on this GPU, beside the paper's A100.
+"""The single stages of the re-evaluation's table 5 on this GPU, beside the re-evaluation's A100.
 
     python benchmarks/table5.py [--models "GPT-3 96B"] [--repeats 5] [--output table5.json]
 

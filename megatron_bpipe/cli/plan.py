@@ -133,7 +133,7 @@ def _task(args: argparse.Namespace) -> _Task:
         predictor = from_layer_model(asked.element, cluster.overhead, state=asked.state)
         source = "the model of a layer (plan --check compares it with published runs)"
     elif args.profile == "table-5":
-        predictor, source = from_table_5(cluster.overhead), "the paper's table 5"
+        predictor, source = from_table_5(cluster.overhead), "the re-evaluation's table 5"
         question = replace(question, fixed=replace(asked.fixed, tp=4))
     else:
         question, predictor = _profiled(args, question, asked.element)
@@ -204,7 +204,7 @@ def _for_gpus(args: argparse.Namespace, asked: Asked, cluster: Cluster) -> Asked
 
 
 def _from_model(args: argparse.Namespace, precision: str) -> Asked:
-    """A model from a config or of the paper, with the flags beside it."""
+    """A model from a config or of the re-evaluation, with the flags beside it."""
     extra: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     if args.hf_config:
@@ -285,7 +285,7 @@ def _text(args: argparse.Namespace, task: _Task, found: Found, took: float) -> s
     lines.append(advice(found, task.unsure, bool(outside)))
     if args.profile:
         lines.append(
-            f"Predicted MFU was up to {task.unsure.mfu:.1f} points off on the paper's ten runs, "
+            f"Predicted MFU was up to {task.unsure.mfu:.1f} points off on the re-evaluation's ten runs, "
             "each predicted from the others."
         )
     else:
@@ -296,7 +296,7 @@ def _text(args: argparse.Namespace, task: _Task, found: Found, took: float) -> s
             "(plan --check)."
         )
     if outside:
-        lines.append("Outside the paper's runs, where BPipe's cost is from: " + "; ".join(outside))
+        lines.append("Outside the re-evaluation's runs, where BPipe's cost is from: " + "; ".join(outside))
     if best is not None:
         trap = softmax_trap(best.candidate.run)
         lines += [trap] if trap else []

@@ -234,7 +234,8 @@ def _case(args: argparse.Namespace) -> Measured:
         if wanted not in known:
             raise _UsageError(
                 f"--model {args.model} --micro-batch {args.micro_batch} --attention "
-                f"{args.attention}: the paper measured no such stage; give --stage-mfu PERCENT"
+                f"{args.attention}: the re-evaluation measured no such stage; give "
+                "--stage-mfu PERCENT"
             )
         mfu = known[wanted]
     if not 0 < mfu <= 100:

@@ -1,4 +1,4 @@
-"""``tables``: the paper's table 3, published beside what the estimates say."""
+"""``tables``: the re-evaluation's table 3, published beside what the estimates say."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from megatron_bpipe.placement.columns import columns
 from megatron_bpipe.planner.check.show import check_text
 
 _NOTES = """\
-eq.3      the paper's equation 3 read without its factor p: only the bubble
+eq.3      the re-evaluation's equation 3 read without its factor p: only the bubble
 physics   head, pipeline sends, optimizer added; constants fitted on the rows without BPipe
 refined   physics and one BPipe penalty (empirical, from four rows)
 left out  refined, with this row left out of the fit
-fits      on 80 GiB as run / without BPipe (our inference: the paper does not say); borderline
+fits      on 80 GiB as run / without BPipe (our inference, not published); borderline
           is within 5 % of 80 GiB"""
 
 

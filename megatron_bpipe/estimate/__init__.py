@@ -1,1 +1,1 @@
-"""What a run needs in memory, how fast it will be, and what the paper measured."""
+"""What a run needs in memory, how fast it will be, and what the re-evaluation measured."""

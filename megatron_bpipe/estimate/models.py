@@ -1,4 +1,4 @@
-"""Models: the sizes that FLOPs, memory and time depend on, and those of the paper's table 2.
+"""Models: the sizes that FLOPs, memory and time depend on; those of table 2 of the re-evaluation.
 
 Units: sizes in elements; ``seq`` in tokens.
 
@@ -8,7 +8,7 @@ Table 2 gives h, a, s and l.  What it leaves out is assumed here:
   32000 for LLaMA (its tokenizer).  It enters equation 1 with a weight of 0.2-0.4 %, and the time of
   the last stage with 2-3 %;
 * LLaMA's FFN: 22016, which is 8/3 h rounded up to a multiple of 256, as in the published model.
-  The paper computes with 8/3 h exactly;
+  The re-evaluation computes with 8/3 h exactly;
 * embeddings: tied for GPT-3, untied for LLaMA, Megatron's and LLaMA's habit;
 * dropout: on for GPT-3 (the activation formulas of Korthikanti et al. include it), off for LLaMA.
 """
@@ -251,7 +251,7 @@ TABLE_2 = {
     "LLaMA 65B": llama("LLaMA 65B", hidden=8192, heads=64, layers=80, seq=2048),
     "GPT-3 96B": gpt("GPT-3 96B", hidden=9984, heads=104, layers=80, seq=2048),
 }
-"""The paper's table 2 by name; the module's docstring says what is assumed."""
+"""The re-evaluation's table 2 by name; the module's docstring says what is assumed."""
 
 
 def model_named(name: str) -> Model:

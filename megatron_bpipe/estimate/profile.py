@@ -1,9 +1,10 @@
 """A profile: what one stage of a model costs on the hardware at hand, as a file.
 
-``python -m megatron_bpipe profile`` writes it, the planner reads it.  It holds what the paper's
-table 5 holds, for one's own model and GPU: a stage of some layers, alone, once for each micro-batch
-and attention method; and the output layer with its loss, once for each micro-batch.  Tensor
-parallelism is divided out: the layers are one rank's share, without the messages between ranks.
+``python -m megatron_bpipe profile`` writes it, the planner reads it. It holds what table 5 of the
+re-evaluation holds, for one's own model and GPU: a stage of some layers, alone, once for each
+micro-batch and attention method; and the output layer with its loss, once for each micro-batch.
+Tensor parallelism is divided out: the layers are one rank's share, without the messages between
+ranks.
 
 Units: seconds, bytes, MFU in per cent of ``Device.peak_flops``.
 """

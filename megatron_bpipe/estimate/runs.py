@@ -75,7 +75,7 @@ class Run:
     """One training run; batches count sequences.
 
     At most one of ``bpipe``, ``host`` (the same evictions, to the host's memory) and ``chunks``
-    above 1 (interleaved 1F1B) is on.  ``budget`` is that of the first two, None the paper's.
+    above 1 (interleaved 1F1B) is on.  ``budget`` is that of the first two, None BPipe's.
     ``partition`` has the layers of each stage; empty: the same on all.  With chunks it has those of
     each chunk in the order that a micro-batch meets them, stage x's c-th at c p + x.
     ``recompute`` replaces what ``attention`` says of recomputation; ``unfused`` is for "full"

@@ -2,7 +2,7 @@
 
 Bytes of one micro-batch over the link's bandwidth, against one forward's time. The bandwidth is
 the published one of that kind of link (or what ``--bpipe-measure-links`` measured), the forward's
-time its FLOPs at half of the GPU's peak, as the paper's runs reach (arXiv 2401.02088, table 3: 34
+time its FLOPs at half of the GPU's peak, as published runs reach (arXiv 2401.02088, table 3: 34
 to 52 % MFU). On a device without published figures nothing is said. What is measured after the
 second iteration (`runtime/observe/link_watch.py`) is the better judgement.
 """

@@ -1,4 +1,4 @@
-"""A placement drawn with characters: one row of boxes per node, like figure 2 of the paper."""
+"""A placement drawn with characters: one row of boxes per node, as in figure 2 (2401.02088)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """One candidate: where its stages run, what it needs, how long it takes.
 
 Memory is ``estimate.memory.stages``'s and time the simulation of the very schedule; the pace of a
-layer comes from ``layer_model``, a profile, or the paper's table 5.
+layer comes from ``layer_model``, a profile, or the re-evaluation's table 5.
 
 Units: seconds, bytes, GiB, MFU in per cent.
 """

@@ -1,8 +1,8 @@
 """How far off predictions are, where that can be known.
 
-On the paper's ten runs, each predicted with whatever was fitted on the other nine: with its stage
-times everything, with the model of a layer what BPipe costs and nothing else.  On other published
-runs, of which nothing was fitted: ``KNOWN``, what ``plan --check`` prints.
+On the re-evaluation's ten runs, each predicted with what was fitted on the other nine: with its
+stage times everything, with the model of a layer what BPipe costs and nothing else. On other
+published runs, of which nothing was fitted: ``KNOWN``, what ``plan --check`` prints.
 
 Units: MFU in per cent, points of it; shares of what was measured.
 """

@@ -7,7 +7,7 @@
     2   .  . F0 F1  . B0 F2 B1 F3 B2 F4 B3 F5 B4 F6 B5 F7 B6  . B7  .  .
     3   .  .  . F0 B0 F1 B1 F2 B2 F3 B3 F4 B4 F5 B5 F6 B6 F7 B7  .  .  .
 
-Stage x holds up to min(m, p-x) micro-batches: the imbalance of section 2.2 of the paper.
+Stage x holds up to min(m, p-x) micro-batches: the imbalance of section 2.2 of the re-evaluation.
 """
 
 from __future__ import annotations

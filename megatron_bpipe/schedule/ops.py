@@ -229,7 +229,7 @@ def is_evictor(stage: int, p: int) -> bool:
 
 
 def default_budget(p: int) -> int:
-    """The paper's bound, ceil((p+2)/2) micro-batches per stage (section 2.2)."""
+    """BPipe's bound, ceil((p+2)/2) micro-batches per stage (section 2.2)."""
     if p < 1:
         raise ValueError(f"p is {p}: a pipeline has at least 1 stage")
     return (p + 3) // 2

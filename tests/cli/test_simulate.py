@@ -11,7 +11,7 @@ def test_stock_beside_bpipe(capsys):
     assert main(SIZES) == 0
     out = capsys.readouterr().out
     assert "1F1B (DAPPLE), Megatron-LM's default: iteration 69, bubble 30.4 %, peak 8" in out
-    assert "BPipe on 1F1B, the paper's budget: iteration 69, bubble 30.4 %, peak 5" in out
+    assert "BPipe on 1F1B, the published budget: iteration 69, bubble 30.4 %, peak 5" in out
     assert "exposed transfers 0" in out
 
 

@@ -27,7 +27,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add = parser.add_argument
     add("flags", nargs="*", metavar="-- MEGATRON'S FLAGS", help="of the model and the training")
     add("--hf-config", type=Path, metavar="FILE", help="a Hugging Face config.json")
-    add("--model", metavar="NAME", help=f"{' or '.join(map(repr, TABLE_2))} of the paper")
+    add("--model", metavar="NAME", help=f"{' or '.join(map(repr, TABLE_2))} of the re-evaluation")
     add("--seq-length", type=int, metavar="S", help="with --hf-config: tokens of a sequence")
     add("--global-batch", type=int, metavar="B", help="sequences of an iteration")
     add("--gpu", metavar="NAME", help=f"one of {', '.join(GPUS)}")

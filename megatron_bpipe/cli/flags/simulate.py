@@ -13,7 +13,7 @@ _BUDGET = (
 )
 _CHUNKS = "instead of --base: interleaved 1F1B with so many chunks a stage, balanced"
 _TP_SHARE = "share of a computation in which tensor-parallel traffic keeps the link busy (0..1)"
-_STAGE_MFU = "MFU of a single stage (default: the paper's table 5 where it has that run)"
+_STAGE_MFU = "MFU of a single stage (default: the re-evaluation's table 5 where it has that run)"
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

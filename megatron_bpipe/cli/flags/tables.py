@@ -9,8 +9,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Add the ``tables`` subcommand."""
     parser = subparsers.add_parser(
         "tables",
-        help="the paper's table 3 beside the estimates",
-        description="Print every row of the paper's table 3 beside what the estimates say.",
+        help="the re-evaluation's table 3 beside the estimates",
+        description="Print every row of the re-evaluation's table 3 beside what the estimates say.",
     )
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
     parser.add_argument(

@@ -44,7 +44,7 @@ to be even.  A shared expert keeps what an FFN of its width does.
 Latent attention keeps the compressed queries and keys, what is made of them, and queries, keys and
 values as any other.
 
-Two implementations beside the paper's are known, see ``Kernels``.
+Two implementations beside the re-evaluation's are known, see ``Kernels``.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ gradients accumulated inside the matrix product, a placeholder is handed to auto
 shape (transformer_engine/pytorch/module/base.py, get_dummy_wgrad)."""
 
 MEGATRON_2023 = Kernels(fused_swiglu=False, fused_norm=False, fp32_logits=2)
-"""Megatron-LM of the paper's time: SwiGLU, RMSNorm and rotation in separate kernels (23.06 to
+"""Megatron-LM of the re-evaluation: SwiGLU, RMSNorm and rotation in separate kernels (23.06 to
 core_v0.4.0: megatron/model/rms_norm.py, rotary_pos_embedding.py), the logits'
 maximum subtracted into a new tensor (megatron/core/tensor_parallel/cross_entropy.py there)."""
 

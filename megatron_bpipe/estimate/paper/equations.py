@@ -1,9 +1,9 @@
-"""The paper's estimate of a pipeline's MFU from that of a single stage (equations 2-4).
+"""The re-evaluation's estimate of a pipeline's MFU from that of a single stage (equations 2-4).
 
 Notation of table 4: T(b) is forward plus backward of one micro-batch in one stage, F the FLOPs of
 the model and F_stage those of one stage, both for the whole batch B.
 
-How equations 2 and 3 are read here.  The paper defines MFU_stage(b) = (1/P) b F_stage / (B T(b)),
+How equations 2 and 3 are read here.  It defines MFU_stage(b) = (1/P) b F_stage / (B T(b)),
 so P is the peak of the GPUs of *one stage* (t of them).  Equation 2, MFU(b) = (1/P) F /
 ((B/b + p - 1) T(b)), divides the FLOPs of all stages by that same P; the whole model runs on p
 times as many GPUs, so it is a factor p too large, and equation 3 inherits F / F_stage = p::

@@ -1,4 +1,4 @@
-"""The paper's runs as the simulator needs them: seconds of each op, bytes of each stage, links.
+"""The re-evaluation's runs as the simulator needs them: seconds of each op, bytes, links.
 
 For any schedule of the catalogue, V shapes and split backwards too.
 

@@ -1,9 +1,9 @@
 """MFU against memory: BPipe and its rivals on one model and cluster, each by simulation.
 
-All use the stage times of the paper's table 5.  Full recomputation, which it does not have, takes
+All use the stage times of the re-evaluation's table 5.  Full recomputation, which it has not, takes
 that of flash attention with one more forward: 3/4 of its MFU.  BPipe appears twice: as simulated,
-where NVLink hides its transfers, and with the penalty fitted on the paper's own BPipe runs.  No
-such penalty is known for the others: their transfers and messages cost what the simulation says.
+where NVLink hides its transfers, and with the penalty fitted on its own BPipe runs.  No such
+penalty is known for the others: their transfers and messages cost what the simulation says.
 
 Units: MFU in per cent, GiB per GPU.
 """
@@ -58,7 +58,7 @@ class Point:
 
 
 def points(model: str, constants: Constants, sizes: Sequence[int] = (1, 2, 4)) -> list[Point]:
-    """All methods at all micro-batches whose stage the paper measured."""
+    """All methods at all micro-batches whose stage the re-evaluation measured."""
     known = {(e.micro_batch, e.attention): e.stage_mfu for e in EXPERIMENTS if e.model == model}
     out = []
     for method, name, attention in METHODS:

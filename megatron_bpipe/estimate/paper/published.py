@@ -1,4 +1,4 @@
-"""The measurements of the paper's tables 3 and 5, as printed.
+"""The measurements of the re-evaluation's tables 3 and 5, as printed.
 
 Source: "Re-evaluating the Memory-balanced Pipeline Parallelism: BPipe", arXiv 2401.02088: 32 A100
 80 GiB on 4 nodes with NVLink, t = 4, p = 8, global batch 128, sequence parallelism, mixed precision
@@ -54,4 +54,4 @@ EXPERIMENTS = (
 )
 
 DECISIONS = ((2, 3), (5, 6), (7, 8), (9, 10))
-"""The four choices the paper is about: from the row without BPipe to the one with it."""
+"""The four choices the re-evaluation is about: from the row without BPipe to the one with it."""

@@ -1,4 +1,4 @@
-"""The paper's table 3, row by row: published beside what the estimates say.
+"""The re-evaluation's table 3, row by row: published beside what the estimates say.
 
 Units: MFU in per cent, memory in GiB per GPU.
 """
@@ -32,7 +32,7 @@ class TableRow:
     ``equation_mfu`` equation 3; ``physics_mfu`` without any BPipe constant, fitted on the rows
     without BPipe; ``refined_mfu`` with the one empirical BPipe penalty; ``refined_loo_mfu`` the
     same with this row left out of the fit; ``fits`` as run, ``fits_without_bpipe`` (our inference:
-    the paper does not say); ``softmax_trap`` a warning or None.
+    the re-evaluation does not say); ``softmax_trap`` a warning or None.
     """
 
     id: int
@@ -93,7 +93,7 @@ class Decision:
 
 
 def decisions(rows: Sequence[TableRow]) -> tuple[Decision, ...]:
-    """The four choices of the paper; ``refined_loo`` estimates each row with itself left out."""
+    """The four published choices; ``refined_loo`` estimates each row with itself left out."""
     by_id = {row.id: row for row in rows}
 
     def gain(before: int, after: int, column: str) -> float:

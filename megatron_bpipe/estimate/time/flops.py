@@ -1,13 +1,13 @@
 """Floating-point operations of one iteration, and MFU.
 
-Equation 1 of the paper is printed as 72 b s l h^2 (1 + s/(6h) + v/(16 l h)).  The head's matrix
-multiplication is 2 b s h v forwards and twice that backwards, 6 b s h v in all; divided by
+Equation 1 (arXiv 2401.02088) is printed as 72 b s l h^2 (1 + s/(6h) + v/(16 l h)).  The head's
+matrix multiplication is 2 b s h v forwards and twice that backwards, 6 b s h v in all; divided by
 72 b s l h^2 that is v/(12 l h).  v/(16 l h) belongs to the form with 96 b s l h^2 (Narayanan et
 al. 2021), which counts the recomputed forward too.  The printed form understates the head by a
-quarter: 0.1 % of the whole for the paper's models.
+quarter: 0.1 % of the whole for the re-evaluation's models.
 
 Units: FLOPs, a multiplication and an addition counted as two.  Attention is counted in full, not
-halved for the causal mask, as in the paper.
+halved for the causal mask, as in the re-evaluation.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ def layer_flops_equation_1(model: Model, sequences: int) -> float:
 
 
 def equation_1(model: Model, sequences: int) -> float:
-    """FLOPs of forward and backward of so many sequences, as the paper prints it.
+    """FLOPs of forward and backward of so many sequences, as the re-evaluation prints it.
 
-    For the paper's runs only: it takes every FFN for two matrices of 4 h.  What is logged and
+    For its runs only: it takes every FFN for two matrices of 4 h.  What is logged and
     planned counts ``matmul_flops``.
     """
     h, s, v = model.hidden, model.seq, model.vocab

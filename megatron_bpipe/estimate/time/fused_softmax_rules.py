@@ -8,7 +8,7 @@ of these hold (b micro-batch, a/t heads of one tensor-parallel rank, s sequence 
 
 Batches per block is 8 for s <= 128 and 4 above (get_batch_per_block: 128 threads in warps of 32,
 two rows a warp up to 128 columns).  Otherwise it converts to fp32, scales, applies softmax and
-converts back in separate memory-bound kernels: the slow kernels that the paper saw in its
+converts back in separate memory-bound kernels: the slow kernels that the re-evaluation saw in its
 experiment (7).
 
 Read in is_kernel_available of these releases::
@@ -26,7 +26,7 @@ same in both.  With Transformer Engine's attention this file is not used.
 
 What it explains: GPT-3 96B has 104 heads, at t = 4 that is 26 a rank: not divisible at b = 1,
 divisible at b = 2.  So rows (7) and (8) of table 3 differ by this kernel as much as by BPipe.  At
-t = 2 (52 heads a rank) it runs at b = 1, which is the figure of the original BPipe paper that
+t = 2 (52 heads a rank) it runs at b = 1, which is the figure of BPipe (ICML 2023) that
 section 3.2 calls contradictory.  LLaMA 65B has 16 heads a rank and never suffers.
 """
 

@@ -63,7 +63,7 @@ def examine(progress: Callable[[str], None] = lambda _: None) -> list[Finding]:
 def fused_softmax(heads: int, tp: int, micro_batch: int, seq: int) -> Finding:
     """Whether unfused attention gets Megatron's fused softmax kernel, which BPipe's gain rests on.
 
-    The paper's rows 7 and 8 differ by this kernel as much as by BPipe; see
+    The re-evaluation's rows 7 and 8 differ by this kernel as much as by BPipe; see
     `estimate.time.fused_softmax_rules`.
     """
     why = why_not_fused(micro_batch, heads // tp, seq)

@@ -1,4 +1,4 @@
-"""The profile as a table in the manner of the paper's table 5, and as a file.
+"""The profile as a table in the manner of the re-evaluation's table 5, and as a file.
 
 Units: milliseconds, MiB, MFU in per cent.
 """

@@ -13,7 +13,7 @@ Sources::
                differences of memory between vocabularies)
     golden     NVIDIA Megatron-LM, tests/functional_tests, golden values of its own runs
     simumax    github.com/MooreThreads/SimuMax, docs/b200, release 1.2: measured columns
-    bpipe      Huang et al. 2024, arXiv 2401.02088, table 3: the paper of this project
+    bpipe      Huang et al. 2024, arXiv 2401.02088, table 3: the re-evaluation
 """
 
 from __future__ import annotations
@@ -210,7 +210,7 @@ def simumax() -> Iterator[PublishedRun]:
 
 
 def bpipe() -> Iterator[PublishedRun]:
-    """The paper's runs without BPipe; with it they hold the one constant that is fitted."""
+    """The re-evaluation's runs without BPipe; with it they hold the one constant that is fitted."""
     for experiment in EXPERIMENTS:
         if experiment.bpipe:
             continue

@@ -1,4 +1,4 @@
-"""Where stage times come from: a profile, the paper's table 5, or the model of a layer."""
+"""Where stage times come from: a profile, the re-evaluation's table 5, or the model of a layer."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def from_profile(profile: Profile, model: Model, overhead: int) -> Predictor:
 
 
 def from_table_5(overhead: int) -> Predictor:
-    """The ten stages of the paper's table 5: its two models, t = 4, A100, Megatron of 2023.
+    """The ten stages of the re-evaluation's table 5: its two models, t = 4, A100, Megatron of 2023.
 
     Messages are as fitted on its table 3.
     """

@@ -54,7 +54,7 @@ def balance(schedule: Schedule, budget: float | None = None) -> Schedule:
     """The same computations with evictions and loads that keep every stage within ``budget``.
 
     ``budget`` counts micro-batches of a whole stage, decimals allowed: one chunk of v is 1/v.  It
-    defaults to the paper's ceil((p+2)/2), for schedules with chunks to the least that is possible.
+    defaults to BPipe's ceil((p+2)/2), for schedules with chunks to the least that is possible.
     With enough budget nothing is inserted.
 
     Raises BudgetError if the budget is too small, ValueError if ``schedule`` is lowered or already

@@ -29,7 +29,7 @@ belong together, and every condition is a difference of two unknowns::
 
 Read as "at least" rules such a system has a least solution, reached by raising from zero whatever
 is too small.  The least P is the fewest evictions; among those the least E and L are the latest
-evictions and the latest loads, and the activations chosen are the latest possible: the paper's
+evictions and the latest loads, and the activations chosen are the latest possible: BPipe's
 "evict the latest micro-batch" (Belady's rule), with exactly as much looking ahead as ``room``
 requires.  If P[0] would have to rise above zero there is no solution.
 """

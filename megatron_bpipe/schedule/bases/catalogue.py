@@ -72,7 +72,7 @@ def _interleaved(spec: ScheduleSpec) -> Schedule:
 CATALOGUE = {
     "1f1b": Entry(_of(one_f_one_b), "1F1B (DAPPLE), Megatron-LM's default", executed=True),
     "bpipe": Entry(
-        lambda spec: balance(one_f_one_b(spec.p, spec.m)), "BPipe on 1F1B, the paper's budget"
+        lambda spec: balance(one_f_one_b(spec.p, spec.m)), "BPipe on 1F1B, the published budget"
     ),
     "gpipe": Entry(
         _of(gpipe), "GPipe: all forwards, then all backwards, first in, first out", executed=True

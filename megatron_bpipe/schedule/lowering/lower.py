@@ -1,6 +1,6 @@
 """Lowering: spell out messages, the ends of transfers, and the acceptor's part.
 
-Stages 1 and 0 of p = 4 in the paper's budget, from the start::
+Stages 1 and 0 of p = 4 in BPipe's budget, from the start::
 
     logical 1   F0           F1           F2           B0            F3 ...
     lowered 1   RF0,F0,SF0,  RF1,F1,SF1,  RF2,F2,SF2,  RB0,B0,SB0,   RF3,F3,SF3, ...
