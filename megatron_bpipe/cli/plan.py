@@ -285,7 +285,7 @@ def _text(args: argparse.Namespace, task: _Task, found: Found, took: float) -> s
     lines.append(advice(found, task.unsure, bool(outside)))
     if args.profile:
         lines.append(
-            f"Predicted MFU was up to {task.unsure.mfu:.1f} points off on the re-evaluation's ten runs, "
+            f"Predicted MFU was up to {task.unsure.mfu:.1f} points off on ten published runs, "
             "each predicted from the others."
         )
     else:
@@ -296,7 +296,9 @@ def _text(args: argparse.Namespace, task: _Task, found: Found, took: float) -> s
             "(plan --check)."
         )
     if outside:
-        lines.append("Outside the re-evaluation's runs, where BPipe's cost is from: " + "; ".join(outside))
+        lines.append(
+            "Outside the re-evaluation's runs, where BPipe's cost is from: " + "; ".join(outside)
+        )
     if best is not None:
         trap = softmax_trap(best.candidate.run)
         lines += [trap] if trap else []

@@ -233,7 +233,7 @@ def _with_layers(run: Run, layers: int, predictor: Predictor) -> list[int]:
 
 
 def _evicting(shape: Shape, way: str) -> Iterator[Run]:
-    """The budget that is given, or those from the largest that saves something to the re-evaluation's."""
+    """The budget that is given, or those from the largest that saves something to BPipe's own."""
     run, fixed = shape.base.run, shape.question.fixed
     p = run.layout.pp
     if p == 1 or run.chunks > 1 or not (fixed.bpipe or not shape.fits_plainly):

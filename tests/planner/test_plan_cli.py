@@ -63,7 +63,7 @@ def test_it_says_what_to_run_and_whether_bpipe_pays(capsys: pytest.CaptureFixtur
     assert "Do not use BPipe: its best plan is" in out
     assert "peak memory by stage" in out
     assert "why the rest fell out" in out
-    assert "Outside the paper's runs" in out
+    assert "Outside the re-evaluation's runs" in out
     last = out.splitlines()[-1]
     assert last.startswith("CUDA_DEVICE_MAX_CONNECTIONS=1 torchrun --nnodes 4")
     assert "-m megatron_bpipe run pretrain_gpt.py --num-layers 80" in last

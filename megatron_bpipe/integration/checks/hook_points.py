@@ -1,6 +1,6 @@
 """Every symbol of Megatron that this package replaces, wraps, calls or reads: a table.
 
-`probe.py` asks a Megatron at hand for all of it. ``tests/integration/test_hook_points.py`` reads
+`probe.py` asks a Megatron at hand for all of it. ``tests/conventions/test_hook_points.py`` reads
 this package's source and fails for a symbol that is used and not listed, or listed and not used.
 
 Most symbols are the same in every supported release. Where one came or went, the table says with

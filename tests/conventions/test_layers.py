@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parent.parent / "megatron_bpipe"
+PACKAGE = Path(__file__).parents[2] / "megatron_bpipe"
 LAYERS = [
     *("schedule", "placement", "report", "simulate", "estimate", "planner"),
     *("runtime", "integration", "cli"),
