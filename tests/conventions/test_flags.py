@@ -24,13 +24,14 @@ from megatron_bpipe.integration.profile import flags as profile_flags
 from tests.harness import ROOT, Megatron
 
 PACKAGE = ROOT / "megatron_bpipe"
-FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9]*(?:[-_][a-z0-9]+)*")
+# whole ones: not --yarn-... and not --decoder-first/last-pipeline-num-layers
+FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9]*(?:[-_][a-z0-9]+)*(?![\w/-])")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 OTHER_TOOLS = {
     "Slurm": {
         *("--distribution", "--ntasks", "--ntasks-per-node", "--nodes", "--partition"),
-        *("--gpus-per-task", "--gpu-bind", "--kill-on-bad-exit"),
+        *("--gpus-per-task", "--gpu-bind", "--kill-on-bad-exit", "--exclusive"),
     },
     "docker": {"--ipc", "--pid", "--shm-size"},
     "nvidia-smi": {"--query-gpu", "--format"},
