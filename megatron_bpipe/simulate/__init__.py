@@ -6,8 +6,8 @@
     simulation.seconds, bubble_ratio(simulation), memory_peaks(simulation, sizes)
 
 Read in this order: ``costs`` (what to say of a run), ``network`` (links), ``compile`` and
-``engine`` (the clock), ``result`` (figures), ``memory`` (bytes over time), ``picture`` (what is
-drawn) and the writers ``svg``, ``html``, ``chrome_trace``, ``terminal``.
+``engine`` (the clock), ``result`` (figures), ``memory`` (bytes over time), ``draw/`` (pages,
+figures, traces, text) and ``recorded/`` (runs that were recorded: drawn, predicted, compared).
 """
 
 from megatron_bpipe.simulate.costs import Costs, StageCosts, even_costs
