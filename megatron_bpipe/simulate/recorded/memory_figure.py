@@ -64,6 +64,7 @@ def _words(found: Comparison) -> str:
         return "one iteration of each run"
     low, high = found.time_ratio_quartiles
     chance = ": no difference that these two runs can show" if low <= 1 <= high else ""
+    chance += "; separate runs, so what else the machine did differs too"
     return (
         f"one iteration of each run, the median one of those recorded; over all iterations "
         f"{found.names[0]} {a.median:.3g} s, {found.names[1]} {b.median:.3g} s,\n"
