@@ -1,13 +1,15 @@
 #!/usr/bin/env python3
 """Train one GPT twice over pipeline stages, stock 1F1B and BPipe, and show the difference.
 
-Started by scripts/quickstart.sh. Both runs are Megatron's own ``pretrain()`` under torchrun;
-everything shown here is read from what they wrote (runs/quickstart/{stock,bpipe}/memory.json).
+Started by scripts/quickstart.sh. Both runs are Megatron's own ``pretrain()``: on GPUs and with
+``--full`` under torchrun, otherwise on processes forked from this one, which has imported Megatron
+once. Everything shown is read from what they wrote (runs/quickstart/{stock,bpipe}/memory.json).
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
@@ -19,42 +21,102 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+import forked_ranks
+from progress import Progress
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = Path(__file__).resolve().parent
 OUT = ROOT / "runs" / "quickstart"
 MIB = 2**20
+MICROBATCHES = 8
 PROGRESS = re.compile(r"iteration\s+(\d+)/\s*(\d+) .*?lm loss: (\S+)")
+
+
+FULL_ITERATIONS, ITERATIONS = 20, 8
 
 
 def main() -> int:
     """Prepare data, run twice, report."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--stages", type=int, default=4, help="pipeline stages (default 4)")
-    parser.add_argument("--iterations", type=int, default=20, help="training steps (default 20)")
+    parser.add_argument(
+        "--iterations", type=int, help=f"training steps (default {ITERATIONS}; {FULL_ITERATIONS} "
+        "with --full)",
+    )  # fmt: skip
     parser.add_argument("--text", metavar="DIR", help="text to train on (default: Python's own)")
+    parser.add_argument(
+        "--full", action="store_true", help="longer, and under torchrun as on a cluster"
+    )
     arguments = parser.parse_args()
-    if arguments.stages < 2:
-        parser.error(f"--stages {arguments.stages}: a pipeline has at least 2 stages")
-    if arguments.iterations < 3:
-        parser.error(f"--iterations {arguments.iterations}: at least 3, to have a median time")
+    stages, full = arguments.stages, arguments.full
+    iterations = arguments.iterations or (FULL_ITERATIONS if full else ITERATIONS)
+    if stages < 2:
+        parser.error(f"--stages {stages}: a pipeline has at least 2 stages")
+    if iterations < 3:
+        parser.error(f"--iterations {iterations}: at least 3, to have a median time")
+    os.environ.update(
+        OMP_NUM_THREADS="1", CUDA_DEVICE_MAX_CONNECTIONS="1",
+        CUBLAS_WORKSPACE_CONFIG=":4096:8", NCCL_ALGO="Ring",
+    )  # fmt: skip
     shutil.rmtree(OUT, ignore_errors=True)
     OUT.mkdir(parents=True)
-    on_gpu = _gpus() >= arguments.stages
-    where = f"{arguments.stages} GPUs (NCCL)" if on_gpu else f"{arguments.stages} CPU ranks (gloo)"
+    on_gpu = _gpus() >= stages
+    where = f"{stages} GPUs (NCCL)" if on_gpu else f"{stages} CPU ranks (gloo)"
     print(f"quickstart: {where}; results go to {OUT.relative_to(ROOT)}/", flush=True)
-    data = _dataset(arguments.text)
-    command = [*_megatron_flags(arguments.stages, arguments.iterations, on_gpu), *data]
+    if not on_gpu:
+        print(f"quickstart: will take about {_estimate(stages, iterations, full)}", flush=True)
+    start = _under_torchrun if on_gpu or full else _forked
+    if start is _forked:
+        with (
+            Progress("importing Megatron", forked_ranks.MODULES) as progress,
+            _warnings_into(OUT / "import.log"),
+        ):
+            forked_ranks.import_megatron(progress.to)
+    command = [*_megatron_flags(stages, iterations, on_gpu), *_dataset(arguments.text)]
     runs = {}
     for name, extra in (("stock", []), ("bpipe", ["--bpipe"])):
-        runs[name] = _train(name, [*command, *extra], arguments.stages)
+        runs[name] = _train(name, start, [*command, *extra], stages, iterations)
     result = _compare(runs["stock"], runs["bpipe"], shlex.join(command))
     (OUT / "result.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
-    _plot(arguments.stages, result["budget"])
+    _plot(stages, result["budget"])
     print(_table(result))
     return 0 if result["identical"] else 1
+
+
+LOOP_SECONDS, IMPORT_SECONDS, START_SECONDS, LAYER_SECONDS = 0.10, 9.0, 1.5, 0.40
+"""Of one core: `_estimate`'s loop, importing Megatron, a rank's start, a layer's iteration."""
+
+
+def _estimate(stages: int, iterations: int, full: bool) -> str:
+    """How long it will take here: a small loop tells how fast a core is now."""
+    begin = time.perf_counter()
+    sum(i * i for i in range(1_500_000))
+    slower = (time.perf_counter() - begin) / LOOP_SECONDS
+    training = 2 * stages * (START_SECONDS + _layers(stages) // stages * LAYER_SECONDS * iterations)
+    importing = IMPORT_SECONDS
+    if full:
+        training, importing = training + 2 * stages * IMPORT_SECONDS, 0.0
+    seconds = slower * (importing + training / min(stages, os.cpu_count() or 1))
+    minutes, seconds = divmod(-(-int(seconds) // 10) * 10, 60)
+    return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
+
+
+@contextlib.contextmanager
+def _warnings_into(path: Path) -> Iterator[None]:
+    """Megatron names each optional package it does not find: that goes into a file."""
+    kept = os.dup(2)
+    with path.open("w") as file, warnings.catch_warnings():
+        os.dup2(file.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
 
 
 def _gpus() -> int:
@@ -66,30 +128,30 @@ def _gpus() -> int:
 
 
 def _dataset(text: str | None) -> list[str]:
-    output = str(OUT / "data" / "text")
-    command = [
-        sys.executable,
-        str(EXAMPLES / "prepare_data.py"),
-        "--output",
-        output,
-    ]
-    command += ["--max-mib", "2", *(["--text", text] if text else [])]
-    made = subprocess.run(command, text=True, stdout=subprocess.PIPE, cwd=ROOT, check=False)
-    if made.returncode:
-        raise SystemExit(made.returncode)
-    print(f"quickstart: {made.stdout.splitlines()[0]}", flush=True)
-    flags = made.stdout.split("train on it with:")[1]
-    return [*shlex.split(flags), "--data-cache-path", str(OUT / "data" / "cache")]
+    from prepare_data import write_dataset
+
+    try:
+        data = write_dataset(OUT / "data" / "text", text, max_bytes=2 * MIB)
+    except (ValueError, OSError) as error:
+        print(f"quickstart: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    print(f"quickstart: {data.documents} documents, {data.tokens} tokens (one a byte)", flush=True)
+    return [*data.flags(), "--data-cache-path", str(OUT / "data" / "cache")]
+
+
+def _layers(stages: int) -> int:
+    """At least eight, and the same number on every stage."""
+    return stages * -(-8 // stages)
 
 
 def _megatron_flags(stages: int, iterations: int, on_gpu: bool) -> list[str]:
     from megatron_bpipe.integration.cpu.flags import cpu_flags
 
-    layers = stages * -(-8 // stages)
+    layers = _layers(stages)
     flags = f"""
         --pipeline-model-parallel-size {stages} --num-layers {layers} --hidden-size 256
         --num-attention-heads 4 --seq-length 256 --max-position-embeddings 256
-        --micro-batch-size 2 --global-batch-size 16 --train-iters {iterations}
+        --micro-batch-size 2 --global-batch-size {2 * MICROBATCHES} --train-iters {iterations}
         --lr 1e-3 --min-lr 1e-4 --lr-warmup-iters 2 --lr-decay-iters {iterations}
         --weight-decay 0.1 --clip-grad 1.0 --init-method-std 0.02
         --attention-dropout 0 --hidden-dropout 0
@@ -102,49 +164,57 @@ def _megatron_flags(stages: int, iterations: int, on_gpu: bool) -> list[str]:
     return flags + [flag for flag in cpu_flags() if flag not in flags]
 
 
-def _train(name: str, flags: list[str], stages: int) -> dict[str, Any]:
-    folder = OUT / name
+Start = Callable[[list[str], int, Callable[[str], None], Callable[[int], None]], list[int]]
+
+
+def _train(
+    name: str, start: Start, flags: list[str], stages: int, iterations: int
+) -> dict[str, Any]:
+    """Train with a log; what ``--bpipe-report`` wrote."""
+    folder, log = OUT / name, OUT / f"{name}.log"
+    with Progress(name, 2 * MICROBATCHES * iterations) as progress, log.open("w") as sink:
+
+        def line(text: str) -> None:
+            sink.write(text + "\n")
+            if found := PROGRESS.search(text):
+                progress.to(2 * MICROBATCHES * int(found[1]))
+                progress.note(f"iteration {found[1]}/{found[2]}  loss {float(found[3]):.4f}")
+
+        statuses = start([*flags, "--bpipe-report", str(folder)], stages, line, progress.add)
+        if any(statuses):
+            sink.flush()
+            print(f"{name}: failed with status {statuses}; the end of {log}:")
+            print("\n".join(log.read_text(encoding="utf-8").splitlines()[-30:]))
+            raise SystemExit(1)
+    report: dict[str, Any] = json.loads((folder / "memory.json").read_text(encoding="utf-8"))
+    return report
+
+
+def _forked(
+    flags: list[str], stages: int, line: Callable[[str], None], tick: Callable[[int], None]
+) -> list[int]:
+    return forked_ranks.train(EXAMPLES / "pretrain_gpt.py", flags, stages, line, tick)
+
+
+def _under_torchrun(
+    flags: list[str], stages: int, line: Callable[[str], None], tick: Callable[[int], None]
+) -> list[int]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--log-dir", str(OUT / "torchrun"), "--nproc-per-node", str(stages)]
-    command += ["-m", "megatron_bpipe", "run"]
-    command += [
-        str(EXAMPLES / "pretrain_gpt.py"),
-        *flags,
-        "--bpipe-report",
-        str(folder),
-    ]
-    threads = {"OMP_NUM_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
-    deterministic = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NCCL_ALGO": "Ring"}
-    environment = os.environ | threads | deterministic | {"PYTHONPATH": str(ROOT)}
-    print(f"{name}: starting {stages} processes (importing Megatron takes a while)", flush=True)
-    started = time.monotonic()
-    log = OUT / f"{name}.log"
+    command += ["-m", "megatron_bpipe", "run", str(EXAMPLES / "pretrain_gpt.py"), *flags]
     # the data loader's workers leave sockets in the folder for temporary files
-    with tempfile.TemporaryDirectory() as temporary, log.open("w", encoding="utf-8") as sink:
+    with tempfile.TemporaryDirectory() as temporary:
         process = subprocess.Popen(
             command,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env=environment | {"TMPDIR": temporary},
+            env=os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": temporary},
         )
         assert process.stdout is not None
-        for line in process.stdout:
-            sink.write(line)
-            if found := PROGRESS.search(line):
-                seconds = time.monotonic() - started
-                print(
-                    f"{name}: iteration {found[1]}/{found[2]}  loss {float(found[3]):.4f}"
-                    f"  ({seconds:.0f} s)",
-                    flush=True,
-                )
-        process.wait()
-    if process.returncode != 0:
-        print(f"{name}: failed with status {process.returncode}; the end of {log}:")
-        print("\n".join(log.read_text(encoding="utf-8").splitlines()[-30:]))
-        raise SystemExit(1)
-    report: dict[str, Any] = json.loads((folder / "memory.json").read_text(encoding="utf-8"))
-    return report
+        for text in process.stdout:
+            line(text.rstrip("\n"))
+        return [process.wait()]
 
 
 def _seconds_per_iteration(report: dict[str, Any]) -> float:
