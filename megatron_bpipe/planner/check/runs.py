@@ -1,6 +1,7 @@
 """Published training runs with all their settings, as data.
 
-None of them was used to fit anything.  Seconds are of one iteration, GiB the allocator's peak
+No number of the predictions is fitted on them; which terms there are was chosen with all of them in
+sight but ``aside``.  Seconds are of one iteration, GiB the allocator's peak
 (torch.cuda.max_memory_allocated) of the stage that was reported.  A source that gives MFU or
 TFLOP/s is converted by its own count of operations.
 
@@ -13,6 +14,7 @@ Sources::
                differences of memory between vocabularies)
     golden     NVIDIA Megatron-LM, tests/functional_tests, golden values of its own runs
     simumax    github.com/MooreThreads/SimuMax, docs/b200, release 1.2: measured columns
+    aside      the same: its runs that were not looked at before the predictions were made
     bpipe      Huang et al. 2024, arXiv 2401.02088, table 3: the re-evaluation
 """
 
@@ -28,11 +30,11 @@ from megatron_bpipe.estimate.memory.activations import (
     Kernels,
 )
 from megatron_bpipe.estimate.memory.stages import BF16, FP16, StateBytes
-from megatron_bpipe.estimate.models import Model, gpt, llama
+from megatron_bpipe.estimate.models import Mla, Model, gpt, llama
 from megatron_bpipe.estimate.paper.published import EXPERIMENTS, LAYOUT
 from megatron_bpipe.estimate.runs import Layout, Run
 from megatron_bpipe.estimate.settings import Settings
-from megatron_bpipe.estimate.time.flops import equation_1, equation_1_corrected, matmul_flops
+from megatron_bpipe.estimate.time.flops import equation_1, equation_1_corrected
 
 
 @dataclass(frozen=True)
@@ -209,6 +211,59 @@ def simumax() -> Iterator[PublishedRun]:
             yield PublishedRun(name, "simumax", B200, run, taken / 1000, gib)
 
 
+DEEPSEEK_V2 = Model(
+    name="DeepSeek-V2", hidden=5120, heads=128, kv_heads=128, layers=4, seq=4096, vocab=102400,
+    ffn=12288, gated=True, norm="rmsnorm", bias=False, tied_embeddings=False,
+    learned_positions=False, dropout=False, experts=160, experts_per_token=6, expert_ffn=1536,
+    shared_ffn=3072, qk_norm=True, mla=Mla(1536, 512, 128, 64, 128),
+)  # fmt: skip
+DEEPSEEK_V3 = replace(
+    DEEPSEEK_V2, name="DeepSeek-V3", hidden=7168, vocab=129280, ffn=18432, experts=256,
+    experts_per_token=8, expert_ffn=2048, shared_ffn=2048, moe_layers="0111",
+)  # fmt: skip
+
+
+def aside() -> Iterator[PublishedRun]:
+    """The same source's runs that nobody had looked at when the model of a layer was made.
+
+    Eight tensor-parallel ranks, latent attention with experts, long sequences cut over ranks.
+    """
+    settings = Settings(grad_overlap=False, param_overlap=False, loss_fusion=True)
+
+    def published(name: str, run: Run, milliseconds: float, gib: float) -> PublishedRun:
+        given = replace(run, settings=settings, distributed_optimizer=run.layout.dp > 1)
+        return PublishedRun(name, "aside", B200, given, milliseconds / 1000, gib)
+
+    for model, ep, p, times, gib in (
+        (LLAMA_70B, 1, 1, (280.9, 556.7, 2073.7), 28.29),
+        (LLAMA_405B, 1, 1, (258.8, 488.1, 1901.8), 38.57),
+        (DEEPSEEK_V2, 8, 1, (366.6, 676.2, 2721.3), 45.63),
+        (DEEPSEEK_V2, 4, 2, (282.1, 492.6, 1727.7), 44.70),
+        (DEEPSEEK_V3, 8, 1, (603.2, 1101.7, 4141.2), 104.30),
+        (DEEPSEEK_V3, 4, 2, (452.2, 771.6, 2718.6), 114.00),
+    ):
+        layout = Layout(8, sequence_parallel=True)
+        if model.experts:
+            layout = Layout(ep=ep, dp=8 // p, pp=p)
+        for m, taken in zip((4, 8, 32), times, strict=True):
+            run = Run(model, layout, 1, m * layout.dp, "flash")
+            name = f"{model.name} t {layout.tp} p {p} ep {ep} d {layout.dp} m {m}"
+            yield published(name, run, taken, gib)
+    for model, t, thousands, taken, gib in (
+        (LLAMA_70B, 2, 32, 1758.0, 68.43),
+        (LLAMA_70B, 1, 32, 1768.1, 104.51),
+        (LLAMA_405B, 2, 32, 1984.7, 87.03),
+        (LLAMA_405B, 1, 32, 2003.6, 139.22),
+        (LLAMA_70B, 2, 128, 11315.7, 112.67),
+        (LLAMA_70B, 1, 128, 11301.9, 147.99),
+        (LLAMA_405B, 2, 128, 10577.6, 118.13),
+    ):
+        layout = Layout(t, 8 // t, sequence_parallel=t > 1)
+        run = Run(replace(model, seq=1024 * thousands), layout, 1, 4, "flash")
+        found = published(f"{model.name} t {t} cp {8 // t} s {thousands}k", run, taken, gib)
+        yield replace(found, run=replace(found.run, distributed_optimizer=True))
+
+
 def bpipe() -> Iterator[PublishedRun]:
     """The re-evaluation's runs without BPipe; with it they hold the one constant that is fitted."""
     for experiment in EXPERIMENTS:
@@ -222,15 +277,10 @@ def bpipe() -> Iterator[PublishedRun]:
         yield PublishedRun(name, "bpipe", A100, run, seconds, kernels=MEGATRON_2023)
 
 
-def by_mfu(model: Model, run: Run, gpus: int, peak: float, mfu: float) -> float:
-    """Seconds that this MFU means."""
-    return matmul_flops(model, run.global_batch) / (mfu / 100 * gpus * peak)
-
-
 def published_runs() -> tuple[PublishedRun, ...]:
     """All of them."""
     return tuple(
         found
-        for source in (reducing, ptdp, vocabulary, golden, simumax, bpipe)
+        for source in (reducing, ptdp, vocabulary, golden, simumax, aside, bpipe)
         for found in source()
     )
