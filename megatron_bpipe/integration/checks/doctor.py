@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_bpipe import __version__
 from megatron_bpipe.estimate.time.fused_softmax_rules import why_not_fused
 from megatron_bpipe.integration import cpu
 from megatron_bpipe.integration.checks.driver import why_unusable
@@ -49,7 +50,7 @@ def examine(progress: Callable[[str], None] = lambda _: None) -> list[Finding]:
 
     ``progress`` is told what comes next.
     """
-    findings = [_python(), _torch(), _device()]
+    findings = [Finding("megatron_bpipe", __version__), _python(), _torch(), _device()]
     progress("Megatron, which takes up to a minute to import")
     findings += _megatron()
     progress("links and transports")
