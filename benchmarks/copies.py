@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 from benchmarks.environment import NO_GPU, environment  # noqa: E402
-from megatron_bpipe.runtime.activation import ALIGNMENT  # noqa: E402
+from megatron_bpipe.runtime.block import ALIGNMENT  # noqa: E402
 from megatron_bpipe.runtime.transport import TransferHandle, Transport  # noqa: E402
 from megatron_bpipe.runtime.transport.host import host_transport  # noqa: E402
 from megatron_bpipe.runtime.transport.pair.handshake import BorrowedPool, PairEnd  # noqa: E402

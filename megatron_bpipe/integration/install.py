@@ -45,6 +45,11 @@ from megatron_bpipe.integration.single_gpu.launch import (
     set_single_gpu,
 )
 from megatron_bpipe.integration.single_gpu.uncoalesced_collectives import REPLACEMENTS
+from megatron_bpipe.runtime.torch_internals import (
+    HOOKS_ARE_SET_BY,
+    SHOWS_HOOKS,
+    let_hooks_be_seen,
+)
 
 
 @dataclass
@@ -186,6 +191,8 @@ def _activate(options: Options) -> None:
     patches = _installed
     current = patches.session = Session(options)
     make = make_schedule if ours else make_observed
+    if not SHOWS_HOOKS:
+        patches.replace(*HOOKS_ARE_SET_BY, let_hooks_be_seen)
 
     def replace_schedule(schedules: ModuleType) -> None:
         for point in (FORWARD_BACKWARD, FORWARD_BACKWARD_INTERLEAVED):

@@ -69,8 +69,6 @@ class Session:
     _links: LinkSampler = field(default_factory=LinkSampler)
     _written: bool = False
     _stage: int | None = None
-    # tests look at, and tamper with, what comes back; see ActivationStore.inspect
-    inspect_loaded: Any = field(default=None, repr=False)
 
     def observe(self, group: Any, models: Sequence[torch.nn.Module]) -> None:
         """An iteration begins on the stage that this rank is in ``group``; let the recorder look.
@@ -109,7 +107,7 @@ class Session:
         assert self._group is not None
         self.plan = plan
         if self.pools is None:
-            self.pools = StagePools(self.options, self._group, inspect_loaded=self.inspect_loaded)
+            self.pools = StagePools(self.options, self._group)
         self.pools.begin(plan, self._closing, self.recorder, flops, sizes_vary)
 
     def verify_placement(self, stage: int) -> None:

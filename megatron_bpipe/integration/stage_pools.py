@@ -6,7 +6,7 @@ import contextlib
 import threading
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -58,8 +58,6 @@ class StagePools:
     _borrowed: BorrowedPool | None = None
     _announced: bool = False
     _spill_told: bool = False
-    # tests look at, and tamper with, what comes back; see ActivationStore.inspect
-    inspect_loaded: Any = field(default=None, repr=False)
 
     def begin(
         self,
@@ -92,7 +90,6 @@ class StagePools:
                 chunks=plan.chunks,
                 keep_local=self.options.keep_local,
                 on_load=recorder.loaded if recorder is not None else None,
-                inspect=self.inspect_loaded,
             )
         if not plan.slots_borrowed:  # rank 0 evicts in every schedule that evicts at all
             self._announce(plan, "")

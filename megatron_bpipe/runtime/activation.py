@@ -6,28 +6,42 @@ Autograd's saved tensors are recorded by storage: views of one storage share one
 rebuilt with their exact offset, shape and strides. A storage leaves only if nobody but this record
 holds it (its use count says so); all others stay where they are, which is what keeps parameters,
 buffers, rotary tables, masks and pipeline buffers safe without naming them.
+
+Some tensors must come back as the very same, which hooks cannot do: a leaf that a checkpoint made
+for itself and saved (Megatron's `CheckpointWithoutOutput`), since its gradient is read from it; a
+tensor on which Python code has put attributes. They get no hooks: their storage is emptied in place
+and filled again, if the graph alone holds the tensor.
 """
 
 from __future__ import annotations
 
 import enum
-from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from weakref import ReferenceType, ref
 
 import torch
 
-from megatron_bpipe.runtime.graph import Node, saved_tensors, why_kept
+from megatron_bpipe.runtime.block import (
+    Block,
+    IllegalMoveError,
+    Layout,
+    View,
+    extent,
+    lay_out,
+    unpack,
+    view_of,
+)
+from megatron_bpipe.runtime.graph import Kept, is_held_elsewhere, saved_tensors
+from megatron_bpipe.runtime.torch_internals import (
+    COUNTS_TENSORS,
+    Node,
+    storage_holders,
+    storage_id,
+    storage_of,
+    tensor_id,
+    version,
+)
 from megatron_bpipe.schedule.ops import ActivationKey
-
-# A multiple of every dtype's size, and what allocators and copy engines like.
-ALIGNMENT = 512
-
-
-def padded(size: int) -> int:
-    """``size`` rounded up to `ALIGNMENT`."""
-    return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 class State(enum.Enum):
@@ -49,47 +63,31 @@ LEGAL_MOVES: dict[State, tuple[State, ...]] = {
 }
 
 
-class IllegalMoveError(RuntimeError):
-    """An op asked for a move that the activation's state does not allow."""
-
-
-class ModifiedInPlaceError(RuntimeError):
-    """A saved tensor was changed between the forward and the backward that needs it."""
-
-
-@dataclass(slots=True, weakref_slot=True)
-class Block:
-    """The bytes of one storage that saved tensors cover: ``[low, high)`` of ``nbytes``."""
-
-    storage: torch.UntypedStorage | None
-    device: torch.device
-    low: int
-    high: int
-    shift: int = 0  # bytes cut off in front when the block came back smaller than it left
-
-    def bytes_view(self) -> torch.Tensor:
-        """The covered bytes as a flat uint8 tensor on the block's storage."""
-        assert self.storage is not None
-        return _view(self.storage, torch.uint8, self.device, self.low, (self.size,), (1,))
-
-    @property
-    def size(self) -> int:
-        """Covered bytes."""
-        return self.high - self.low
-
-
 @dataclass(slots=True)
-class View:
-    """One saved tensor: its place in a block."""
+class _Holders:
+    """All that this record and its graph hold of one block; more are somebody else's."""
 
     block: Block
-    dtype: torch.dtype
-    offset: int  # elements
-    shape: torch.Size
-    stride: tuple[int, ...]
-    node: str
-    alias: torch.Tensor | None = None  # of a storage that stays: shows whether it was changed
-    version: int = 0
+    views: list[View] = field(default_factory=list)
+    # tensors that must come back as the very same: a list of one entry a slot, by tensor
+    as_they_are: dict[int, list[torch.Tensor]] = field(default_factory=dict)
+
+    def are_all(self) -> bool:
+        """Whether dropping the storage would free it; forgets the tensors."""
+        same, self.as_they_are = self.as_they_are, {}
+        storage = self.block.storage
+        assert storage is not None
+        known = 1 + len(self.views) + len(same)  # 1: the block itself
+        if storage_holders(storage) != known:
+            return False
+        if not same:
+            return True
+        if not (COUNTS_TENSORS and storage.resizable()):
+            return False
+        if any(is_held_elsewhere(tensors) for tensors in same.values()):
+            return False
+        self.block.nbytes = storage.nbytes()
+        return True
 
 
 @dataclass(slots=True)
@@ -100,9 +98,12 @@ class Activation:
     roots: list[Node]
     device: torch.device  # that computes; what was saved elsewhere stays there
     state: State = State.RESIDENT
-    _views: list[View] = field(default_factory=list)
     # weak: the graph holds them, through its hooks, and lets each go as the backward passes it
-    _leaving: list[ReferenceType[Block]] | None = None  # None until chosen
+    _leaving: list[ReferenceType[Block]] = field(default_factory=list)
+    _in_place: list[Block] = field(default_factory=list)  # no hook holds these
+    _pieces: list[torch.Tensor] = field(default_factory=list)  # what leaves, until it has left
+    _undecided: list[_Holders] = field(default_factory=list)
+    _layout: Layout | None = None  # of what will come back
 
     def move(self, to: State) -> None:
         """Change state.
@@ -118,140 +119,127 @@ class Activation:
             )
         self.state = to
 
-    @property
-    def leaving(self) -> list[Block]:
-        """What leaves when this micro-batch is evicted; chosen once."""
-        if self._leaving is None:
-            self._leaving = [ref(block) for block in self._choose()]
-        return [block for one in self._leaving if (block := one()) is not None]
-
     def capture(self) -> None:
-        """Put hooks on the finished graph.
+        """Put hooks on the finished graph, and choose what leaves of what nobody else holds.
 
-        Slots of Parameters and of the stage's input are left as autograd made them.
+        Slots of Parameters, of the stage's input and of what is not plain bytes are left as
+        autograd made them, as are those that have hooks already.
         """
-        blocks: dict[int, Block] = {}
-        views = self._views
-        hooked = ""  # the node whose slot gets its hooks
+        found: dict[int, _Holders] = {}
+        pending: list[View] = []  # the view that the slot about to get hooks stands for
 
         def pack(tensor: torch.Tensor) -> View:
-            storage = tensor.untyped_storage()
-            low, high = _extent(tensor)
-            block = blocks.get(storage._cdata)
-            if block is None:
-                block = blocks[storage._cdata] = Block(storage, tensor.device, low, high)
-            elif block.high == block.low:
-                block.low, block.high = low, high
-            elif high > low:
-                block.low, block.high = min(block.low, low), max(block.high, high)
-            offset = int(tensor.storage_offset())
-            views.append(View(block, tensor.dtype, offset, tensor.shape, tensor.stride(), hooked))
-            return views[-1]
+            view = pending.pop()
+            view.alias, view.version = tensor, version(tensor)
+            return view
 
         for saved in saved_tensors(self.roots):
-            if why_kept(saved.tensor) is None:
-                hooked, alias = saved.node, saved.tensor.detach()
-                saved.slot.register_hooks(pack, _unpack)  # calls pack at once
-                views[-1].alias, views[-1].version = alias, alias._version
-        blocks.clear()  # autograd keeps pack, and with it what it refers to
+            tensor = saved.tensor
+            if tensor is None or saved.kept not in (None, Kept.INPUT):
+                continue
+            storage = storage_of(tensor)
+            if storage is None or tensor.nbytes == 0 or tensor.device != self.device:
+                continue
+            holders = found.get(storage_id(storage))
+            if holders is None:
+                block = Block(storage, tensor.device, *extent(tensor))
+                holders = found[storage_id(storage)] = _Holders(block)
+            else:
+                holders.block.cover(tensor)
+            if saved.kept is Kept.INPUT or vars(tensor):
+                holders.as_they_are.setdefault(tensor_id(tensor), []).append(tensor)
+                continue
+            pending.append(view_of(tensor, holders.block, saved.node))
+            holders.views.append(pending[-1])
+            saved.slot.register_hooks(pack, unpack)  # calls pack at once
+        saved = tensor = storage = None  # type: ignore[assignment]  # they would count as holders
+        undecided = list(found.values())
+        found.clear()
+        self._choose(undecided, later=False)
+        self._layout = lay_out(self.leaving)
 
-    def _choose(self) -> list[Block]:
-        """Decide, storage by storage, what leaves of what was captured.
+    def choose_leaving(self) -> list[torch.Tensor]:
+        """The bytes that leave now, as flat uint8 tensors.
 
-        Raises:
-            ModifiedInPlaceError: something was changed since it was captured.
+        Most were chosen when they were captured, beside a GPU's computation. Now is the time of
+        those that others still held then, the stage's output above all.
         """
-        views = list(self._views)
-        self._views.clear()  # pack refers to it
-        for view in views:
-            _check_unchanged(view)
-        blocks = {id(view.block): view.block for view in views}
-        # The hooks hold views, views hold blocks and aliases, and a storage with one more
-        # holder than these is somebody else's too: dropping it would free nothing.
-        ours = Counter(id(view.block) for view in views)
-        chosen = [
-            block
-            for block in blocks.values()
-            if block.size
-            and block.device == self.device
-            and torch._C._storage_Use_Count(_address(block)) == 1 + ours[id(block)]
-        ]
-        leaving = {id(block) for block in chosen}
-        for view in views:
-            if id(view.block) in leaving:
+        undecided, self._undecided = self._undecided, []
+        if not self._pieces:  # it leaves a second time
+            self._pieces = [block.bytes_view() for block in self.leaving]
+        known = len(self._leaving)
+        self._choose(undecided, later=True)
+        self._undecided.clear()
+        if len(self._leaving) > known:
+            self._layout = None
+        return self._pieces
+
+    @property
+    def leaving(self) -> list[Block]:
+        """The blocks chosen to leave that the backward still needs."""
+        return [block for one in self._leaving if (block := one()) is not None]
+
+    def _choose(self, undecided: list[_Holders], *, later: bool) -> None:
+        for holders in undecided:
+            in_place = bool(holders.as_they_are)
+            if not holders.are_all():
+                if not in_place:
+                    self._undecided.append(holders)
+                continue
+            if later and any(view.is_changed for view in holders.views):
+                continue
+            block = holders.block
+            for view in holders.views:
                 view.alias = None  # nobody else can write to it any more
-        return chosen
+            if in_place:
+                self._in_place.append(block)
+            self._leaving.append(ref(block))
+            self._pieces.append(block.bytes_view())
+
+    def drop(self) -> None:
+        """Free the local copies."""
+        self._pieces.clear()
+        for block in self.leaving:
+            if block.nbytes:
+                assert block.storage is not None
+                block.storage.resize_(0)
+            else:
+                block.storage = None
+
+    def allocate(self) -> tuple[list[torch.Tensor], list[torch.UntypedStorage]]:
+        """Fresh local memory for what left, on the current stream's allocator.
+
+        Only the covered bytes come back, so a saved slice of a big storage comes back small.
+
+        Returns:
+            The bytes to fill, flat, in the order in which they left; and the storages.
+        """
+        layout = self._layout or lay_out(self.leaving)
+        self._layout = None  # the blocks lie elsewhere from here on
+        buffers = [torch.empty(n, dtype=torch.uint8, device=self.device) for n in layout.sizes]
+        storages = [buffer.untyped_storage() for buffer in buffers]
+        cuts = zip(buffers, layout.cuts, strict=True)
+        parts = [iter(buffer.split(cut)[1::2]) for buffer, cut in cuts]
+        pieces = []
+        for reference, index, low, high, shift in layout.places:
+            block = reference()
+            assert block is not None  # the graph, or _in_place, holds it
+            if index < 0:
+                assert block.storage is not None
+                block.storage.resize_(block.nbytes)
+                pieces.append(block.bytes_view())
+                continue
+            block.storage = storages[index]
+            block.low, block.high, block.shift = low, high, shift
+            pieces.append(next(parts[index]))
+        return pieces, storages
+
+    def arrived(self) -> None:
+        """The load is over: from here on the graph alone decides how long each tensor lives."""
+        self._in_place.clear()
 
     def forget(self) -> None:
         """Drop every reference once the backward has used it."""
-        self.roots = []
-        self._views.clear()
-        self._leaving = []
-
-
-def drop(blocks: Sequence[Block]) -> None:
-    """Free the local copies."""
-    for block in blocks:
-        block.storage = None
-
-
-def allocate(blocks: Sequence[Block]) -> list[torch.UntypedStorage]:
-    """Fresh local memory for ``blocks``, on the current stream's allocator; returns the storages.
-
-    Only the covered bytes come back, so a saved slice of a big storage comes back small.
-    """
-    fresh = []
-    for block in blocks:
-        low = block.low - block.low % ALIGNMENT
-        storage = torch.UntypedStorage(block.high - low, device=block.device)
-        block.low, block.high, block.shift = block.low - low, block.high - low, block.shift + low
-        block.storage = storage
-        fresh.append(storage)
-    return fresh
-
-
-def _address(block: Block) -> int:
-    assert block.storage is not None
-    return block.storage._cdata
-
-
-def _unpack(view: View) -> torch.Tensor:
-    block = view.block
-    if block.storage is None:
-        raise IllegalMoveError(
-            f"the backward asked for a tensor saved by {view.node} that is not in local memory"
-        )
-    _check_unchanged(view)
-    offset = view.offset - block.shift // view.dtype.itemsize
-    return _view(block.storage, view.dtype, block.device, offset, view.shape, view.stride)
-
-
-def _check_unchanged(view: View) -> None:
-    if view.alias is not None and view.alias._version != view.version:
-        raise ModifiedInPlaceError(
-            f"a tensor of shape {tuple(view.shape)} saved by {view.node} was changed in place "
-            f"(version {view.alias._version}, saved at {view.version}): its gradient would be "
-            "silently wrong; change the model to write to a copy"
-        )
-
-
-def _view(
-    storage: torch.UntypedStorage,
-    dtype: torch.dtype,
-    device: torch.device,
-    offset: int,
-    shape: Sequence[int],
-    stride: Sequence[int],
-) -> torch.Tensor:
-    return torch.empty(0, dtype=dtype, device=device).set_(storage, offset, shape, stride)
-
-
-def _extent(tensor: torch.Tensor) -> tuple[int, int]:
-    """First and one-past-last byte of its storage that ``tensor`` can touch."""
-    if tensor.numel() == 0:
-        return 0, 0
-    first = int(tensor.storage_offset())
-    last = first + sum(
-        int(n - 1) * int(s) for n, s in zip(tensor.shape, tensor.stride(), strict=True)
-    )
-    return first * tensor.itemsize, (last + 1) * tensor.itemsize
+        self.roots, self._layout = [], None
+        for references in (self._leaving, self._in_place, self._pieces, self._undecided):
+            references.clear()

@@ -148,8 +148,9 @@ class ScheduleExecutor:
         for observer in self._observers:
             observer.forward_done(op, output)
         if self._store is not None:
-            leaves = op.key in self._leaving
-            self._store.forward_done(op.key, output, leaves=leaves)
+            self._store.measure(op.key, output)
+            if op.key in self._leaving:
+                self._store.capture(op.key, output)
 
     def _backward(self, op: Op) -> None:
         self._stage.backward(op)

@@ -1,11 +1,15 @@
 """Reading what autograd saved for one micro-batch, from its finished graph.
 
 Nothing is hooked while the forward runs: micro-batches that stay cost nothing. The graph of one
-that leaves is walked from the stage's output, and each node's ``_raw_saved_*`` slots are read.
+that leaves is walked from the stage's output, and each node's slots are read
+(`torch_internals.read_slots`).
 
     Kept.PARAMETER   a Parameter, or any storage of one (a transposed weight)
-    Kept.INPUT       a leaf that requires grad: the stage's input, held until its backward
-    Kept.SPECIAL     not one block of plain bytes: subclass, sparse, quantised, conjugated
+    Kept.INPUT       a leaf that requires grad and that others hold: the stage's input
+    Kept.SPECIAL     not one block of plain bytes: subclass, sparse, nested, quantised, conjugated
+    Kept.HOOKED      the slot has somebody's hooks (a non-reentrant checkpoint, offloading): it is
+                     not read, since that would run them
+    Kept.CHANGED     changed in place since it was saved: autograd refuses to give it out
     Kept.SHARED      somebody outside this graph holds the storage too: masks, rotary tables,
                      buffers, pipeline buffers
     None             as far as counting from outside can tell, this graph alone holds it
@@ -14,17 +18,28 @@ that leaves is walked from the stage's output, and each node's ``_raw_saved_*`` 
 from __future__ import annotations
 
 import enum
-import sys
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-# autograd's node and slot classes have no public Python type
-Node = Any
-Slot = Any
+from megatron_bpipe.runtime.torch_internals import (
+    COUNTS_TENSORS,
+    Node,
+    Slot,
+    base_of,
+    is_parameter,
+    is_plain,
+    read_slots,
+    references_of_unshared,
+    storage_holders,
+    storage_id,
+    storage_of,
+    tensor_id,
+    tensor_references,
+)
 
 
 class Kept(enum.Enum):
@@ -33,16 +48,27 @@ class Kept(enum.Enum):
     PARAMETER = "parameter"
     INPUT = "stage input"
     SPECIAL = "not plain bytes"
+    HOOKED = "has hooks of its own"
+    CHANGED = "changed in place"
     SHARED = "held elsewhere too"
 
 
 class Saved(NamedTuple):
-    """One saved tensor: the slot that takes hooks, and the tensor as autograd would unpack it."""
+    """One saved tensor.
+
+    Attributes:
+        slot: takes hooks, once.
+        tensor: as autograd would unpack it; None where somebody's hook made something else of it.
+        node: that saved it.
+        kept: why it must stay, from what it is alone.
+        original: autograd holds this very tensor, not an alias of its own; only if asked for.
+    """
 
     slot: Slot
-    tensor: torch.Tensor
+    tensor: torch.Tensor | None
     node: str
-    original: bool  # autograd holds this very tensor, not an alias of its own
+    kept: Kept | None
+    original: bool = False
 
 
 @dataclass
@@ -60,25 +86,34 @@ class SavedStorage:
     _bases: set[int] = field(default_factory=set)
     _originals: dict[int, list[torch.Tensor]] = field(default_factory=dict)
 
-    def add(self, saved: Saved) -> None:
+    def add(self, tensor: torch.Tensor, *, original: bool) -> None:
         """Account for one more slot."""
         self.slots += 1
-        if not saved.original:
+        if not original:
             self._aliases += 1  # each such slot has an alias of its own
             return
-        self._originals.setdefault(saved.tensor._cdata, []).append(saved.tensor)
-        if saved.tensor._base is not None:  # a view keeps the tensor it was made from
-            self._bases.add(saved.tensor._base._cdata)
+        self._originals.setdefault(tensor_id(tensor), []).append(tensor)
+        base = base_of(tensor)
+        if base is not None:  # a view keeps the tensor it was made from
+            self._bases.add(tensor_id(base))
 
     def held_elsewhere(self) -> bool:
         """Whether someone outside this graph holds the storage; forgets the tensors."""
         originals, self._originals = self._originals, {}
         holders = self._aliases + len(originals.keys() | self._bases)
         known = holders + 1  # and self.storage
-        if torch._C._storage_Use_Count(self.storage._cdata) != known:
+        if storage_holders(self.storage) != known:
             return True
         # ... or holds one of the very tensors that were saved, in C++ or in Python
-        return any(_tensor_is_shared(same) for same in originals.values())
+        return any(is_held_elsewhere(same) for same in originals.values())
+
+
+@dataclass
+class SavedGraph:
+    """What one graph saved: its storages, and how many slots hold what somebody's hooks made."""
+
+    storages: list[SavedStorage]
+    unread_slots: int
 
 
 def roots_of(output: object) -> list[Node]:
@@ -92,36 +127,46 @@ def tensors_of(output: object) -> list[torch.Tensor]:
     return [part for part in parts if isinstance(part, torch.Tensor)]
 
 
-def saved_storages(roots: Sequence[Node], parameters: Collection[int] = ()) -> list[SavedStorage]:
+def saved_graph(roots: Sequence[Node], parameters: Collection[int] = ()) -> SavedGraph:
     """Every storage saved below ``roots``, and why it must stay, if it must.
+
+    A storage without memory behind it counts for nothing and is not among them.
 
     Args:
         roots: see `roots_of`.
-        parameters: ``_cdata`` of storages that belong to the model; only refines `Kept`, since
+        parameters: `storage_id` of storages that belong to the model; only refines `Kept`, since
             the model's own references already keep them.
-
-    Raises:
-        RuntimeError: by autograd, where a saved tensor has been changed in place: reading a slot
-            runs the version check that hooks would otherwise switch off.
     """
     found: dict[int, SavedStorage] = {}
-    for saved in saved_tensors(roots):
-        storage = saved.tensor.untyped_storage()
-        entry = found.get(storage._cdata)
-        if entry is None:
-            tensor = saved.tensor
-            shape = tuple(tensor.shape)
-            entry = SavedStorage(storage, tensor.device, saved.node, shape, tensor.dtype)
-            found[storage._cdata] = entry
-        entry.add(saved)
-        entry.kept = entry.kept or why_kept(saved.tensor)
-    saved = storage = tensor = None  # type: ignore[assignment]  # they would count as holders
+    unread = 0
+    for saved in saved_tensors(roots, originals=True):
+        unread += saved.tensor is None
+        for part in _parts(saved):
+            storage = storage_of(part)
+            if storage is None:
+                continue
+            entry = found.get(storage_id(storage))
+            if entry is None:
+                shape = tuple(part.shape) if not part.is_nested else ()
+                entry = SavedStorage(storage, part.device, saved.node, shape, part.dtype)
+                found[storage_id(storage)] = entry
+            entry.add(part, original=saved.original)
+            entry.kept = entry.kept or saved.kept
+    saved = part = storage = None  # type: ignore[assignment]  # they would count as holders
     for key, entry in found.items():
         if entry.kept is None and key in parameters:
             entry.kept = Kept.PARAMETER
-        if entry.held_elsewhere() and entry.kept is None:
+        elsewhere = entry.held_elsewhere()
+        if entry.kept is Kept.INPUT and not elsewhere and COUNTS_TENSORS:
+            entry.kept = None  # a checkpoint's own input
+        if elsewhere and entry.kept is None:
             entry.kept = Kept.SHARED
-    return list(found.values())
+    return SavedGraph(list(found.values()), unread)
+
+
+def saved_storages(roots: Sequence[Node], parameters: Collection[int] = ()) -> list[SavedStorage]:
+    """The storages of `saved_graph`."""
+    return saved_graph(roots, parameters).storages
 
 
 def nodes_below(roots: Sequence[Node]) -> Iterator[Node]:
@@ -137,67 +182,69 @@ def nodes_below(roots: Sequence[Node]) -> Iterator[Node]:
                 stack.append(below)
 
 
-def saved_tensors(roots: Sequence[Node]) -> Iterator[Saved]:
+def saved_tensors(roots: Sequence[Node], *, originals: bool = False) -> Iterator[Saved]:
     """Every tensor saved below ``roots``, each slot once, in a fixed order."""
     for node in nodes_below(roots):
-        for slot_name, value_name in _slot_names(type(node)):  # type: ignore[arg-type]
-            values, again = getattr(node, value_name), getattr(node, value_name)
-            if values is None:
-                continue
-            slots = getattr(node, slot_name)
-            if isinstance(values, torch.Tensor):
-                values, again, slots = (values,), (again,), (slots,)
-            for slot, tensor, second in zip(slots, values, again, strict=True):
-                if isinstance(tensor, torch.Tensor):
-                    # unpacked twice: an alias of autograd's own comes out new each time
-                    yield Saved(slot, tensor, node.name(), tensor._cdata == second._cdata)
-
-
-@cache
-def _slot_names(node_type: type) -> tuple[tuple[str, str], ...]:
-    """Pairs (slot attribute, value attribute) of one kind of node; ``dir`` is slow, so cached."""
-    pairs = []
-    for name in dir(node_type):
-        if name == "_raw_saved_tensors" and hasattr(node_type, "saved_tensors"):
-            pairs.append((name, "saved_tensors"))  # a torch.autograd.Function's context
-        elif name.startswith("_raw_saved_"):
-            pairs.append((name, "_saved_" + name.removeprefix("_raw_saved_")))
-    return tuple(pairs)
-
-
-def _tensor_is_shared(same: list[torch.Tensor]) -> bool:
-    """Whether others hold a tensor that this graph saved in ``len(same)`` slots."""
-    slots, tensor = len(same), same.pop()
-    same.clear()
-    in_c, in_python = _references(tensor)
-    return in_c > slots + 1 or in_python > _references_of_unshared()
-
-
-def _references(tensor: torch.Tensor) -> tuple[int, int]:
-    """References to the tensor from C++ (its Python object counts as one) and from Python."""
-    use_count = getattr(tensor, "_use_count", None)  # torch >= 2.9
-    return use_count() if use_count is not None else 0, sys.getrefcount(tensor)
-
-
-@cache
-def _references_of_unshared() -> int:
-    """What `_references` sees from Python of a tensor that only a graph holds."""
-    doubled = torch.ones(2, requires_grad=True) * 2
-    squared = doubled**2
-    del doubled
-    same = [saved.tensor for saved in saved_tensors(roots_of(squared))]
-    tensor = same.pop()
-    return _references(tensor)[1]
+        name = node.name()
+        for reading in read_slots(node, originals=originals):
+            slot, value, hooked, changed, original = reading
+            if hooked or changed:
+                tensor = value if isinstance(value, torch.Tensor) else None
+                yield Saved(slot, tensor, name, Kept.HOOKED if hooked else Kept.CHANGED)
+            elif isinstance(value, torch.Tensor):
+                yield Saved(slot, value, name, why_kept(value), original)
 
 
 def why_kept(tensor: torch.Tensor) -> Kept | None:
     """Why this tensor must stay, from what it is alone (see `Kept`)."""
-    if isinstance(tensor, torch.nn.Parameter):
+    if is_parameter(tensor):
         return Kept.PARAMETER
+    if not is_plain(tensor):
+        return Kept.SPECIAL
     if tensor.is_leaf and tensor.requires_grad:
         return Kept.INPUT
-    # Subclasses (DTensor, fp8 wrappers) carry state that bytes alone do not rebuild.
-    plain = type(tensor) is torch.Tensor and tensor.layout is torch.strided
-    if not plain or tensor.is_conj() or tensor.is_neg() or tensor.is_quantized:
-        return Kept.SPECIAL
     return None
+
+
+def is_held_elsewhere(same: list[torch.Tensor]) -> bool:
+    """Whether others hold a tensor that a graph saved in ``len(same)`` slots; empties ``same``.
+
+    Nobody else in the program may refer to it while this counts.
+    """
+    slots, tensor = len(same), same.pop()
+    same.clear()
+    in_c, in_python = tensor_references(tensor)
+    return in_c > slots + 1 or in_python > references_of_unshared()
+
+
+def memory_of(saved: Saved) -> Iterator[torch.UntypedStorage]:
+    """The storages whose memory a saved tensor takes: several for sparse tensors and wrappers."""
+    for part in _parts(saved):
+        storage = storage_of(part)
+        if storage is not None:
+            yield storage
+
+
+def _parts(saved: Saved) -> Iterator[torch.Tensor]:
+    """The tensors whose storages hold what was saved."""
+    if saved.tensor is None:
+        return
+    if saved.kept is None:
+        yield saved.tensor
+    else:
+        yield from _inner(saved.tensor)
+
+
+def _inner(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    if is_traceable_wrapper_subclass(tensor):
+        names, _ = tensor.__tensor_flatten__()
+        for name in names:
+            yield from _inner(getattr(tensor, name))
+    elif tensor.layout is torch.sparse_coo:
+        yield from (tensor._indices(), tensor._values())
+    elif tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        yield from (tensor.crow_indices(), tensor.col_indices(), tensor.values())
+    elif tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        yield from (tensor.ccol_indices(), tensor.row_indices(), tensor.values())
+    else:
+        yield tensor

@@ -1,7 +1,7 @@
 """The evictor's activation store: carries out E, EW, L and LW, and checks every move.
 
-F3   over: put hooks on its graph, which capture what it saved
-E3   choose what leaves (once), start to copy those blocks to the acceptor
+F3   over: put hooks on its graph, which capture what it saved; choose what leaves
+E3   start to copy those blocks to the acceptor
 EW3  the copy is over: drop the local blocks
 L3   allocate the blocks anew, start to copy them back
 LW3  the copy is over: the backward may use them; the slot is free again
@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from megatron_bpipe.runtime.activation import Activation, State, allocate, drop, padded
+from megatron_bpipe.runtime.activation import Activation, State
+from megatron_bpipe.runtime.block import padded
 from megatron_bpipe.runtime.graph import roots_of, saved_storages, tensors_of
 from megatron_bpipe.runtime.transport import TransferHandle, Transport
 from megatron_bpipe.schedule.ops import ActivationKey
@@ -41,7 +42,6 @@ class ActivationStore:
         chunks: model chunks of this stage.
         keep_local: do everything but drop the local copy (``--bpipe-keep-local``).
         on_load: told which storages a load allocated, for the memory books.
-        inspect: sees the bytes that came back, before the backward does (tests tamper here).
     """
 
     connect: Callable[[int], Transport]
@@ -50,16 +50,14 @@ class ActivationStore:
     chunks: int = 1
     keep_local: bool = False
     on_load: Callable[[ActivationKey, list[torch.UntypedStorage]], None] | None = None
-    inspect: Callable[[ActivationKey, list[torch.Tensor]], None] | None = None
     totals: Totals = field(default_factory=Totals)
     transport: Transport | None = None
     _sizes: dict[int, int] = field(default_factory=dict)  # of one activation of each chunk
     _held: dict[ActivationKey, Activation] = field(default_factory=dict)
     _transfers: dict[ActivationKey, TransferHandle] = field(default_factory=dict)
-    _loaded: dict[ActivationKey, list[torch.Tensor]] = field(default_factory=dict)
 
-    def forward_done(self, key: ActivationKey, output: object, *, leaves: bool) -> None:
-        """A forward has just ended; ``leaves`` if the schedule will evict this micro-batch.
+    def measure(self, key: ActivationKey, output: object) -> None:
+        """A forward has just ended.
 
         The first of each chunk shows how large its activations are. When all are known the pool is
         asked for; that is before the first eviction, which comes later than any chunk's start.
@@ -70,23 +68,27 @@ class ActivationStore:
             if len(self._sizes) == self.chunks:
                 total = self.pool_of(self._sizes) if self.pool_of is not None else None
                 self.request(max(self._sizes.values()), total)
-        if leaves:
-            activation = Activation(key, roots_of(output), tensors_of(output)[0].device)
-            self._held[key] = activation
-            # here, while a GPU still computes the forward; at E it would wait for the host
-            activation.capture()
+
+    def capture(self, key: ActivationKey, output: object) -> None:
+        """The forward of an activation that will be evicted has just ended.
+
+        Called while a GPU still computes it: at E everything would wait for the host.
+        """
+        tensors = tensors_of(output)
+        device = tensors[0].device if tensors else torch.device("cpu")
+        activation = self._held[key] = Activation(key, roots_of(output), device)
+        activation.capture()
 
     def evict(self, key: ActivationKey) -> int:
-        """E: start the copy out; returns its bytes."""
+        """E: start the copy out; returns its bytes, 0 if nothing of it can leave."""
         activation = self._held[key]
         activation.move(State.EVICTING)
         if self.transport is None:
             assert len(self._sizes) == self.chunks, "no chunk evicts before all have started"
             self.transport = self.connect(max(self._sizes.values()))
-        leaving = activation.leaving
-        pieces = [block.bytes_view() for block in leaving]
+        pieces = activation.choose_leaving()
         self._transfers[key] = self.transport.evict(key, pieces)
-        size = sum(block.size for block in leaving)
+        size = sum(piece.numel() for piece in pieces)
         self.totals.evicted += size
         return size
 
@@ -97,7 +99,7 @@ class ActivationStore:
         transfer.wait()
         activation.move(State.REMOTE)
         if not self.keep_local:
-            drop(activation.leaving)
+            activation.drop()
         return transfer
 
     def load(self, key: ActivationKey) -> int:
@@ -105,18 +107,15 @@ class ActivationStore:
         activation = self._held[key]
         activation.move(State.LOADING)
         assert self.transport is not None
-        leaving = activation.leaving
         if self.keep_local:
+            leaving = activation.leaving
             pieces = [torch.empty(b.size, dtype=torch.uint8, device=b.device) for b in leaving]
         else:
-            fresh = allocate(leaving)
+            pieces, storages = activation.allocate()
             if self.on_load is not None:
-                self.on_load(key, fresh)
-            pieces = [block.bytes_view() for block in leaving]
+                self.on_load(key, storages)
         self._transfers[key] = self.transport.load(key, pieces)
-        if self.inspect is not None:
-            self._loaded[key] = pieces
-        size = sum(block.size for block in leaving)
+        size = sum(piece.numel() for piece in pieces)
         self.totals.loaded += size
         return size
 
@@ -125,10 +124,10 @@ class ActivationStore:
         assert self.transport is not None
         transfer = self._transfers.pop(key)
         transfer.wait()
-        self._held[key].move(State.RESIDENT)
+        activation = self._held[key]
+        activation.move(State.RESIDENT)
+        activation.arrived()
         self.transport.release(key)
-        if self.inspect is not None:
-            self.inspect(key, self._loaded.pop(key))
         return transfer
 
     def consume(self, key: ActivationKey) -> None:

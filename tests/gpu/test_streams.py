@@ -63,7 +63,8 @@ def test_bitwise_and_the_memory_is_free_at_once(store: ActivationStore, device: 
     torch.cuda.synchronize()
     x, loss = forward(weight, 0)
     full = torch.cuda.memory_allocated()
-    store.forward_done(0, loss, leaves=True)
+    store.measure(0, loss)
+    store.capture(0, loss)
     moved = store.evict(0)
     assert torch.cuda.memory_allocated() >= full  # in flight: still here
     store.finish_evict(0)
@@ -85,7 +86,8 @@ def test_freed_memory_is_used_again_and_nothing_is_lost(
     for _ in range(3):
         for i in range(3):
             x, loss = forward(weight, i)
-            store.forward_done(i, loss, leaves=True)
+            store.measure(i, loss)
+            store.capture(i, loss)
             store.evict(i)
             store.finish_evict(i)
             garbage = [torch.full((16 * MIB,), float("nan"), device=device) for _ in range(8)]
@@ -102,7 +104,8 @@ def test_the_host_waits_for_nothing(store: ActivationStore, device: torch.device
     weight = weights(device)
     for i in range(2):  # the first pins the pool
         x, loss = forward(weight, i, layers=8)
-        store.forward_done(i, loss, leaves=True)
+        store.measure(i, loss)
+        store.capture(i, loss)
         torch.cuda.synchronize()
         torch.cuda._sleep(200_000_000)  # about 0.1 s of the computing stream
         begun = time.perf_counter()
@@ -122,7 +125,8 @@ def test_an_eviction_runs_beside_the_computation(store: ActivationStore, device:
     a = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
     for i in range(2):
         x, loss = forward(weight, i)
-        store.forward_done(i, loss, leaves=True)
+        store.measure(i, loss)
+        store.capture(i, loss)
         store.evict(i)
         for _ in range(40):
             a @ a
@@ -143,7 +147,8 @@ def test_memory_does_not_creep(store: ActivationStore, device: torch.device):
     reserved = []
     for i in range(40):
         x, loss = forward(weight, i)
-        store.forward_done(i, loss, leaves=True)
+        store.measure(i, loss)
+        store.capture(i, loss)
         store.evict(i)
         store.finish_evict(i)
         between = forward(weight, 1000 + i, layers=1 + i % 4)  # another amount each time
@@ -163,7 +168,8 @@ def test_keep_local_copies_but_drops_nothing(store: ActivationStore, device: tor
     weight = weights(device)
     expected = gradients(*forward(weight, 0), weight)
     x, loss = forward(weight, 0)
-    store.forward_done(0, loss, leaves=True)
+    store.measure(0, loss)
+    store.capture(0, loss)
     for _ in range(2):
         store.evict(0)
         store.finish_evict(0)
@@ -180,7 +186,8 @@ def test_a_profile_shows_copies_beside_kernels(
     weight = weights(device)
     a = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
     x, loss = forward(weight, 0)
-    store.forward_done(0, loss, leaves=True)
+    store.measure(0, loss)
+    store.capture(0, loss)
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
         store.evict(0)
         for _ in range(20):

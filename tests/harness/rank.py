@@ -76,27 +76,22 @@ def _probe_training(job: dict[str, Any]) -> None:
 
 def tamper_with_loads(job: dict[str, Any], byte: int) -> None:
     """Flip one bit of the first micro-batch that comes back (the control of the equality tests)."""
-    from megatron_bpipe.integration import install, session
-
-    class Tampering(session.Session):
-        pass
+    from megatron_bpipe.runtime.transport.one_sided import OneSidedTransport
 
     done = False
+    stock = OneSidedTransport.load
 
-    def flip(key: Any, pieces: list[torch.Tensor]) -> None:
+    def load(self: Any, key: Any, pieces: list[torch.Tensor]) -> Any:
         nonlocal done
+        transfer = stock(self, key, pieces)
         if not done:
+            transfer.wait()
             largest = max(pieces, key=torch.Tensor.numel)
             largest[byte] ^= 0x40
             done = True
+        return transfer
 
-    stock = session.Session.__init__
-
-    def init(self: Any, *positional: Any, **named: Any) -> None:
-        stock(self, *positional, **named)
-        self.inspect_loaded = flip
-
-    install.Session.__init__ = init  # type: ignore[method-assign]
+    OneSidedTransport.load = load  # type: ignore[method-assign]
 
 
 def allocator_agrees(job: dict[str, Any]) -> None:
@@ -276,3 +271,34 @@ def watch_memory(job: dict[str, Any]) -> None:
             path.write_text(json.dumps(rows))
 
     after_each_step(look)
+
+
+def odd_saved_tensors(job: dict[str, Any]) -> None:
+    """Let each layer save what no hook of ours may touch: a sparse tensor, and a checkpoint's."""
+    from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
+    from megatron.core.transformer.transformer_layer import TransformerLayer
+    from torch.utils.checkpoint import checkpoint
+
+    # it takes fp8=False for True, and then fails where Transformer Engine is not installed
+    begin = CheckpointWithoutOutput.__init__
+    CheckpointWithoutOutput.__init__ = lambda self, fp8=None: begin(self, None)
+    stock = TransformerLayer.forward
+
+    def forward(self: Any, *positional: Any, **named: Any) -> Any:
+        hidden, context = stock(self, *positional, **named)
+        hidden = checkpoint(lambda x: x + 0.1 * x.tanh(), hidden, use_reentrant=False)
+        return _SavesSparse.apply(hidden), context
+
+    TransformerLayer.forward = forward
+
+
+class _SavesSparse(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(torch.eye(8).to_sparse())
+        return x * 1
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        (eye,) = ctx.saved_tensors
+        return gradient * (eye.sum() / 8)

@@ -7,17 +7,21 @@ a tensor shared with others, a Parameter, and the stage's input.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_bpipe.runtime.activation import Activation, IllegalMoveError, ModifiedInPlaceError
+from megatron_bpipe.runtime.activation import Activation
+from megatron_bpipe.runtime.block import IllegalMoveError, ModifiedInPlaceError
 from megatron_bpipe.runtime.graph import Kept, nodes_below, roots_of, saved_storages
 from megatron_bpipe.runtime.store import ActivationStore
 from megatron_bpipe.runtime.transport import PoolRequest
+from megatron_bpipe.runtime.transport.base import NothingToMove
 from megatron_bpipe.runtime.transport.one_sided import OneSidedTransport
 from megatron_bpipe.runtime.transport.pair.rendezvous import PairRendezvous
 from megatron_bpipe.runtime.transport.shared_memory import (
@@ -108,7 +112,8 @@ def test_gradients_are_bitwise_equal_and_the_memory_is_really_gone(weight, ends)
     x, output = micro_batch(weight)
     watched = watch(output)
     full = live_bytes(watched)
-    store.forward_done(0, output, leaves=True)
+    store.measure(0, output)
+    store.capture(0, output)
     moved = store.evict(0)
     assert live_bytes(watched) == full  # in flight: still here
     store.finish_evict(0)
@@ -141,14 +146,23 @@ def test_one_flipped_byte_changes_the_gradients(weight, ends):
     store, _ = ends
     expected = gradients(*micro_batch(weight), weight)
 
-    def flip(microbatch, pieces):
+    x, output = micro_batch(weight)
+    store.measure(0, output)
+    store.capture(0, output)
+    store.evict(0)
+    store.finish_evict(0)
+    load = store.transport.load
+
+    def load_and_flip(key, pieces):
+        transfer = load(key, pieces)
+        transfer.wait()
         piece = max(pieces, key=torch.Tensor.numel)
         piece[piece.numel() // 2 + 2] ^= 0x40
+        return transfer
 
-    store.inspect = flip
-    x, output = micro_batch(weight)
-    store.forward_done(0, output, leaves=True)
-    there_and_back(store, 0)
+    store.transport.load = load_and_flip
+    store.load(0)
+    store.finish_load(0)
     actual = gradients(x, output, weight)
     assert not all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
@@ -160,7 +174,8 @@ def test_keep_local_copies_but_drops_nothing(weight, ends):
     x, output = micro_batch(weight)
     watched = watch(output)
     full = live_bytes(watched)
-    store.forward_done(0, output, leaves=True)
+    store.measure(0, output)
+    store.capture(0, output)
     store.evict(0)
     store.finish_evict(0)
     assert live_bytes(watched) == full
@@ -177,7 +192,8 @@ def test_several_micro_batches_of_unequal_size_share_the_pool(weight, ends):
     live = {}
     for i, rows in sizes.items():
         live[i] = micro_batch(weight, i, rows)
-        store.forward_done(i, live[i][1], leaves=True)
+        store.measure(i, live[i][1])
+        store.capture(i, live[i][1])
         store.evict(i)
         store.finish_evict(i)
     lent = acceptor_ends[0].pool_bytes
@@ -195,7 +211,8 @@ def test_a_micro_batch_can_leave_twice(weight, ends):
     store, _ = ends
     expected = gradients(*micro_batch(weight), weight)
     x, output = micro_batch(weight)
-    store.forward_done(0, output, leaves=True)
+    store.measure(0, output)
+    store.capture(0, output)
     there_and_back(store, 0)
     there_and_back(store, 0)
     actual = gradients(x, output, weight)
@@ -205,7 +222,8 @@ def test_a_micro_batch_can_leave_twice(weight, ends):
 def test_illegal_moves_are_named(weight, ends):
     store, _ = ends
     _, output = micro_batch(weight)
-    store.forward_done(3, output, leaves=True)
+    store.measure(3, output)
+    store.capture(3, output)
     with pytest.raises(IllegalMoveError, match="micro-batch 3 is resident and can only become"):
         store.load(3)
     store.evict(3)
@@ -217,7 +235,8 @@ def test_illegal_moves_are_named(weight, ends):
 def test_a_backward_before_the_load_is_refused(weight, ends):
     store, _ = ends
     _, output = micro_batch(weight)
-    store.forward_done(0, output, leaves=True)
+    store.measure(0, output)
+    store.capture(0, output)
     store.evict(0)
     store.finish_evict(0)
     with pytest.raises(IllegalMoveError, match="not in local memory"):
@@ -227,7 +246,8 @@ def test_a_backward_before_the_load_is_refused(weight, ends):
 def test_something_left_over_is_reported(weight, ends):
     store, _ = ends
     _, output = micro_batch(weight)
-    store.forward_done(0, output, leaves=True)
+    store.measure(0, output)
+    store.capture(0, output)
     store.evict(0)
     store.finish_evict(0)
     with pytest.raises(RuntimeError, match="0: 'remote'"):
@@ -235,18 +255,20 @@ def test_something_left_over_is_reported(weight, ends):
 
 
 @pytest.mark.parametrize("still_held", [True, False])
-def test_a_change_in_place_before_the_evict_is_caught(ends, still_held):
+def test_a_change_in_place_before_the_evict_is_caught_where_it_is_read(ends, still_held):
     store, _ = ends
     x = torch.randn(4, 4, requires_grad=True)
     h = x * 2
     output = h.exp().sum() + (h * h).sum()
-    store.forward_done(0, output, leaves=True)
+    store.measure(0, output)
+    store.capture(0, output)
     with torch.no_grad():
         h.add_(1)
     if not still_held:
         del h  # it would leave
+    there_and_back(store, 0)
     with pytest.raises(ModifiedInPlaceError, match="changed in place"):
-        store.evict(0)
+        output.backward()
 
 
 def test_a_change_in_place_after_the_evict_is_caught(ends):
@@ -254,7 +276,8 @@ def test_a_change_in_place_after_the_evict_is_caught(ends):
     x = torch.randn(4, 4, requires_grad=True)
     h = x * 2  # still held here: stays local, so it can be written to
     output = (h * h).sum()
-    store.forward_done(0, output, leaves=True)
+    store.measure(0, output)
+    store.capture(0, output)
     there_and_back(store, 0)
     with torch.no_grad():
         h.add_(1)
@@ -262,11 +285,68 @@ def test_a_change_in_place_after_the_evict_is_caught(ends):
         output.backward()
 
 
+class Calls(TorchDispatchMode):
+    """Counts the operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = Counter()
+
+    def __torch_dispatch__(self, function, types, positional=(), named=None):
+        self.count[function.overloadpacket.__name__] += 1
+        return function(*positional, **named or {})
+
+
+class Books:
+    """A transport that copies nothing, so that the store's own calls are counted."""
+
+    occupied_bytes = 0
+
+    def evict(self, key, pieces):
+        self.sizes = [piece.numel() for piece in pieces]
+        return NothingToMove()
+
+    def load(self, key, pieces):
+        assert [piece.numel() for piece in pieces] == self.sizes
+        return NothingToMove()
+
+    def release(self, key):
+        pass
+
+
+def test_calls_at_e_and_l_do_not_grow_with_the_number_of_storages():
+    """They run while a GPU has nothing else to do: its host has just waited for a message."""
+    small, large = 300, 3
+    store = ActivationStore(lambda size: Books())
+    h = torch.ones(100, requires_grad=True) + 0
+    for _ in range(small):
+        h = h.exp()
+    for _ in range(large):
+        h = h.repeat(3_000).sin().narrow(0, 0, 100)  # 1.2 MB each
+    output = h + 0
+    del h
+    store.measure(0, output)
+    store.capture(0, output)
+    with Calls() as calls:
+        moved = store.evict(0)
+        store.finish_evict(0)
+    assert moved == small * 400 + large * 1_200_000
+    assert calls.count == {}  # all was ready when the forward had been launched
+    with Calls() as calls:
+        store.load(0)
+        store.finish_load(0)
+    # one allocation and one cut for each large storage, and for the small ones together: with
+    # room for alignment they take 153,600 bytes, less than a sixteenth of the whole
+    assert calls.count == {"empty": large + 1, "split_with_sizes": large + 1}
+    store.consume(0)
+
+
 def test_nothing_stays_open(weight, ends):
     before = len(os.listdir("/proc/self/fd"))
     store, acceptor_ends = ends
     _, output = micro_batch(weight)
-    store.forward_done(0, output, leaves=True)
+    store.measure(0, output)
+    store.capture(0, output)
     store.evict(0)
     store.finish_evict(0)
     store.close()
@@ -292,14 +372,20 @@ def test_the_backward_lets_go_of_each_tensor_as_it_passes(ends):
     h = torch.ones(64, 64, requires_grad=True)
     for _ in range(8):
         h = h.exp()
-    store.forward_done(0, h, leaves=True)
+    store.measure(0, h)
+    store.capture(0, h)
+    watched = []
+
+    def watch_loaded(key, storages):
+        watched.extend((StorageWeakRef(one), one.nbytes()) for one in storages)
+
+    store.on_load = watch_loaded
     there_and_back(store, 0)
-    watched = watch(h)
     counts = []
     for node in nodes_below(roots_of(h)):
         node.register_hook(lambda *_: counts.append(live_bytes(watched)))
     h.sum().backward()
     assert counts == sorted(counts, reverse=True)
-    assert counts[0] == 8 * h.untyped_storage().nbytes()
+    assert counts[0] == 7 * h.untyped_storage().nbytes()  # the eighth is the output, held here
     assert counts[-1] <= h.untyped_storage().nbytes()
     store.consume(0)

@@ -62,7 +62,8 @@ def in_flight_together(
     outputs = []
     for key, x in zip(keys, inputs, strict=True):
         outputs.append(forward(x))
-        store.forward_done(key, outputs[-1], leaves=True)
+        store.measure(key, outputs[-1])
+        store.capture(key, outputs[-1])
         moved = store.evict(key)
         store.finish_evict(key)
         assert moved >= LEAST

@@ -78,6 +78,27 @@ def test_bitwise_equal_in_the_evictor_s_own_host_memory(megatron: Megatron) -> N
     assert last["peak_microbatches"] == before[3]["peak_microbatches"] == 1
 
 
+@pytest.mark.long
+def test_what_cannot_leave_trains_all_the_same(megatron: Megatron) -> None:
+    """A stage with nothing to evict, hooks of others, sparse tensors, a checkpoint's own leaves."""
+    layout = ["--pipeline-model-parallel-layout", "E|t|t|t|t|L"]
+    recompute = ["--recompute-granularity", "selective", "--recompute-modules", "layernorm"]
+    flags = [*gpt(6, 8, 4), *layout, *recompute]
+    hooks = [{"call": "tests.harness.rank:odd_saved_tensors", "with": {}}]
+    stock = megatron.train(flags, world=6, steps=3, hooks=hooks)
+    bpipe = megatron.train([*flags, "--bpipe"], world=6, steps=3, hooks=hooks)
+    assert difference(stock, bpipe) is None
+    embedding, first, *_ = bpipe.memory["stages"]
+    assert embedding["evicted_bytes"] == 0
+    assert first["evicted_bytes"] == first["loaded_bytes"] > 0
+    assert first["peak_microbatches"] <= bpipe.memory["budget"]
+    forward = first["forward"]
+    assert forward["unread_slots"] > 0
+    assert forward["kept_bytes"]["not plain bytes"] > 0
+    # of the leaves only the stage's own input stays: 64 tokens, 2 sequences, 64 hidden, fp32
+    assert forward["kept_bytes"]["stage input"] == 64 * 2 * 64 * 4
+
+
 def test_keep_local_is_equal_too(megatron: Megatron) -> None:
     stock = megatron.train(gpt(4))
     kept = megatron.train([*gpt(4), "--bpipe", "--bpipe-keep-local"])

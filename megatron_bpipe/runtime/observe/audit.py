@@ -14,9 +14,12 @@ from typing import Any
 
 import torch
 
-from megatron_bpipe.runtime.graph import Kept, roots_of, saved_storages
+from megatron_bpipe.runtime.graph import Kept, roots_of, saved_graph
+from megatron_bpipe.runtime.torch_internals import storage_id
 
 LARGEST_SITES = 8
+# kept, but allocated by the forward all the same, unless an earlier micro-batch had it too
+OF_THE_FORWARD = (Kept.SHARED, Kept.SPECIAL, Kept.HOOKED, Kept.CHANGED)
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,11 @@ class Site:
 
 @dataclass(frozen=True)
 class Audit:
-    """One micro-batch's forward on one stage; all in bytes."""
+    """One micro-batch's forward on one stage; in bytes but for the last.
+
+    ``unread_slots`` are saved tensors that somebody's hooks hold in a form of their own
+    (non-reentrant checkpoints, offloading): left alone, so their bytes are unknown.
+    """
 
     microbatch: int
     allocated_bytes: int | None
@@ -41,6 +48,7 @@ class Audit:
     output_bytes: int
     not_captured_bytes: int | None
     kept_sites: tuple[Site, ...]
+    unread_slots: int
 
     def document(self) -> dict[str, Any]:
         """As it stands in ``memory.json``."""
@@ -60,19 +68,20 @@ def audit_forward(
         microbatch: its number.
         output: what the stage returned.
         allocated: what the allocator gave out during this forward and has not got back.
-        parameters: ``_cdata`` of the model's own storages.
-        known: ``_cdata`` of storages that earlier micro-batches saved too.
+        parameters: `storage_id` of the model's own storages.
+        known: `storage_id` of storages that earlier micro-batches saved too.
     """
     evictable = new = 0
     kept = dict.fromkeys((why.value for why in Kept), 0)
     sites = []
-    for entry in saved_storages(roots_of(output), parameters):
+    graph = saved_graph(roots_of(output), parameters)
+    for entry in graph.storages:
         size = entry.storage.nbytes()
         if entry.kept is None:
             evictable += size
             continue
         kept[entry.kept.value] += size
-        if entry.kept in (Kept.SHARED, Kept.SPECIAL) and entry.storage._cdata not in known:
+        if entry.kept in OF_THE_FORWARD and storage_id(entry.storage) not in known:
             new += size
         dtype = str(entry.dtype).removeprefix("torch.")
         sites.append(Site(entry.node, entry.shape, dtype, size, entry.kept.value))
@@ -80,4 +89,5 @@ def audit_forward(
     sent = sum(t.untyped_storage().nbytes() for t in outputs if isinstance(t, torch.Tensor))
     missed = None if allocated is None else max(0, allocated - evictable - new - sent)
     largest = sorted(sites, key=lambda site: -site.bytes)[:LARGEST_SITES]
-    return Audit(microbatch, allocated, evictable, kept, sent, missed, tuple(largest))
+    unread = graph.unread_slots
+    return Audit(microbatch, allocated, evictable, kept, sent, missed, tuple(largest), unread)

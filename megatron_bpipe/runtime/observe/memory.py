@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from megatron_bpipe.runtime.graph import roots_of, saved_tensors
+from megatron_bpipe.runtime.graph import memory_of, roots_of, saved_tensors
+from megatron_bpipe.runtime.torch_internals import storage_behind, storage_id
 from megatron_bpipe.schedule.ops import ActivationKey
 
 _MALLINFO2_FIELDS = (
@@ -75,7 +76,7 @@ def static_bytes(device_type: str) -> int:
         if type(thing) in (torch.Tensor, torch.nn.Parameter) and thing.device.type == device_type:
             storage = thing.untyped_storage()
             if storage.resizable():
-                storages[storage._cdata] = storage.nbytes()
+                storages[storage_id(storage)] = storage.nbytes()
     return sum(storages.values())
 
 
@@ -89,7 +90,6 @@ def device_bytes() -> int | None:
 @dataclass(slots=True)
 class _Tracked:
     reference: StorageWeakRef
-    size: int
     key: ActivationKey
 
 
@@ -98,63 +98,72 @@ class LiveActivations:
     """Weak references to everything autograd saved, so that nothing here keeps it alive.
 
     A storage that several micro-batches save (a mask, a rotary table) is counted once, with the
-    first of them.
+    first of them. One that outlives the iteration (a quantised weight's cache) is no activation:
+    it is known from then on and not counted again.
     """
 
     _tracked: dict[int, _Tracked] = field(default_factory=dict)
     _totals: dict[ActivationKey, int] = field(default_factory=dict)
+    _lasting: dict[int, StorageWeakRef] = field(default_factory=dict)
 
     def track_graph(self, key: ActivationKey, output: object, excluded: Collection[int]) -> None:
         """Track what the finished graph of ``output`` saved.
 
-        ``excluded`` are ``_cdata`` of storages that are no activations: parameters, buffers.
+        ``excluded`` are `storage_id` of storages that are no activations: parameters, buffers.
         """
         storages = []
         for saved in saved_tensors(roots_of(output)):
-            storage = saved.tensor.untyped_storage()
-            if storage._cdata not in excluded:
-                storages.append(storage)
+            storages += [one for one in memory_of(saved) if storage_id(one) not in excluded]
         self._totals[key] = self.track(key, storages)
 
     def track(self, key: ActivationKey, storages: Iterable[torch.UntypedStorage]) -> int:
         """Track ``storages`` as those of ``key``; returns the bytes new to the books."""
         new = 0
         for storage in storages:
-            known = self._tracked.get(storage._cdata)
+            number = storage_id(storage)
+            lasting = self._lasting.get(number)
+            if lasting is not None and not lasting.expired():
+                continue
+            known = self._tracked.get(number)
             if known is None or known.reference.expired():
-                size = storage.nbytes()
-                self._tracked[storage._cdata] = _Tracked(StorageWeakRef(storage), size, key)
-                new += size
+                self._tracked[number] = _Tracked(StorageWeakRef(storage), key)
+                new += storage.nbytes()
         return new
 
     def sample(self) -> tuple[int, int]:
         """Live bytes, and how many micro-batches have at least half of their bytes alive."""
         alive: dict[ActivationKey, int] = {}
-        for key, entry in list(self._tracked.items()):
-            if entry.reference.expired():
-                del self._tracked[key]
-            else:
-                alive[entry.key] = alive.get(entry.key, 0) + entry.size
-        present = sum(2 * size >= self._totals[i] for i, size in alive.items())
+        for number, entry in list(self._tracked.items()):
+            storage = storage_behind(entry.reference)
+            if storage is None:
+                del self._tracked[number]
+            else:  # what was emptied in place has no bytes now
+                alive[entry.key] = alive.get(entry.key, 0) + storage.nbytes()
+        present = sum(2 * size >= self._totals[i] for i, size in alive.items() if size)
         return sum(alive.values()), present
 
     def known(self) -> Collection[int]:
-        """``_cdata`` of all storages in the books."""
-        return self._tracked.keys()
+        """`storage_id` of all storages in the books."""
+        return self._tracked.keys() | self._lasting.keys()
 
     def clear(self) -> None:
-        """Forget everything (the next iteration begins)."""
+        """The next iteration begins: whatever is still alive outlives its micro-batch."""
+        for number, entry in self._tracked.items():
+            if not entry.reference.expired():
+                self._lasting[number] = entry.reference
+        for number in [n for n, reference in self._lasting.items() if reference.expired()]:
+            del self._lasting[number]
         self._tracked.clear()
         self._totals.clear()
 
 
 def storage_ids(module: torch.nn.Module) -> set[int]:
-    """``_cdata`` of all storages that hold parameters, their gradients and buffers."""
+    """`storage_id` of all storages that hold parameters, their gradients and buffers."""
     found = set()
     for parameter in module.parameters():
         for tensor in (parameter, parameter.grad, getattr(parameter, "main_grad", None)):
             if tensor is not None:
-                found.add(tensor.untyped_storage()._cdata)
+                found.add(storage_id(tensor.untyped_storage()))
     for _, buffer in module.named_buffers():
-        found.add(buffer.untyped_storage()._cdata)
+        found.add(storage_id(buffer.untyped_storage()))
     return found

@@ -33,8 +33,9 @@ KEPT = 1000  # iterations whose times and losses are kept
 class Peaks:
     """Highest values seen at any op boundary of any training iteration.
 
-    ``allocator_bytes`` is above the level at the start of the iteration, and leaves the first one
-    out as soon as there is another: libraries allocate workspaces then that stay (cuBLAS).
+    They leave the first iteration out as soon as there is another: libraries allocate workspaces
+    then that stay (cuBLAS), and caches that outlive it (of quantised weights, rotary tables) cannot
+    be told from activations yet. ``allocator_bytes`` is above the level at the iteration's start.
     """
 
     activation_bytes: int = 0
@@ -88,7 +89,7 @@ class Recorder:
         """
         self._chunks = chunks
         if len(self.iterations) == 1:
-            self.peaks.allocator_bytes = None
+            self.peaks = Peaks()
         self._live.clear()
         self._excluded = excluded
         self._transfers.clear()

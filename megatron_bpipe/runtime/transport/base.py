@@ -6,6 +6,7 @@ the memory. One-sided transports need nothing of the acceptor after the pool is 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -61,8 +62,24 @@ class TransferHandle(Protocol):
         """Seconds that the computation stood still in `wait`; to be read like `span`."""
 
 
+class NothingToMove:
+    """The transfer of a micro-batch of which nothing can leave: over before it begins.
+
+    See `TransferHandle`.
+    """
+
+    exposed = 0.0
+
+    def __init__(self) -> None:
+        now = time.perf_counter()
+        self.span = now, now
+
+    def wait(self) -> None:
+        """Nothing is under way."""
+
+
 class Transport(Protocol):
-    """The evictor's end."""
+    """The evictor's end. A micro-batch may have no pieces: nothing leaves, 0 bytes move."""
 
     def evict(self, key: ActivationKey, pieces: Sequence[torch.Tensor]) -> TransferHandle:
         """Start to copy ``pieces`` (flat uint8 tensors) out."""

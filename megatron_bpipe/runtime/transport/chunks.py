@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from megatron_bpipe.runtime.activation import padded
+from megatron_bpipe.runtime.block import padded
 
 Placed = tuple[torch.Tensor, int]  # a flat uint8 tensor and where it begins
 

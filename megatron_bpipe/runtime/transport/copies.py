@@ -7,6 +7,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+from megatron_bpipe.runtime.torch_internals import copy_all
 from megatron_bpipe.runtime.transport.base import TransferHandle
 from megatron_bpipe.runtime.transport.worker import Job, Worker
 
@@ -49,7 +50,7 @@ class ThreadCopies:
             # one call for a whole micro-batch lets the interpreter lock go once, so the main
             # thread keeps computing; a copy a storage would ask for the lock dozens of times
             if here:
-                torch._foreach_copy_(*((there, here) if out else (here, there)))
+                copy_all(*((there, here) if out else (here, there)))
 
         return self._worker.start(label, copy)
 

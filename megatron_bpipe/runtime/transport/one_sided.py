@@ -14,8 +14,8 @@ from typing import Protocol
 
 import torch
 
-from megatron_bpipe.runtime.activation import ALIGNMENT, padded
-from megatron_bpipe.runtime.transport.base import TransferHandle
+from megatron_bpipe.runtime.block import ALIGNMENT, padded
+from megatron_bpipe.runtime.transport.base import NothingToMove, TransferHandle
 from megatron_bpipe.runtime.transport.copies import Copies, Part
 from megatron_bpipe.runtime.transport.pool_allocator import Extent, PoolAllocator
 from megatron_bpipe.schedule.ops import ActivationKey
@@ -67,6 +67,8 @@ class OneSidedTransport:
             TransportError: whoever lends the pool is gone, or there is no memory for more.
         """
         self._memory.check()
+        if not pieces:
+            return NothingToMove()
         extents = self._take(key, sum(padded(p.numel()) for p in pieces))
         self._spilled += sum(extent.size for extent in extents if extent.segment > 0)
         parts = self._parts(extents, pieces)
@@ -74,6 +76,8 @@ class OneSidedTransport:
 
     def load(self, key: ActivationKey, pieces: Sequence[torch.Tensor]) -> TransferHandle:
         """See `Transport`."""
+        if not pieces:
+            return NothingToMove()
         parts = self._parts(self._pool.taken[key], pieces)
         return self._copies.start(f"L{key} from {self.pair}", parts, out=False)
 
@@ -82,7 +86,8 @@ class OneSidedTransport:
 
         Whoever gets this room next is copied after this load: copies keep their order.
         """
-        self._pool.give_back(key)
+        if key in self._pool.taken:
+            self._pool.give_back(key)
 
     @property
     def occupied_bytes(self) -> int:

@@ -220,7 +220,8 @@ def test_what_is_freed_may_be_overwritten_at_once(store: ActivationStore) -> Non
     expected = {i: gradients(*micro_batch(weight, i, rows=64), weight) for i in range(3)}
     for i in range(3):
         x, output = micro_batch(weight, i, rows=64)
-        store.forward_done(i, output, leaves=True)
+        store.measure(i, output)
+        store.capture(i, output)
         moved = store.evict(i)
         store.finish_evict(i)
         garbage = [torch.full((n,), float("nan")) for n in (6144, 8192, 24576, 32768) * 4]
@@ -243,7 +244,8 @@ def test_a_load_that_is_not_waited_for_would_be_seen(
     weight = torch.nn.Parameter(torch.ones(12, 4))
     expected = gradients(*micro_batch(weight), weight)
     x, output = micro_batch(weight)
-    store.forward_done(0, output, leaves=True)
+    store.measure(0, output)
+    store.capture(0, output)
     store.evict(0)
     store.finish_evict(0)
     abandoned: list[StreamTransferHandle] = []  # they keep the memory that is copied to

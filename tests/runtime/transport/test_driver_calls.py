@@ -73,7 +73,8 @@ def test_a_whole_op_of_the_store(release: int) -> None:
             hidden = torch.nn.functional.gelu(hidden @ weight)
         output = hidden.sum()
         store = ActivationStore(pinned_host)
-        store.forward_done(KEY, output, leaves=True)
+        store.measure(KEY, output)
+        store.capture(KEY, output)
         counted[layers] = [
             calls_of(lambda op=op: op(KEY))[0]
             for op in (store.evict, store.finish_evict, store.load, store.finish_load)

@@ -132,6 +132,22 @@ def test_bytes_come_back_as_they_left(open_pair: Callable[[int], Ends]) -> None:
     ends.acceptor.finish()
 
 
+def test_a_micro_batch_with_nothing_to_move(open_pair: Callable[[int], Ends]) -> None:
+    """As the first, which says how large the pool is, and between others."""
+    ends = open_pair(0)
+    out = pieces(0, 100)
+    back = [torch.zeros_like(out[0])]
+    ends.evict(0, [])
+    ends.evict(1, out)
+    ends.evict(2, [])
+    for i in (2, 0):
+        ends.load(i, [])
+    ends.load(1, back)
+    assert torch.equal(back[0], out[0])
+    assert ends.evictor.occupied_bytes == 0
+    ends.acceptor.finish()
+
+
 def test_any_order_and_room_is_used_again(open_pair: Callable[[int], Ends]) -> None:
     ends = open_pair(2 * 4 * MIB)
     expected = {i: pieces(i, MIB, 3 * MIB) for i in range(12)}

@@ -18,6 +18,7 @@ import json
 
 import torch
 
+from megatron_bpipe.runtime.torch_internals import storage_at
 from megatron_bpipe.runtime.transport.base import PoolRequest, TransportError
 from megatron_bpipe.runtime.transport.copies import Part
 from megatron_bpipe.runtime.transport.cuda import driver
@@ -166,8 +167,7 @@ def allocate(size: int, device: torch.device, pair: str) -> int:
 
 def tensor_at(address: int, size: int, device: torch.device) -> torch.Tensor:
     """A flat uint8 tensor on memory that is not torch's; it does not own it."""
-    construct = torch._C._construct_storage_from_data_pointer
-    storage = construct(address, device, size)
+    storage = storage_at(address, size, device)
     return torch.empty(0, dtype=torch.uint8, device=device).set_(storage, 0, (size,), (1,))
 
 

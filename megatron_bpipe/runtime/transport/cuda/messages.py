@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 
-from megatron_bpipe.runtime.activation import padded
+from megatron_bpipe.runtime.block import padded
+from megatron_bpipe.runtime.torch_internals import leave
 from megatron_bpipe.runtime.transport.base import PoolRequest, TransportError
 from megatron_bpipe.runtime.transport.chunks import Placed, chunks, divide, overlaps
 from megatron_bpipe.runtime.transport.copies import Part
@@ -140,7 +141,7 @@ class NcclTransport:
     def close(self) -> None:
         """See `Transport`; leaves the group, which torch does not know of."""
         self._spill.close()  # waits for the stream
-        _leave(self._group)
+        leave(self._group)
 
 
 class NcclAcceptor:
@@ -210,7 +211,7 @@ class NcclAcceptor:
             self._wait_for(index)
         self._stream.synchronize()
         self._slots.clear()
-        _leave(self._group)
+        leave(self._group)
 
     def _add_slot(self) -> None:
         try:
@@ -242,8 +243,3 @@ def _wait(request: Any) -> None:
     """Make the current stream wait for a message."""
     if request is not None:
         request.wait()
-
-
-def _leave(group: Any) -> None:
-    leave = getattr(group, "shutdown", None) or group._shutdown  # its name before torch 2.7
-    leave()
