@@ -12,6 +12,7 @@ from megatron_bpipe.integration.checks.probe import missing, release
 from megatron_bpipe.integration.checks.schedule import check_schedule
 from megatron_bpipe.integration.log import abort, log_rank0
 from megatron_bpipe.integration.options import TRANSPORTS, Options
+from megatron_bpipe.runtime.torch_internals import probe
 from megatron_bpipe.runtime.transport.pair.catalogue import AUTO, spec_named
 from megatron_bpipe.runtime.transport.pair.links import one_machine
 
@@ -45,6 +46,7 @@ def check_arguments(args: Any, options: Options) -> str | None:
             + ", ".join(TRANSPORTS)
         )
     _check_transport(options.transport)
+    check_torch()
     check_megatron()
     _check_data_paths(args)
     for flag, given, remedy in incompatible_flags(args):
@@ -65,6 +67,20 @@ def _check_transport(transport: str) -> None:
     why = spec_named(transport).obstacle(here) if transport != AUTO else ""
     if why:
         abort(f"--bpipe-transport {transport} cannot be used here: {why}")
+
+
+def check_torch() -> None:
+    """Look at what the torch at hand does where it has no public name for what is needed.
+
+    Raises:
+        Abort: something is missing; rank 0 has named it.
+    """
+    lacking = probe()
+    if lacking:
+        abort(
+            f"--bpipe cannot work with torch {torch.__version__}: {lacking[0]} is not so; use a "
+            "release that was tried (python -m megatron_bpipe doctor lists all)"
+        )
 
 
 def check_megatron() -> None:

@@ -19,6 +19,7 @@ from megatron_bpipe.integration.checks.driver import why_unusable
 from megatron_bpipe.integration.checks.hook_points import HOOK_POINTS, Feature
 from megatron_bpipe.integration.checks.probe import missing
 from megatron_bpipe.integration.checks.versions import megatron_version
+from megatron_bpipe.runtime.torch_internals import probe
 from megatron_bpipe.runtime.transport.node_memory import available_bytes
 from megatron_bpipe.runtime.transport.pair.catalogue import SPECS
 from megatron_bpipe.runtime.transport.pair.links import Link, one_machine
@@ -50,7 +51,8 @@ def examine(progress: Callable[[str], None] = lambda _: None) -> list[Finding]:
 
     ``progress`` is told what comes next.
     """
-    findings = [Finding("megatron_bpipe", __version__), _python(), _torch(), _device()]
+    findings = [Finding("megatron_bpipe", __version__), _python(), _torch(), _torch_internals()]
+    findings.append(_device())
     progress("Megatron, which takes up to a minute to import")
     findings += _megatron()
     progress("links and transports")
@@ -84,9 +86,14 @@ def _python() -> Finding:
 
 
 def _torch() -> Finding:
-    good = hasattr(torch._C, "_storage_Use_Count")
-    remedy = "upgrade torch: its storages cannot tell how many hold them"
-    return Finding("torch", torch.__version__, good, remedy=remedy)
+    return Finding("torch", torch.__version__)
+
+
+def _torch_internals() -> Finding:
+    lacking = probe()
+    found = "; ".join(lacking) or "all that is used is there and does what it must"
+    remedy = "use a torch release that was tried: this one lacks what is listed"
+    return Finding("torch internals", found, not lacking, remedy=remedy)
 
 
 def _device() -> Finding:
