@@ -158,8 +158,9 @@ def processes() -> dict[int, str]:
             continue
         try:
             name = (entry / "comm").read_text().strip()
+            state = (entry / "stat").read_text().rsplit(")", 1)[1].split()[0]
         except OSError:
             continue
-        if name not in DAEMONS:
+        if name not in DAEMONS and state != "Z":  # over, and nobody here to wait for it
             found[int(entry.name)] = name
     return found

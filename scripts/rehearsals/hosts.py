@@ -173,7 +173,7 @@ def placements(checks: Checks, pair: Pair, flags: list[str], expected: list[obje
     checks.add("auto: pairs across hosts", moved, "2 of 2, placed 0 of 2" if moved else "?")
     check(checks, "Megatron's order", pair.train([*flags, *MEGATRON]), expected, "p2p")
     refused = pair.train([*flags, *MEGATRON, "--bpipe-transport", "shm"])
-    reason = r"bpipe: [^\n]*--bpipe-transport[^\n]*shm[^\n]*"
+    reason = r"bpipe: --bpipe-transport shm needs [^\n]*"
     said = re.findall(reason, refused.log)
     checks.add("shm across hosts: refused", 0 not in refused.statuses, refused.statuses)
     trained = re.search(r"iteration +1/", refused.log) is not None

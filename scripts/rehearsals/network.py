@@ -28,6 +28,7 @@ class Host:
         self.name, self.address = name, f"10.9.8.{number}"
         names = folder / f"hosts-{number}"
         names.write_text(f"127.0.0.1 localhost\n{self.address} {name}\n")
+        Path(f"{names}.ready").unlink(missing_ok=True)  # of a host before this one
         start = (
             f"hostname {name} && mount --make-rprivate / && ip link set lo up"
             " && mount -t tmpfs tmpfs /dev/shm && mount -t tmpfs tmpfs /tmp"
