@@ -222,7 +222,9 @@ def _activate(options: Options) -> None:
             @functools.wraps(initialize)
             def initialize_and_verify(*positional: Any, **named: Any) -> Any:
                 result = initialize(*positional, **named)
-                current.verify_placement(parallel_state.get_pipeline_model_parallel_rank())
+                group = parallel_state.get_pipeline_model_parallel_group()
+                pipeline = torch.distributed.get_process_group_ranks(group)
+                current.verify_placement(pipeline, torch.distributed.get_rank(group))
                 return result
 
             return initialize_and_verify

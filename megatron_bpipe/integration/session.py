@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_bpipe.integration.checks.forced_transport import check_forced_transport
 from megatron_bpipe.integration.checks.versions import package_versions
 from megatron_bpipe.integration.log import log_rank, log_rank0
 from megatron_bpipe.integration.options import Options
@@ -110,13 +111,17 @@ class Session:
             self.pools = StagePools(self.options, self._group)
         self.pools.begin(plan, self._closing, self.recorder, flops, sizes_vary)
 
-    def verify_placement(self, stage: int) -> None:
-        """Check on all ranks that each runs where its placement says; rank 0 shows the table."""
+    def verify_placement(self, pipeline: Sequence[int], stage: int) -> None:
+        """Check on all ranks that each runs where its placement says; rank 0 shows the table.
+
+        ``pipeline`` are the global ranks of this rank's pipeline, ``stage`` is its place there.
+        """
         if self.ranks is not None:
             identify(f"rank {self.ranks.logical}, stage {stage}")
             shown = verify(self.ranks, stage=stage)
             if self.ranks.moves_ranks:
                 log_rank0(f"ranks placed so that pairs share a node\n{shown}")
+        check_forced_transport(self.options.transport, pipeline, stage)
 
     @property
     def store(self) -> ActivationStore | None:
