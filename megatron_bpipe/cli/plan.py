@@ -28,7 +28,7 @@ from megatron_bpipe.planner.inputs.hugging_face import read_config
 from megatron_bpipe.planner.inputs.sources import from_layer_model, from_profile, from_table_5
 from megatron_bpipe.planner.measured import read_report
 from megatron_bpipe.planner.output import show_measured
-from megatron_bpipe.planner.output.advice import advice, gain_of_bpipe
+from megatron_bpipe.planner.output.advice import BALANCED, advice, gain_of_bpipe
 from megatron_bpipe.planner.output.command import command_text
 from megatron_bpipe.planner.output.megatron_flags import model_flags
 from megatron_bpipe.planner.output.show import (
@@ -252,7 +252,7 @@ def _chosen(task: _Task, found: Found) -> Plan | None:
     fixed = task.asked.fixed
     if not fixed.bpipe:
         return found.best_of()
-    return found.best_of("host offload" if fixed.transport == "host" else "BPipe")
+    return found.best_of(*(("host offload",) if fixed.transport == "host" else BALANCED))
 
 
 def _outside(task: _Task, plan: Plan | None) -> tuple[str, ...]:

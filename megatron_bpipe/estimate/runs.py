@@ -74,8 +74,9 @@ class Layout:
 class Run:
     """One training run; batches count sequences.
 
-    At most one of ``bpipe``, ``host`` (the same evictions, to the host's memory) and ``chunks``
-    above 1 (interleaved 1F1B) is on.  ``budget`` is that of the first two, None BPipe's.
+    At most one of ``bpipe`` and ``host`` (the same evictions, to the host's memory) is on; of the
+    two only ``bpipe`` goes with ``chunks`` above 1 (interleaved 1F1B).  ``budget`` is that of both
+    in micro-batches of a whole stage, None BPipe's, with chunks the least.
     ``partition`` has the layers of each stage; empty: the same on all.  With chunks it has those of
     each chunk in the order that a micro-batch meets them, stage x's c-th at c p + x.
     ``recompute`` replaces what ``attention`` says of recomputation; ``unfused`` is for "full"
@@ -144,10 +145,12 @@ class Run:
 
     def _check_schedule(self) -> None:
         layers, p = self.model.layers, self.layout.pp
-        if self.chunks < 1 or self.bpipe + self.host + (self.chunks > 1) > 1:
+        if self.chunks < 1:
+            raise EstimateError(f"chunks is {self.chunks}: give at least 1")
+        if self.host and (self.bpipe or self.chunks > 1):
             raise EstimateError(
-                f"bpipe {self.bpipe}, host {self.host} and {self.chunks} chunks: use one of BPipe, "
-                "host offload and interleaving (2 chunks or more)"
+                f"bpipe {self.bpipe}, host {self.host} and {self.chunks} chunks: host offload goes "
+                "neither with BPipe nor with interleaving (2 chunks or more)"
             )
         parts = p * self.chunks
         if self.partition:

@@ -1,9 +1,9 @@
 """What there is to choose from: parallel sizes, micro-batch, attention, and ways to run each.
 
 A *shape* is t, p, d, the micro-batch and the attention method; a *way* is how its pipeline runs
-(``WAYS``): 1F1B (layers dealt out evenly, or balanced), interleaved, BPipe with a budget, or
-evictions to the host.  The last two only cost time, so they are looked at where plain 1F1B does not
-surely fit, or where the user asks for them.
+(``WAYS``): 1F1B (layers dealt out evenly, or balanced), interleaved, each with BPipe and a budget,
+or evictions to the host.  Evictions only cost time, so they are looked at where the same without
+them does not surely fit, or where the user asks for them.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from megatron_bpipe.estimate.errors import EstimateError
 from megatron_bpipe.estimate.memory.stages import BORDERLINE, GIB, memory_by_stage
 from megatron_bpipe.estimate.models import Model
 from megatron_bpipe.estimate.runs import Attention, Layout, Run
+from megatron_bpipe.estimate.time.scheduled import budgets_of
 from megatron_bpipe.planner.evaluate import Candidate, Memory, Predictor, memory_of, place
 from megatron_bpipe.planner.inputs.cluster import Cluster
 from megatron_bpipe.planner.inputs.flags import Fixed
@@ -167,10 +168,38 @@ def _host(shape: Shape) -> Iterator[Run]:
     return _evicting(shape, "host")
 
 
+def _interleaved_bpipe(shape: Shape) -> Iterator[Run]:
+    """Interleaved with BPipe: each budget from the largest that saves something to the least."""
+    fixed = shape.question.fixed
+    if fixed.transport == "host":
+        return
+    for run in _interleaved(shape):
+        if not fixed.bpipe and _surely_fits(run, shape):
+            continue
+        try:
+            budgets = budgets_of(run)
+        except EstimateError:  # no schedule of these sizes, as ``_interleaved`` has said
+            continue
+        if fixed.budget is not None:
+            budgets = (fixed.budget,)
+        elif not fixed.bpipe:
+            budgets = budgets[1:]  # the first evicts nothing
+        for budget in budgets:
+            yield replace(run, bpipe=True, budget=budget)
+
+
+def _surely_fits(run: Run, shape: Shape) -> bool:
+    try:
+        return memory_of(replace(shape.base, run=run), shape.predictor).fits == "yes"
+    except EstimateError:
+        return False
+
+
 WAYS: dict[str, Callable[[Shape], Iterator[Run]]] = {
     "1F1B": _plain,
     "interleaved": _interleaved,
     "BPipe": _bpipe,
+    "interleaved BPipe": _interleaved_bpipe,
     "host offload": _host,
 }
 """Every way by its name (``way_of``)."""
@@ -179,7 +208,7 @@ WAYS: dict[str, Callable[[Shape], Iterator[Run]]] = {
 def way_of(run: Run) -> str:
     """The name of the way that a run has among ``WAYS``."""
     if run.bpipe:
-        return "BPipe"
+        return "interleaved BPipe" if run.chunks > 1 else "BPipe"
     if run.host:
         return "host offload"
     return "interleaved" if run.chunks > 1 else "1F1B"
@@ -256,9 +285,9 @@ def _tried(
     runs: Iterator[Run], shape: Shape, refused: Refused
 ) -> Iterator[tuple[Candidate, Memory]]:
     """Those that a schedule exists for; of a partition's budgets only the largest that fits."""
-    done: set[tuple[bool, tuple[int, ...]]] = set()
+    done: set[tuple[bool, int, tuple[int, ...]]] = set()
     for run in runs:
-        if run.evicts and (run.host, run.partition) in done:
+        if run.evicts and (run.host, run.chunks, run.partition) in done:
             continue
         try:
             candidate = place(run, shape.base.cluster, shape.predictor)
@@ -268,7 +297,7 @@ def _tried(
             continue
         yield candidate, memory
         if memory.fits == "yes" and run.evicts:
-            done.add((run.host, run.partition))
+            done.add((run.host, run.chunks, run.partition))
 
 
 def _with(run: Run, partition: tuple[int, ...]) -> Run:
@@ -303,8 +332,8 @@ def _run(question: Question, layout: Layout, b: int, attention: Attention) -> Ru
     partition: tuple[int, ...] = ()
     if fixed.layers.words:
         chunks, partition = fixed.layers.on(p, layers)
-        if fixed.bpipe and chunks > 1:
-            raise EstimateError("interleaving together with --bpipe is not known to the planner")
+        if fixed.transport == "host" and chunks > 1:
+            raise EstimateError("interleaving does not go with --bpipe-transport host")
     elif layers % p:
         if not question.uneven:
             raise EstimateError(f"{layers} layers on {p} stages: uneven")

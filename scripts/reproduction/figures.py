@@ -26,8 +26,8 @@ def draw_schedules(path: Path) -> None:
     write_figure(Picture(tuple(panels), "micro-batches", ""), path)
 
 
-MARKS = "osDv^PX"
-COLORS = ("#3f7fbf", "#c2307f", "#6aa56a", "#e39a3b", "#7a6bb5", "#8a5a44", "#66717f")
+MARKS = "osDhv^PX"
+COLORS = ("#3f7fbf", "#c2307f", "#6aa56a", "#1d6b4f", "#e39a3b", "#7a6bb5", "#8a5a44", "#66717f")
 
 
 def draw_pareto(path: Path) -> None:
@@ -42,7 +42,7 @@ def draw_pareto(path: Path) -> None:
         _pareto_panel(axis, model, points(model, published_constants()))
     axes[0].set_ylabel("MFU [%]")
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=8, frameon=False, fontsize=9)
+    figure.legend(handles, labels, loc="outside lower center", ncols=9, frameon=False, fontsize=9)
     figure.savefig(path, dpi=150)
 
 

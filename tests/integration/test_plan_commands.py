@@ -48,6 +48,7 @@ RUNS = {
     "uneven": replace(RUN, partition=(3, 4, 4, 4, 4, 4, 5, 4)),
     "BPipe": replace(RUN, bpipe=True),
     "BPipe, budget": replace(RUN, bpipe=True, budget=6, partition=(3, 4, 4, 4, 4, 4, 5, 4)),
+    "interleaved BPipe": replace(RUN, bpipe=True, chunks=2, budget=9.5),
     "host offload": replace(RUN, host=True, budget=6),
     "replicas": replace(
         RUN, layout=Layout(tp=2, pp=4, dp=4, sequence_parallel=True), distributed_optimizer=True

@@ -74,6 +74,8 @@ VARIANTS = [
     replace(RUN, host=True),
     replace(RUN, chunks=2),
     replace(RUN, chunks=5),
+    replace(RUN, chunks=2, bpipe=True, budget=9.5),
+    replace(RUN, chunks=5, bpipe=True),
     replace(RUN, layout=Layout(tp=4, pp=5, dp=1)),
 ]
 

@@ -169,7 +169,7 @@ def _stage_memory(
         state.gradients * parameters.total + _placeholders(run, stage, kernels),
         round(state.optimizer * optimizer),
         held[stage][0] * (each[stage] // run.chunks),
-        0 if other is None else held[other][1] * each[other],
+        0 if other is None else held[other][1] * (each[other] // run.chunks),
     )
 
 

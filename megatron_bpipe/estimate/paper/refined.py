@@ -99,7 +99,9 @@ def bytes_moved(run: Run, kernels: Kernels = FUSED) -> int:
     if not run.bpipe:
         return 0
     return max(
-        2 * sum(op.kind is Kind.EVICT for op in line) * micro_batch_bytes(run, stage, kernels)
+        2
+        * sum(op.kind is Kind.EVICT for op in line)
+        * (micro_batch_bytes(run, stage, kernels) // run.chunks)
         for stage, line in enumerate(schedule_of(run).stages)
     )
 

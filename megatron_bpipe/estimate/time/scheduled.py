@@ -5,21 +5,22 @@ Units: micro-batches (activations of one chunk where a schedule has chunks).
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 
 from megatron_bpipe.estimate.errors import EstimateError
 from megatron_bpipe.estimate.runs import Run
-from megatron_bpipe.schedule.balancing.balance import balance
+from megatron_bpipe.schedule.balancing.balance import least_budget
 from megatron_bpipe.schedule.balancing.offload import offload
 from megatron_bpipe.schedule.base import one_f_one_b
-from megatron_bpipe.schedule.bases.interleaved import interleaved
+from megatron_bpipe.schedule.bases.catalogue import ScheduleSpec, make
 from megatron_bpipe.schedule.lowering.lower import lower
-from megatron_bpipe.schedule.ops import Schedule, default_budget
+from megatron_bpipe.schedule.ops import Schedule, default_budget, microbatches, units
 from megatron_bpipe.schedule.validation.occupancy import occupancy
 
 
 def schedule_of(run: Run) -> Schedule:
-    """The schedule this run executes: 1F1B, balanced or offloaded where it asks for that.
+    """The schedule this run executes: 1F1B or interleaved, balanced or offloaded if it says so.
 
     Raises EstimateError where it cannot: a budget that is too small, or interleaving with a number
     of micro-batches that is no multiple of p.
@@ -41,6 +42,17 @@ def held_by_stage(run: Run) -> tuple[tuple[int, int], ...]:
     return _held(p, _enough(p, m), *rest)
 
 
+def budgets_of(run: Run) -> tuple[float, ...]:
+    """All budgets of BPipe on this run, largest first: from what evicts nothing to the least.
+
+    Raises EstimateError where its schedule does not exist.
+    """
+    held = held_by_stage(replace(run, bpipe=False, budget=None))[0][0]
+    p, m, chunks = run.layout.pp, run.micro_batches, run.chunks
+    least = least_budget(_schedule(p, _enough(p, m), False, False, chunks, None))
+    return tuple(microbatches(n, chunks) for n in range(held, units(least, chunks) - 1, -1))
+
+
 def _enough(p: int, m: int) -> int:
     """As few micro-batches as show all that a stage ever holds: from 4 p on it repeats (tested)."""
     return m if m <= 5 * p else 4 * p + m % p
@@ -56,12 +68,10 @@ def _schedule(
     p: int, m: int, bpipe: bool, host: bool, chunks: int, budget: float | None
 ) -> Schedule:
     try:
-        if chunks > 1:
-            return interleaved(p, m, chunks)
-        schedule = one_f_one_b(p, m)
-        if bpipe:
-            return balance(schedule, budget)
-        return offload(schedule, int(budget or default_budget(p))) if host else schedule
+        if host:
+            return offload(one_f_one_b(p, m), int(budget or default_budget(p)))
+        name = "interleaved" if chunks > 1 else "1f1b"
+        return make(ScheduleSpec(name, p, m, chunks, balanced=bpipe, budget=budget))
     except ValueError as error:
         raise EstimateError(str(error)) from error
 

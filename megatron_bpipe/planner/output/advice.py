@@ -6,17 +6,18 @@ from megatron_bpipe.planner.search import Found, Plan
 from megatron_bpipe.planner.uncertainty import Uncertainty
 
 ALONE = ("1F1B", "interleaved")
+BALANCED = ("BPipe", "interleaved BPipe")
 
 
 def gain_of_bpipe(found: Found) -> float | None:
     """MFU points of the best BPipe plan over the best without; None where there are not both."""
-    with_it, without = found.best_of("BPipe"), found.best_of(*ALONE)
+    with_it, without = found.best_of(*BALANCED), found.best_of(*ALONE)
     return with_it.mfu - without.mfu if with_it and without else None
 
 
 def advice(found: Found, unsure: Uncertainty, extrapolated: bool) -> str:
     """The sentence; ``extrapolated``: the plans lie outside the runs that the error is from."""
-    with_it, without = found.best_of("BPipe"), found.best_of(*ALONE)
+    with_it, without = found.best_of(*BALANCED), found.best_of(*ALONE)
     error = f"{'at least ' if extrapolated else ''}+-{unsure.gain:.1f}"
     if with_it is None and without is None:
         return "Nothing fits on this cluster, with BPipe or without: use more or larger GPUs."

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from megatron_bpipe.estimate.models import Model
 from megatron_bpipe.estimate.runs import Run
 from megatron_bpipe.planner.inputs.flags import Fixed
+from megatron_bpipe.schedule.ops import quantity
 
 
 def model_flags(model: Model) -> list[str]:
@@ -120,7 +121,7 @@ def plan_flags(
     if run.bpipe or run.host:
         flags.append("--bpipe")
         if run.budget is not None:
-            flags += ["--bpipe-budget", f"{run.budget:g}"]
+            flags += ["--bpipe-budget", quantity(run.budget)]
         transport = "host" if run.host else fixed.transport
         flags += ["--bpipe-transport", transport] if transport else []
     return flags

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from megatron_bpipe.estimate.runs import Run
+from megatron_bpipe.estimate.time.scheduled import schedule_of
 from megatron_bpipe.placement.columns import columns
 from megatron_bpipe.planner.evaluate import Memory
 from megatron_bpipe.planner.search import Found, Plan, TooLarge
 from megatron_bpipe.planner.space import way_of
-from megatron_bpipe.schedule.ops import default_budget
+from megatron_bpipe.schedule.ops import quantity
 
 
 def plans_table(plans: Sequence[Plan]) -> str:
@@ -40,8 +41,8 @@ def way_text(run: Run) -> str:
     """How a pipeline runs, with what that takes."""
     way = way_of(run)
     if run.chunks > 1:
-        return f"{way}, {run.chunks} chunks"
-    return f"{way}, budget {_budget(run):g}" if run.evicts else way
+        way = f"{way}, {run.chunks} chunks"
+    return f"{way}, budget {quantity(_budget(run))}" if run.evicts else way
 
 
 def attention_text(run: Run) -> str:
@@ -124,7 +125,7 @@ def too_large_data(large: TooLarge) -> dict[str, object]:
 
 
 def _budget(run: Run) -> float:
-    return run.budget or default_budget(run.layout.pp)
+    return run.budget or schedule_of(run).budget or 0.0
 
 
 def _layers(run: Run) -> str:
