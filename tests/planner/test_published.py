@@ -124,7 +124,11 @@ def test_a_layer_moved_off_the_first_stage_makes_the_same_room(predictor: Predic
 @pytest.mark.parametrize("name", ["LLaMA 65B", "GPT-3 96B"])
 def test_free_to_choose_all_it_advises_against(name: str) -> None:
     found = plan(name, LAYERS, ("none", "recompute", "flash", "full"), Fixed())
-    assert advice(found, uncertainty(stages_measured=False), True).startswith("Do not use BPipe")
+    known, alone = found.best_of("BPipe"), found.best_of("1F1B", "interleaved")
+    assert known is not None and alone is not None and known.mfu < alone.mfu  # noqa: PT018
+    # interleaved BPipe, which nobody has published, comes out within the uncertainty
+    said = advice(found, uncertainty(stages_measured=False), True)
+    assert said.startswith("Do not use BPipe") or "less than what is uncertain" in said
 
 
 def test_uncertainty_is_the_worst_of_ten() -> None:
