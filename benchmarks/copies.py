@@ -29,7 +29,7 @@ import torch  # noqa: E402
 from benchmarks.environment import NO_GPU, environment  # noqa: E402
 from megatron_bpipe.runtime.block import ALIGNMENT  # noqa: E402
 from megatron_bpipe.runtime.transport import TransferHandle, Transport  # noqa: E402
-from megatron_bpipe.runtime.transport.host import host_transport  # noqa: E402
+from megatron_bpipe.runtime.transport.host.own import host_transport  # noqa: E402
 from megatron_bpipe.runtime.transport.pair.handshake import BorrowedPool, PairEnd  # noqa: E402
 
 MIB, GIB = 2**20, 2**30

@@ -150,7 +150,7 @@ def _overlap() -> dict[str, Any]:
     """Copies alone, products alone, both at once."""
     from megatron_bpipe.runtime.transport.cuda import driver
     from megatron_bpipe.runtime.transport.cuda.streams import StreamCopies
-    from megatron_bpipe.runtime.transport.host import HostMemory
+    from megatron_bpipe.runtime.transport.host.own import HostMemory
 
     device = torch.device("cuda", 0)
     copies = StreamCopies(device)

@@ -29,7 +29,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.environment import environment  # noqa: E402
 from megatron_bpipe.runtime.store import ActivationStore  # noqa: E402
 from megatron_bpipe.runtime.transport.copies import Part  # noqa: E402
-from megatron_bpipe.runtime.transport.host import HostMemory  # noqa: E402
+from megatron_bpipe.runtime.transport.host.own import HostMemory  # noqa: E402
 from megatron_bpipe.runtime.transport.one_sided import OneSidedTransport  # noqa: E402
 from megatron_bpipe.schedule.ops import ActivationKey  # noqa: E402
 

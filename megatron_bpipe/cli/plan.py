@@ -18,7 +18,7 @@ from megatron_bpipe.estimate.paper.calibration import outside_calibration
 from megatron_bpipe.estimate.paper.tables import published_cases
 from megatron_bpipe.estimate.profile import read_profile
 from megatron_bpipe.estimate.runs import Attention
-from megatron_bpipe.estimate.time.fused_softmax_rules import softmax_trap
+from megatron_bpipe.estimate.time.kernels.fused_softmax_rules import softmax_trap
 from megatron_bpipe.placement import PlacementError
 from megatron_bpipe.planner.check.show import check_text
 from megatron_bpipe.planner.evaluate import Predictor

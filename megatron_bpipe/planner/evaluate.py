@@ -24,8 +24,8 @@ from megatron_bpipe.estimate.memory.stages import (
 from megatron_bpipe.estimate.paper.refined import bytes_moved
 from megatron_bpipe.estimate.profile import Profile
 from megatron_bpipe.estimate.runs import Run
-from megatron_bpipe.estimate.time.collectives import ring_bandwidth
 from megatron_bpipe.estimate.time.flops import matmul_flops, mfu_percent
+from megatron_bpipe.estimate.time.kernels.collectives import ring_bandwidth
 from megatron_bpipe.estimate.time.layer_time import StageTimes
 from megatron_bpipe.estimate.time.op_costs import (
     Machine,

@@ -15,7 +15,7 @@ from megatron_bpipe.estimate.paper.published import EXPERIMENTS, GLOBAL_BATCH, L
 from megatron_bpipe.estimate.paper.refined import costs, predict_mfu
 from megatron_bpipe.estimate.paper.tables import measured, published_constants
 from megatron_bpipe.estimate.time.flops import equation_1
-from megatron_bpipe.estimate.time.fused_softmax_rules import why_not_fused
+from megatron_bpipe.estimate.time.kernels.fused_softmax_rules import why_not_fused
 from megatron_bpipe.schedule.bases.catalogue import build
 from megatron_bpipe.schedule.lowering.lower import lower
 from megatron_bpipe.schedule.validation.occupancy import occupancy

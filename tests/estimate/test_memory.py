@@ -12,13 +12,7 @@ from megatron_bpipe.estimate.memory.activations import (
     micro_batch_bytes,
 )
 from megatron_bpipe.estimate.memory.parameters import stage_parameters
-from megatron_bpipe.estimate.memory.stages import (
-    FP32,
-    GIB,
-    memory_by_stage,
-    peak_gib,
-    verdict,
-)
+from megatron_bpipe.estimate.memory.stages import FP32, GIB, memory_by_stage, peak_gib, verdict
 from megatron_bpipe.estimate.models import gpt, model_named
 from megatron_bpipe.estimate.paper.published import EXPERIMENTS, LAYOUT
 from megatron_bpipe.estimate.runs import Layout, Run

@@ -7,7 +7,11 @@ import pytest
 from megatron_bpipe.estimate.models import model_named
 from megatron_bpipe.estimate.paper.published import EXPERIMENTS
 from megatron_bpipe.estimate.runs import Layout, Run
-from megatron_bpipe.estimate.time.fused_softmax_rules import RULES, softmax_trap, why_not_fused
+from megatron_bpipe.estimate.time.kernels.fused_softmax_rules import (
+    RULES,
+    softmax_trap,
+    why_not_fused,
+)
 
 
 def test_gpt_3_96b_has_26_heads_a_rank():

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from megatron_bpipe.runtime.store import ActivationStore
-from megatron_bpipe.runtime.transport.host import host_transport
+from megatron_bpipe.runtime.transport.host.own import host_transport
 from tests.gpu import NEEDS_GPU
 
 pytestmark = NEEDS_GPU

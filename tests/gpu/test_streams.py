@@ -16,7 +16,7 @@ import torch
 
 from benchmarks.overlap import overlap_of
 from megatron_bpipe.runtime.store import ActivationStore
-from megatron_bpipe.runtime.transport.host import host_transport
+from megatron_bpipe.runtime.transport.host.own import host_transport
 from tests.gpu import NEEDS_GPU
 
 pytestmark = NEEDS_GPU

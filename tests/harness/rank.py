@@ -194,7 +194,7 @@ def random_delays(job: dict[str, Any], seed: int, most: float) -> None:
 
         return call
 
-    for name in ("forward", "backward", "recv_forward", "send_forward", "recv_backward"):
+    for name in ("forward", "backward", "exchange"):
         setattr(MegatronStage, name, delayed(getattr(MegatronStage, name)))
 
 

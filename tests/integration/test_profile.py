@@ -16,7 +16,7 @@ from megatron_bpipe.estimate.memory.activations import layer_activations, local_
 from megatron_bpipe.estimate.profile import HeadRow, Profile, StageRow, read_profile
 from megatron_bpipe.estimate.runs import Layout, Run
 from tests.harness import ROOT, Megatron
-from tests.training.test_memory_model import BLOCK, GROUPED, GROUPED_FLAGS, LLAMA_FLAGS
+from tests.training.measured.test_memory_model import BLOCK, GROUPED, GROUPED_FLAGS, LLAMA_FLAGS
 
 KINDS = ("none", "recompute", "flash", "full")
 NO_DROPOUT = ["--attention-dropout", "0", "--hidden-dropout", "0"]

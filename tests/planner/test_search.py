@@ -14,12 +14,7 @@ from megatron_bpipe.estimate.paper.refined import bytes_moved
 from megatron_bpipe.estimate.runs import Layout, Run
 from megatron_bpipe.estimate.time.op_costs import costs_for, network_for
 from megatron_bpipe.estimate.time.scheduled import lowered_of
-from megatron_bpipe.planner.evaluate import (
-    least_seconds,
-    memory_of,
-    place,
-    seconds_of,
-)
+from megatron_bpipe.planner.evaluate import least_seconds, memory_of, place, seconds_of
 from megatron_bpipe.planner.inputs.cluster import Cluster, Nodes, preset
 from megatron_bpipe.planner.inputs.flags import Fixed
 from megatron_bpipe.planner.inputs.sources import from_layer_model

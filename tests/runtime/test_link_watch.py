@@ -8,14 +8,8 @@ import pytest
 import torch
 
 from megatron_bpipe.runtime.observe import link_watch
-from megatron_bpipe.runtime.observe.link_watch import (
-    EVERY,
-    LinkSampler,
-    LinkWatch,
-    too_slow,
-    watch,
-)
-from megatron_bpipe.runtime.transport.host import host_transport
+from megatron_bpipe.runtime.observe.link_watch import EVERY, LinkSampler, LinkWatch, too_slow, watch
+from megatron_bpipe.runtime.transport.host.own import host_transport
 from megatron_bpipe.runtime.transport.pair.bandwidth import SCRATCH, measure
 from megatron_bpipe.schedule import Op
 

@@ -14,7 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from megatron_bpipe.runtime.store import ActivationStore
 from megatron_bpipe.runtime.transport.cuda.streams import StreamCopies
-from megatron_bpipe.runtime.transport.host import HostMemory, host_transport
+from megatron_bpipe.runtime.transport.host.own import HostMemory, host_transport
 from megatron_bpipe.runtime.transport.one_sided import OneSidedTransport
 from megatron_bpipe.schedule.ops import ActivationKey
 from tests.harness.like_transformer_engine import Mlp

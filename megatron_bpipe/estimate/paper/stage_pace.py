@@ -8,7 +8,7 @@ from __future__ import annotations
 from megatron_bpipe.estimate.hardware import Gpu
 from megatron_bpipe.estimate.runs import Run
 from megatron_bpipe.estimate.time.flops import head_flops, layer_flops_equation_1
-from megatron_bpipe.estimate.time.head_time import LOSS_BACKWARD, LOSS_FORWARD
+from megatron_bpipe.estimate.time.kernels.head_time import LOSS_BACKWARD, LOSS_FORWARD
 from megatron_bpipe.estimate.time.layer_time import Pace, thirds
 
 LARGE_PRODUCT = 267.9e12 / 312e12

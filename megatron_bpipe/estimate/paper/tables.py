@@ -22,7 +22,7 @@ from megatron_bpipe.estimate.paper.refined import (
     predict_mfu,
 )
 from megatron_bpipe.estimate.runs import Attention
-from megatron_bpipe.estimate.time.fused_softmax_rules import RULES, softmax_trap
+from megatron_bpipe.estimate.time.kernels.fused_softmax_rules import RULES, softmax_trap
 
 
 @dataclass(frozen=True)

@@ -30,16 +30,16 @@ from megatron_bpipe.estimate.hardware import Gpu
 from megatron_bpipe.estimate.memory.activations import FUSED, Kernels, expert_rows
 from megatron_bpipe.estimate.models import LayerKind
 from megatron_bpipe.estimate.runs import Run
-from megatron_bpipe.estimate.time.attention_time import attention_seconds
-from megatron_bpipe.estimate.time.collectives import (
+from megatron_bpipe.estimate.time.kernels.attention_time import attention_seconds
+from megatron_bpipe.estimate.time.kernels.collectives import (
     all_to_all_seconds,
     gather_seconds,
     reduce_seconds,
     ring_bandwidth,
 )
-from megatron_bpipe.estimate.time.head_time import embedding_seconds, head_seconds
+from megatron_bpipe.estimate.time.kernels.head_time import embedding_seconds, head_seconds
+from megatron_bpipe.estimate.time.kernels.matrix_products import KERNEL, Product, forward_backward
 from megatron_bpipe.estimate.time.layer_time import Pace, StageTimes
-from megatron_bpipe.estimate.time.matrix_products import KERNEL, Product, forward_backward
 
 UNFUSED_NORMS = (34, 60)
 """Passes over the hidden state of two RMSNorms of single operations, each to fp32 (3), square (4),

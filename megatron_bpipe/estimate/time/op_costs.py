@@ -14,7 +14,7 @@ from megatron_bpipe.estimate.hardware import Gpu
 from megatron_bpipe.estimate.memory.activations import FUSED, Kernels, micro_batch_bytes
 from megatron_bpipe.estimate.memory.stages import BF16, FIXED_OVERHEAD, StateBytes
 from megatron_bpipe.estimate.runs import Run
-from megatron_bpipe.estimate.time.collectives import NETWORK_LATENCY, NETWORK_SHARE
+from megatron_bpipe.estimate.time.kernels.collectives import NETWORK_LATENCY, NETWORK_SHARE
 from megatron_bpipe.estimate.time.layer_time import Pace
 from megatron_bpipe.estimate.time.step_time import step_seconds
 from megatron_bpipe.schedule.ops import Schedule

@@ -14,7 +14,7 @@ from megatron_bpipe.estimate.hardware import Gpu
 from megatron_bpipe.estimate.memory.parameters import stage_parameters
 from megatron_bpipe.estimate.memory.stages import StateBytes
 from megatron_bpipe.estimate.runs import Run
-from megatron_bpipe.estimate.time.collectives import LATENCY
+from megatron_bpipe.estimate.time.kernels.collectives import LATENCY
 
 OPTIMIZER_BYTES = 42
 """Memory traffic per parameter of a step: gradient norm (4), Adam reading gradient, master weight

@@ -13,14 +13,14 @@ from pathlib import Path
 import torch
 
 from megatron_bpipe import __version__
-from megatron_bpipe.estimate.time.fused_softmax_rules import why_not_fused
+from megatron_bpipe.estimate.time.kernels.fused_softmax_rules import why_not_fused
 from megatron_bpipe.integration import cpu
 from megatron_bpipe.integration.checks.driver import why_unusable
 from megatron_bpipe.integration.checks.hook_points import HOOK_POINTS, Feature
 from megatron_bpipe.integration.checks.probe import missing
 from megatron_bpipe.integration.checks.versions import megatron_version
 from megatron_bpipe.runtime.torch_internals import probe
-from megatron_bpipe.runtime.transport.node_memory import available_bytes
+from megatron_bpipe.runtime.transport.host.limits import available_bytes
 from megatron_bpipe.runtime.transport.pair.catalogue import SPECS
 from megatron_bpipe.runtime.transport.pair.links import Link, one_machine
 
@@ -67,7 +67,7 @@ def fused_softmax(heads: int, tp: int, micro_batch: int, seq: int) -> Finding:
     """Whether unfused attention gets Megatron's fused softmax kernel, which BPipe's gain rests on.
 
     The re-evaluation's rows 7 and 8 differ by this kernel as much as by BPipe; see
-    `estimate.time.fused_softmax_rules`.
+    `estimate.time.kernels.fused_softmax_rules`.
     """
     why = why_not_fused(micro_batch, heads // tp, seq)
     remedy = "another --tp, another micro-batch or flash attention may gain more than BPipe"

@@ -207,7 +207,6 @@ _SCHEDULE = (
     HookPoint(TIMERS, "Timer.start", ("barrier",)),
     HookPoint(TIMERS, "Timer.stop"),
     HookPoint(PARALLEL_STATE, "initialize_model_parallel"),
-    HookPoint(PARALLEL_STATE, "get_pipeline_model_parallel_rank"),
 )
 
 _TRAINING = tuple(

@@ -19,7 +19,7 @@ import torch
 
 from megatron_bpipe.estimate.hardware import recognised
 from megatron_bpipe.estimate.profile import Device
-from megatron_bpipe.runtime.transport.node_memory import available_bytes, limit_bytes
+from megatron_bpipe.runtime.transport.host.limits import available_bytes, limit_bytes
 
 GIB = 2**30
 

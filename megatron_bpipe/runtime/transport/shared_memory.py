@@ -19,8 +19,8 @@ import torch
 
 from megatron_bpipe.runtime.transport.base import PoolRequest, TransportError
 from megatron_bpipe.runtime.transport.copies import ThreadCopies
-from megatron_bpipe.runtime.transport.host_memory import check_available, no_memory
-from megatron_bpipe.runtime.transport.node_memory import one_at_a_time
+from megatron_bpipe.runtime.transport.host.limits import one_at_a_time
+from megatron_bpipe.runtime.transport.host.memory import check_available, no_memory
 from megatron_bpipe.runtime.transport.one_sided import OneSidedTransport
 from megatron_bpipe.runtime.transport.pair.rendezvous import PairRendezvous
 from megatron_bpipe.schedule.ops import ActivationKey

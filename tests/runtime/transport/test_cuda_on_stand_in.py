@@ -18,7 +18,7 @@ from megatron_bpipe.runtime.transport import PoolRequest, TransportError
 from megatron_bpipe.runtime.transport.cuda import ipc, messages
 from megatron_bpipe.runtime.transport.cuda.driver import DriverError, free
 from megatron_bpipe.runtime.transport.cuda.streams import StreamCopies
-from megatron_bpipe.runtime.transport.host import HostMemory
+from megatron_bpipe.runtime.transport.host.own import HostMemory
 from megatron_bpipe.runtime.transport.one_sided import OneSidedTransport
 from megatron_bpipe.runtime.transport.pair import negotiate as pairing
 from megatron_bpipe.runtime.transport.pair.bandwidth import measure

@@ -11,7 +11,7 @@ from megatron_bpipe.runtime.store import ActivationStore
 from megatron_bpipe.runtime.transport.base import TransferHandle
 from megatron_bpipe.runtime.transport.cuda import driver
 from megatron_bpipe.runtime.transport.cuda.streams import StreamCopies
-from megatron_bpipe.runtime.transport.host import HostMemory
+from megatron_bpipe.runtime.transport.host.own import HostMemory
 from megatron_bpipe.runtime.transport.one_sided import OneSidedTransport
 from megatron_bpipe.schedule.ops import ActivationKey
 from tests.harness.stand_in_gpu import NEEDS_COMPILER, number, simulated_gpu, streams

@@ -11,7 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_bpipe.runtime.transport import TransportError, host_memory
+from megatron_bpipe.runtime.transport import TransportError
+from megatron_bpipe.runtime.transport.host import memory as host_memory
 from megatron_bpipe.runtime.transport.pair.handshake import BorrowedPool, LentPool, PairEnd
 from megatron_bpipe.runtime.transport.pair.rendezvous import PairRendezvous
 from megatron_bpipe.schedule.handshake import ACCEPTOR, COMPUTING, EVICTOR, said_by

@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_bpipe.runtime.transport import TransportError, host_memory, node_memory
+from megatron_bpipe.runtime.transport import TransportError
 from megatron_bpipe.runtime.transport.cuda import pinned
+from megatron_bpipe.runtime.transport.host import limits as node_memory
+from megatron_bpipe.runtime.transport.host import memory as host_memory
 from tests.harness.stand_in_gpu import NEEDS_COMPILER, simulated_gpu
 
 MIB = 2**20

@@ -19,16 +19,11 @@ import torch
 import torch.distributed as dist
 
 from megatron_bpipe.runtime.observe.memory import allocated_bytes
-from megatron_bpipe.runtime.transport import (
-    AcceptorEnd,
-    PoolRequest,
-    Transport,
-    TransportError,
-    host_memory,
-)
+from megatron_bpipe.runtime.transport import AcceptorEnd, PoolRequest, Transport, TransportError
 from megatron_bpipe.runtime.transport.cuda.ipc import IpcAcceptor, ipc_transport
 from megatron_bpipe.runtime.transport.cuda.messages import NcclAcceptor, NcclTransport
-from megatron_bpipe.runtime.transport.host import NoPool, host_transport
+from megatron_bpipe.runtime.transport.host import memory as host_memory
+from megatron_bpipe.runtime.transport.host.own import NoPool, host_transport
 from megatron_bpipe.runtime.transport.pair.negotiate import two_sided_group
 from megatron_bpipe.runtime.transport.pair.rendezvous import Identity, PairRendezvous, _born
 from megatron_bpipe.runtime.transport.shared_memory import (

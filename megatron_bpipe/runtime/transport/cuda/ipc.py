@@ -23,7 +23,7 @@ from megatron_bpipe.runtime.transport.base import PoolRequest, TransportError
 from megatron_bpipe.runtime.transport.copies import Part
 from megatron_bpipe.runtime.transport.cuda import driver
 from megatron_bpipe.runtime.transport.cuda.streams import StreamCopies
-from megatron_bpipe.runtime.transport.host import HostMemory
+from megatron_bpipe.runtime.transport.host.own import HostMemory
 from megatron_bpipe.runtime.transport.one_sided import OneSidedTransport
 from megatron_bpipe.runtime.transport.pair.rendezvous import PairRendezvous
 from megatron_bpipe.schedule.ops import ActivationKey

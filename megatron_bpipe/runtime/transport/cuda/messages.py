@@ -31,7 +31,7 @@ from megatron_bpipe.runtime.transport.cuda.streams import (
     addresses,
     copy_stream,
 )
-from megatron_bpipe.runtime.transport.host import HostMemory
+from megatron_bpipe.runtime.transport.host.own import HostMemory
 from megatron_bpipe.runtime.transport.one_sided import OneSidedTransport
 from megatron_bpipe.schedule.ops import ActivationKey
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from megatron_bpipe.runtime.transport.base import AcceptorEnd, PoolRequest, Transport
-from megatron_bpipe.runtime.transport.host import NoPool, host_transport
+from megatron_bpipe.runtime.transport.host.own import NoPool, host_transport
 from megatron_bpipe.runtime.transport.shared_memory import (
     SharedMemoryAcceptor,
     shared_memory_transport,

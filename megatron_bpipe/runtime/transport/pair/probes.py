@@ -7,7 +7,7 @@ import os
 import torch
 
 from megatron_bpipe.runtime.transport.base import TransportError
-from megatron_bpipe.runtime.transport.node_memory import available_bytes
+from megatron_bpipe.runtime.transport.host.limits import available_bytes
 from megatron_bpipe.runtime.transport.pair.rendezvous import Identity
 
 

@@ -14,7 +14,7 @@ pytest.importorskip("torch")
 from megatron_bpipe.integration.bootstrap import dataset_helpers as helpers
 from megatron_bpipe.integration.patches import import_hook as hooks
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 LAUNCH = (
     "import sys\n"
     "import megatron_bpipe.integration.bootstrap.run_script as launch\n"

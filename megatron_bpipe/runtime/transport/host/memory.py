@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from megatron_bpipe.runtime.transport.base import TransportError
-from megatron_bpipe.runtime.transport.node_memory import available_bytes, one_at_a_time
+from megatron_bpipe.runtime.transport.host.limits import available_bytes, one_at_a_time
 
 HUGE_PAGE = 2 * 2**20
 MOST_THREADS = 8

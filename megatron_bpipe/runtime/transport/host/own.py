@@ -12,7 +12,7 @@ import mmap
 import torch
 
 from megatron_bpipe.runtime.transport.copies import copies_on
-from megatron_bpipe.runtime.transport.host_memory import anonymous
+from megatron_bpipe.runtime.transport.host.memory import anonymous
 from megatron_bpipe.runtime.transport.one_sided import OneSidedTransport
 from megatron_bpipe.schedule.ops import ActivationKey
 

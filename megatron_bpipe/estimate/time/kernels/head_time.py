@@ -9,8 +9,8 @@ from megatron_bpipe.estimate.hardware import Gpu
 from megatron_bpipe.estimate.memory.activations import Kernels
 from megatron_bpipe.estimate.models import padded_vocab
 from megatron_bpipe.estimate.runs import Run
-from megatron_bpipe.estimate.time.collectives import gather_seconds
-from megatron_bpipe.estimate.time.matrix_products import Product, forward_backward
+from megatron_bpipe.estimate.time.kernels.collectives import gather_seconds
+from megatron_bpipe.estimate.time.kernels.matrix_products import Product, forward_backward
 
 LOSS_FORWARD, LOSS_BACKWARD = 38, 14
 """Memory traffic per logit of Megatron's cross entropy: to fp32 (6), max (4), subtract (8), exp

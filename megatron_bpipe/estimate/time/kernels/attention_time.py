@@ -14,8 +14,8 @@ from __future__ import annotations
 from megatron_bpipe.estimate.hardware import Gpu
 from megatron_bpipe.estimate.memory.activations import Kernels
 from megatron_bpipe.estimate.runs import Run
-from megatron_bpipe.estimate.time.fused_softmax_rules import why_not_fused
-from megatron_bpipe.estimate.time.matrix_products import KERNEL, product_seconds
+from megatron_bpipe.estimate.time.kernels.fused_softmax_rules import why_not_fused
+from megatron_bpipe.estimate.time.kernels.matrix_products import KERNEL, product_seconds
 
 TILE = 128
 """Queries of one tile of flash attention."""
