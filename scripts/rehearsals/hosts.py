@@ -64,7 +64,10 @@ class Pair:
     def train(
         self, flags: list[str], during: Callable[[], None] | None = None, seconds: float = 900
     ) -> Outcome:
-        """Train on both; ``during`` is called once the third iteration is over."""
+        """Train on both; ``during`` is called once the third iteration is over.
+
+        It is for what befalls the second host; the first one's end is then waited for.
+        """
         self._runs += 1
         report = self.folder / f"{self.hosts[1].name}-{self._runs}"
         rendezvous = f"{self.hosts[0].address}:{29500 + self._runs}"
@@ -92,8 +95,10 @@ class Pair:
             during()
             start = time.monotonic()
         try:
-            for process in running:
-                process.wait(max(1, seconds - (time.monotonic() - start)))
+            running[0].wait(seconds)
+            if during is not None:  # the other host is dead, or its torchrun waits for this one
+                self.end()
+            running[1].wait(max(1, seconds - (time.monotonic() - start)))
         except subprocess.TimeoutExpired:
             self.end()
             said = "\n".join(file.read_text(errors="replace")[-3000:] for file in files)
