@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_bpipe.integration.bootstrap.copy_queues import ask_for_copy_queues
+from megatron_bpipe.integration.bootstrap.copy_queues import ask_for_copy_queues, ask_for_one_queue
 
 COMPUTE, COPY = "CUDA_DEVICE_MAX_CONNECTIONS", "CUDA_DEVICE_MAX_COPY_CONNECTIONS"
 
@@ -33,6 +33,29 @@ def test_where_it_is_set(
     ask_for_copy_queues()
     found = os.environ.pop(COPY, None)
     assert found == after
+
+
+@pytest.mark.parametrize(
+    ("flags", "before", "after"),
+    [
+        (["--tensor-model-parallel-size", "4"], None, "1"),
+        (["--context-parallel-size=2"], None, "1"),
+        (["--tensor-model-parallel-size", "4"], "32", "32"),  # the user's
+        (["--tensor-model-parallel-size", "1"], None, None),
+        (["--tensor-model-parallel-size", "4", "--use-megatron-fsdp"], None, None),
+        ([], None, None),
+    ],
+)
+def test_the_one_queue_that_megatron_asks_for(
+    flags: list[str], before: str | None, after: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(COMPUTE, raising=False)
+    if before is not None:
+        monkeypatch.setenv(COMPUTE, before)
+    said = ask_for_one_queue(flags)
+    found = os.environ.pop(COMPUTE, None)
+    assert found == after
+    assert (said is not None) == (after is not None and before is None)
 
 
 @pytest.mark.parametrize(("flags", "seen"), [(["--bpipe"], "8"), ([], "None")])

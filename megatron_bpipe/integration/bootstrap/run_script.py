@@ -13,7 +13,7 @@ import torch
 
 from megatron_bpipe.integration import cpu
 from megatron_bpipe.integration.bootstrap import dataset_helpers
-from megatron_bpipe.integration.bootstrap.copy_queues import ask_for_copy_queues
+from megatron_bpipe.integration.bootstrap.copy_queues import ask_for_copy_queues, ask_for_one_queue
 from megatron_bpipe.integration.checks.driver import why_unusable
 from megatron_bpipe.integration.install import install
 from megatron_bpipe.integration.log import abort
@@ -31,8 +31,11 @@ def run_script(script: str, argv: list[str]) -> None:
     """
     sys.path.insert(0, str(Path(script).resolve().parent))
     sys.argv = [script, *argv]
-    if "--bpipe" in argv:
-        ask_for_copy_queues()  # here, since the next line starts CUDA
+    if "--bpipe" in argv:  # here, since the next question starts CUDA
+        said = ask_for_one_queue(argv)
+        if said is not None and int(os.environ.get("RANK", "0")) == 0:
+            sys.stderr.write(f"bpipe: {said}\n")
+        ask_for_copy_queues()
     if not torch.cuda.is_available():
         unusable = why_unusable()
         if unusable is not None:
