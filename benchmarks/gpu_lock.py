@@ -63,17 +63,16 @@ def take_turns(schedules: Any, token: Path, seconds: list[float], captures: list
 
     def capturing(stock: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(stock)
-        def forward_done(*positional: Any, **named: Any) -> Any:
+        def capture(*positional: Any, **named: Any) -> Any:
             started = time.perf_counter()
             result = stock(*positional, **named)
             captures[-1] += time.perf_counter() - started
             return result
 
-        return forward_done
+        return capture
 
     schedules.forward_step = computing(schedules.forward_step)
     schedules.backward_step = computing(schedules.backward_step)
     ActivationStore.evict = opening(ActivationStore.evict)  # type: ignore[method-assign]
     ActivationStore.load = opening(ActivationStore.load)  # type: ignore[method-assign]
-    done = capturing(ActivationStore.forward_done)
-    ActivationStore.forward_done = done  # type: ignore[method-assign]
+    ActivationStore.capture = capturing(ActivationStore.capture)  # type: ignore[method-assign]

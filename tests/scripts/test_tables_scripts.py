@@ -134,7 +134,8 @@ def test_megatron_takes_every_line(megatron: Megatron, scripts: Any) -> None:
             }
             if row.attention == "recompute":
                 expected["recompute_modules"] = ["core_attn"]
-            argv = scripts.rows.flags(row, one_gpu=one_gpu)
+            # as run_table starts it
+            argv = ["CUDA_DEVICE_MAX_CONNECTIONS=1", *scripts.rows.flags(row, one_gpu=one_gpu)]
             cases.append({"argv": argv, "gpus": row.gpus(one_gpu), "expected": expected})
     assert len(cases) == 30
     result = megatron.script("parse_command_lines.py", [json.dumps(cases)], world=1)

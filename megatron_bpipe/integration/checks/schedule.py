@@ -53,9 +53,9 @@ def check_schedule(args: Any, options: Options, count: int | None) -> str | None
         if options.budget is None:
             return f"nothing to balance: {base.name} is as full on every stage; it runs as it is"
         abort(
-            f"--bpipe-budget {quantity(options.budget)} is too small for {base.name} on {p} "
-            f"stages: the least is {quantity(error.least)}; raise it or leave the flag out "
-            f"(default {_default(base)})"
+            f"--bpipe-budget {quantity(options.budget)} is too small for {p} stages"
+            f"{f' of {chunks} chunks' if chunks > 1 else ''}: the least is "
+            f"{quantity(error.least)}; raise it or leave the flag out (default {_default(base)})"
         )
     if _evicts(balanced):
         return None

@@ -48,7 +48,13 @@ def test_script_runs_as_main_with_its_arguments_and_folder(tmp_path: Path) -> No
 
 def test_missing_script_is_named_once(tmp_path: Path) -> None:
     for rank, said in (("0", True), ("1", False)):
-        done = launch("nowhere/pretrain_gpt.py", RANK=rank)
+        done = subprocess.run(
+            [sys.executable, "-m", "megatron_bpipe", "run", "nowhere/pretrain_gpt.py"],
+            env=os.environ | {"PYTHONPATH": str(ROOT), "RANK": rank},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
         assert done.returncode == 2
         assert ("no training script at 'nowhere/pretrain_gpt.py'" in done.stderr) is said
 
@@ -123,7 +129,7 @@ def test_a_compilation_that_cannot_work_is_explained(
 def test_helpers_of_the_wheel_are_not_compiled_again() -> None:
     pytest.importorskip("megatron.core")
     code = (
-        "from megatron_bpipe.integration import dataset_helpers\n"
+        "from megatron_bpipe.integration.bootstrap import dataset_helpers\n"
         "dataset_helpers.install()\n"
         "from megatron.core.datasets.utils import compile_helpers\n"
         "compile_helpers()\n"

@@ -21,9 +21,17 @@ REFUSED = {
         ["--bpipe"],
         ["--pipeline-model-parallel-size is 1", "set it to 4 or more"],
     ),
-    "interleaving": (
-        [*PP8, "--num-layers-per-virtual-pipeline-stage", "1"],
-        ["--num-layers-per-virtual-pipeline-stage 1", "drop it"],
+    "combined 1F1B": (
+        [*PP8, "--overlap-moe-expert-parallel-comm"],
+        ["--overlap-moe-expert-parallel-comm True", "combined 1F1B", "drop it"],
+    ),
+    "interleaving without chunks": (
+        [*PP8, "--bpipe-schedule", "interleaved"],
+        ["--bpipe-schedule interleaved does not fit a model of 1 chunk(s)"],
+    ),
+    "a budget below the least of chunks": (
+        [*PP8, "--num-virtual-stages-per-pipeline-rank", "2", "--bpipe-budget", "8.4"],
+        ["--bpipe-budget 8.4 is too small for 8 stages of 2 chunks: the least is 8.5"],
     ),
     "CUDA graphs": ([*PP8, "--cuda-graph-impl", "local"], ["--cuda-graph-impl local", "use none"]),
     "fine-grained offloading": (
