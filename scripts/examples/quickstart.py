@@ -29,6 +29,9 @@ from typing import Any
 import forked_ranks
 from progress import Progress
 
+from megatron_bpipe.simulate.recorded.compare import compare
+from megatron_bpipe.simulate.recorded.memory_figure import write_memory_figure
+
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = Path(__file__).resolve().parent
 OUT = ROOT / "runs" / "quickstart"
@@ -83,8 +86,9 @@ def main() -> int:
         runs[name] = _train(name, start, [*command, *extra], stages, iterations)
     result = _compare(runs["stock"], runs["bpipe"], shlex.join(command))
     (OUT / "result.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
-    _plot(stages, result["budget"])
-    print(_table(result))
+    found = compare(OUT / "stock", OUT / "bpipe")
+    write_memory_figure(found, OUT / "memory.png")
+    print(f"\n{found.text()}\nfiles: {OUT.relative_to(ROOT)}/result.json, memory.png")
     return 0 if result["identical"] else 1
 
 
@@ -250,75 +254,6 @@ def _memory(report: dict[str, Any]) -> dict[str, Any]:
 
 def _both(stock: dict[str, Any], bpipe: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     return [("stock", stock), ("bpipe", bpipe)]
-
-
-def _table(result: dict[str, Any]) -> str:
-    lines = [
-        "",
-        "stage   peak activations (MiB)   live micro-batches        evicted   loaded     pool",
-        "           stock      BPipe       stock  BPipe  bound        MiB       MiB       MiB",
-    ]
-    for a, b in zip(result["stock"]["stages"], result["bpipe"]["stages"], strict=True):
-        lines.append(
-            f"{a['stage']:5d} {a['peak_activation_bytes'] / MIB:10.1f}"
-            f" {b['peak_activation_bytes'] / MIB:10.1f} {a['peak_microbatches']:11d}"
-            f" {b['peak_microbatches']:6d} {result['budget'] or '-':>6}"
-            f" {b['evicted_bytes'] / MIB:10.1f} {b['loaded_bytes'] / MIB:9.1f}"
-            f" {b['pool_bytes'] / MIB:9.1f}"
-        )
-    times, losses = result["seconds_per_iteration"], result["losses"]["bpipe"]
-    same = "yes, bitwise" if result["identical"] else "NO"
-    lines += [
-        "",
-        "An acceptor's figures include the pool it lends; evicted and loaded: the whole run.",
-        f"time per iteration: stock {times['stock']:.3f} s, BPipe {times['bpipe']:.3f} s,"
-        f" ratio {result['time_ratio']:.3f}  (one run each: see benchmarks/overhead.py)",
-        f"loss: {losses[0]:.4f} -> {losses[-1]:.4f} in {len(losses)} iterations",
-        f"losses identical: {same}",
-        f"files: {OUT.relative_to(ROOT)}/result.json, memory.png",
-    ]
-    return "\n".join(lines)
-
-
-def _plot(stages: int, budget: int | None) -> None:
-    """Memory over the last iteration, one panel a stage."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    columns = min(4, stages)
-    rows = -(-stages // columns)
-    figure, axes = pyplot.subplots(
-        rows, columns, figsize=(3.6 * columns, 2.6 * rows), sharey=True, squeeze=False
-    )
-    reports = {n: json.loads((OUT / n / "memory.json").read_text()) for n in ("stock", "bpipe")}
-    for stage, axis in enumerate(axes.flat):
-        if stage >= stages:
-            axis.set_axis_off()
-            continue
-        for name, colour in (("stock", "#b0413e"), ("bpipe", "#2a6f97")):
-            path = min((OUT / name).glob(f"timeline-stage{stage:03d}-*.json"))
-            events = json.loads(path.read_text())["iterations"][-1]
-            pool = reports[name]["stages"][stage]["pool_bytes"]
-            zero = reports[name]["iterations"][-1][0]
-            times = [event["end"] - zero for event in events]
-            levels = [(event["live_bytes"] + pool) / MIB for event in events]
-            label = "stock 1F1B" if name == "stock" else "BPipe"
-            axis.step(times, levels, where="post", color=colour, label=label, linewidth=1.4)
-            if pool:
-                axis.axhspan(0, pool / MIB, color=colour, alpha=0.12, label="pool it lends")
-        axis.set_title(f"stage {stage}", fontsize=10)
-        axis.set_ylim(bottom=0)
-        axis.grid(alpha=0.25)
-        if stage % columns == 0:
-            axis.set_ylabel("activations and pool, MiB")
-        if stage >= stages - columns:
-            axis.set_xlabel("seconds of the last iteration")
-    handles, labels = axes.flat[stages - 1].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="upper center", ncol=3, frameon=False)
-    figure.tight_layout(rect=(0, 0, 1, 0.93))
-    figure.savefig(OUT / "memory.png", dpi=130)
 
 
 if __name__ == "__main__":
