@@ -20,6 +20,8 @@ from megatron_bpipe.report.stock import stock_microbatches
 VERSION = 2
 """Of ``memory.json``; raised whenever a field changes its meaning or goes."""
 
+DIGEST = "sha256:"  # before what stands for the bits of many floats
+
 
 @dataclass(frozen=True)
 class StageReport:

@@ -7,6 +7,7 @@ the boundary of every op, from weak references. It keeps the op times of the las
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 
+from megatron_bpipe.report.run import DIGEST
 from megatron_bpipe.report.timeline import Event, Timeline
 from megatron_bpipe.runtime.graph import nodes_below, roots_of
 from megatron_bpipe.runtime.observe.audit import Audit, audit_forward
@@ -26,6 +28,7 @@ TIMELINE_ITERATIONS = 8
 CHANGES_MEMORY = frozenset(
     (Kind.FORWARD, Kind.BACKWARD, Kind.EVICT, Kind.EVICT_WAIT, Kind.LOAD, Kind.LOAD_WAIT)
 )
+FEW = 16  # floats of one tensor that are kept one by one
 KEPT = 1000  # iterations whose times and losses are kept
 
 
@@ -221,11 +224,19 @@ def _exposed(events: Iterable[Event]) -> float | None:
 
 
 def _float_bits(value: object) -> list[str]:
-    """Exact hexadecimal form of every float in a loss report."""
+    """Exact hexadecimal form of every float in a loss report; of many one digest for all.
+
+    The keys of a report may be of any kind; they are taken in an order of their own.
+    """
     if isinstance(value, torch.Tensor):
-        return [float(x).hex() for x in value.detach().double().flatten().tolist()]
+        floats = value.detach().double().flatten()
+        if floats.numel() > FEW:  # losses per token would fill the memory of a long run
+            digest = hashlib.sha256(floats.cpu().numpy().tobytes()).hexdigest()
+            return [f"{DIGEST}{digest}"]
+        return [float(x).hex() for x in floats.tolist()]
     if isinstance(value, dict):
-        return [bits for key in sorted(value) for bits in _float_bits(value[key])]
+        keys = sorted(value, key=lambda key: (type(key).__name__, str(key)))
+        return [bits for key in keys for bits in _float_bits(value[key])]
     if isinstance(value, (list, tuple)):
         return [bits for one in value for bits in _float_bits(one)]
     return []

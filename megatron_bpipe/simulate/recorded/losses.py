@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megatron_bpipe.report.run import DIGEST
+
 
 @dataclass(frozen=True)
 class Losses:
@@ -35,4 +37,6 @@ def _apart(mine: Sequence[str], other: Sequence[str]) -> str:
     if len(mine) != len(other):
         return f"{len(mine)} and {len(other)} numbers"
     one, two = next((x, y) for x, y in zip(mine, other, strict=True) if x != y)
+    if one.startswith(DIGEST) or two.startswith(DIGEST):
+        return f"{one} and {two}"
     return f"{float.fromhex(one)!r} ({one}) and {float.fromhex(two)!r} ({two})"
