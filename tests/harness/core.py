@@ -10,6 +10,12 @@ from tests.harness import Megatron
 
 RANKS = 4
 TRANSPORTS = ("shm", "p2p")
+INTERLEAVED_MODES = (
+    "interleaved",
+    "interleaved, messages not overlapped",
+    "interleaved, variable lengths",
+    "interleaved, variable lengths, messages not overlapped",
+)
 MODES = (
     "plain",
     "variable lengths",
@@ -19,8 +25,7 @@ MODES = (
     "outputs not deallocated",
     "gradients finalised",
     "own process groups",
-    "interleaved",
-    "interleaved, messages not overlapped",
+    *INTERLEAVED_MODES,
 )
 
 

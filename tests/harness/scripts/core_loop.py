@@ -50,7 +50,7 @@ def build(mode: str) -> list[torch.nn.Module]:
     torch.manual_seed(7)
     tensor_parallel.model_parallel_cuda_manual_seed(7)
     count = CHUNKS if mode.startswith("interleaved") else 1
-    overlapped = mode == "interleaved"
+    overlapped = mode.startswith("interleaved") and not mode.endswith("not overlapped")
     virtual = count if count > 1 else None
     parallel_state.set_virtual_pipeline_model_parallel_world_size(virtual)
     config = TransformerConfig(
@@ -65,9 +65,9 @@ def build(mode: str) -> list[torch.nn.Module]:
         pipeline_dtype=torch.float32,
         attention_dropout=0.0,
         hidden_dropout=0.0,
-        variable_seq_lengths=mode == "variable lengths",
+        variable_seq_lengths="variable lengths" in mode,
         # with overlap, stock up to 0.17 frees outputs that gloo still sends
-        deallocate_pipeline_outputs=mode not in ("outputs not deallocated", "interleaved"),
+        deallocate_pipeline_outputs=mode != "outputs not deallocated" and not overlapped,
         moe_token_dispatcher_type="alltoall",  # the default refuses variable lengths
         gradient_accumulation_fusion=False,
         bias_dropout_fusion=False,
@@ -110,7 +110,7 @@ def batches(mode: str, iteration: int):
     dice = torch.Generator().manual_seed(iteration)
     for _ in range(MICROBATCHES):
         length = LONGEST
-        if mode == "variable lengths":
+        if "variable lengths" in mode:
             length = int(torch.randint(2, 9, (), generator=dice)) * 8
         yield torch.randint(0, VOCABULARY, (SIZE, length + 1), generator=dice)
 
