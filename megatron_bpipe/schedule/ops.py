@@ -78,9 +78,16 @@ _NUMBER = "(?:0|[1-9][0-9]{0,17})"
 _TEXT = re.compile(
     f"(?P<kind>[A-Z]{{1,2}})(?P<microbatch>{_NUMBER})"
     rf"(?:\.(?P<chunk>[1-9][0-9]{{0,17}}))?(?P<up>~)?(?:@(?P<version>{_NUMBER}))?"
-    rf"(?::(?P<label>{_NUMBER}))?"
+    rf"(?:(?P<way>[<>])(?P<other>host|{_NUMBER}))?(?::(?P<label>{_NUMBER}))?"
 )
 _KINDS = {kind.value: kind for kind in Kind}
+# Which way a transfer's bytes go, as the stage sees it that has the op.
+_WAYS = dict.fromkeys((Kind.EVICT, Kind.EVICT_WAIT, Kind.RETURN), ">") | dict.fromkeys(
+    (Kind.LOAD, Kind.LOAD_WAIT, Kind.ACCEPT), "<"
+)
+
+HOST = -1
+"""In place of a lender: the evictor's own host memory."""
 
 
 class ActivationKey(NamedTuple):
@@ -105,6 +112,10 @@ class Op:
     As text ``F3``, in chunk 1 ``F3.1``, upwards ``F3~``, with weight version 2 ``F3@2``; all
     together ``F3.1~@2``.  Chunk 0, downwards and no version are not written.
 
+    A transfer may say with which stage, where that is not the paper's partner: ``E3>5`` goes to
+    stage 5 and ``L3<5`` brings it back; there ``AC3<0`` takes it from stage 0 and ``RT3>0`` returns
+    it.  ``E3>host`` goes to the evictor's own host memory.
+
     A message may carry a time label, ``SF3.1:14``: all messages of a rank with one label are posted
     together (see ``lowering.exchanges``).
     """
@@ -115,6 +126,7 @@ class Op:
     direction: Direction = DOWN
     version: int | None = None
     label: int | None = None
+    other: int | None = None
 
     @property
     def activation(self) -> tuple[int, int, bool]:
@@ -134,19 +146,24 @@ class Op:
         chunk = f".{self.chunk}" if self.chunk else ""
         version = "" if self.version is None else f"@{self.version}"
         label = "" if self.label is None else f":{self.label}"
-        return f"{self.kind.value}{self.microbatch}{chunk}{self.direction.value}{version}{label}"
+        other = ""
+        if self.other is not None:
+            other = f"{_WAYS[self.kind]}{'host' if self.other == HOST else self.other}"
+        mark = f"{self.direction.value}{version}{other}{label}"
+        return f"{self.kind.value}{self.microbatch}{chunk}{mark}"
 
     @classmethod
     def parse(cls, text: str) -> Op:
         """Read back what ``str`` wrote; raises ValueError naming the text otherwise."""
         match = _TEXT.fullmatch(text)
         kind = _KINDS.get(match["kind"]) if match else None
-        if match is None or kind is None:
+        if match is None or kind is None or match["way"] not in (None, _WAYS.get(kind)):
             raise ValueError(
                 f"{text!r} is not an op: write a kind ({', '.join(_KINDS)}), the micro-batch, then "
-                "optionally .chunk (from 1), ~ (upwards), @version, :label, as in F3 or F3.1~@2"
+                "optionally .chunk (from 1), ~ (upwards), @version, >stage or <stage (for a "
+                "transfer), :label, as in F3, F3.1~@2 or E3>5"
             )
-        version, label = match["version"], match["label"]
+        version, label, other = match["version"], match["label"], match["other"]
         return cls(
             kind,
             int(match["microbatch"]),
@@ -154,7 +171,17 @@ class Op:
             UP if match["up"] else DOWN,
             None if version is None else int(version),
             None if label is None else int(label),
+            None if other is None else HOST if other == "host" else int(other),
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Loan:
+    """``lender`` keeps at most ``slots`` activations of ``evictor``; `HOST` is a lender too."""
+
+    evictor: int
+    lender: int
+    slots: int
 
 
 @dataclass(frozen=True)
@@ -166,6 +193,10 @@ class Schedule:
     micro-batches of a whole stage, so a chunk of v counts 1/v.  ``lowered``
     says whether messages and waits are spelled out.  ``to_host`` says that what is evicted goes
     to the stage's own host memory: then every stage may evict and none lends.
+
+    ``loans`` says who lends to whom where that is not the paper's pairs, x and p-1-x (None): then
+    every transfer names the other stage.  ``keeps`` is then, instead of ``budget``, the most
+    activations of a chunk that may occupy each stage, its own.
     """
 
     name: str
@@ -174,6 +205,8 @@ class Schedule:
     budget: float | None = None
     lowered: bool = False
     to_host: bool = False
+    loans: tuple[Loan, ...] | None = None
+    keeps: tuple[int, ...] = ()
 
     @property
     def p(self) -> int:
@@ -194,6 +227,30 @@ class Schedule:
         ops = (op for line in self.stages for op in line if op.kind in MESSAGES)
         first = next(ops, None)
         return first is not None and first.label is not None
+
+
+def lenders(schedule: Schedule, stage: int) -> tuple[int, ...]:
+    """To whom this stage may evict; `HOST` where that is its own host memory."""
+    if schedule.loans is not None:
+        return tuple(loan.lender for loan in schedule.loans if loan.evictor == stage)
+    if schedule.to_host:
+        return (HOST,)
+    return (schedule.p - 1 - stage,) if is_evictor(stage, schedule.p) else ()
+
+
+def borrowers(schedule: Schedule, stage: int) -> tuple[int, ...]:
+    """Who may evict to this stage."""
+    if schedule.loans is not None:
+        return tuple(loan.evictor for loan in schedule.loans if loan.lender == stage)
+    other = None if schedule.to_host else partner(stage, schedule.p)
+    return (other,) if other is not None and other < stage else ()
+
+
+def other_end(schedule: Schedule, stage: int, op: Op) -> int:
+    """With whom a transfer (E, L, EW, LW, AC, RT) of this stage is; `HOST` for its host memory."""
+    if op.other is not None:
+        return op.other
+    return HOST if schedule.to_host else schedule.p - 1 - stage
 
 
 def units(budget: float, chunks: int) -> int:

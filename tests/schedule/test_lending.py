@@ -10,16 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_bpipe.schedule.balancing.lending import (
-    HOST,
     Lending,
     LimitError,
-    Loan,
     StageNeed,
     Way,
     emptiest,
     on_host,
     within,
 )
+from megatron_bpipe.schedule.ops import HOST, Loan
 
 
 @st.composite

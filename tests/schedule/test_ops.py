@@ -15,6 +15,7 @@ from megatron_bpipe.schedule import (
     is_evictor,
     partner,
 )
+from megatron_bpipe.schedule.ops import HOST
 
 COUNT = st.integers(0, 10**6)
 OPS = st.builds(
@@ -37,6 +38,10 @@ OPS = st.builds(
         ("F3@0", Op(Kind.FORWARD, 3, 0, DOWN, 0)),
         ("EW12.1~@2", Op(Kind.EVICT_WAIT, 12, 1, UP, 2)),
         ("RT0", Op(Kind.RETURN, 0)),
+        ("E3>5", Op(Kind.EVICT, 3, other=5)),
+        ("LW3.1<host", Op(Kind.LOAD_WAIT, 3, 1, other=HOST)),
+        ("AC3<0", Op(Kind.ACCEPT, 3, other=0)),
+        ("RT3@1>0", Op(Kind.RETURN, 3, version=1, other=0)),
     ],
 )
 def test_text(text, op):
@@ -51,7 +56,7 @@ def test_round_trip(op):
 
 
 @settings(deadline=None)
-@given(st.text("FBELSRWACT0123.~@- \n٣", max_size=8) | st.text(max_size=5))
+@given(st.text("FBELSRWACT0123.~@-<> \n٣", max_size=8) | st.text(max_size=5))
 def test_one_op_has_one_text(text):
     try:
         op = Op.parse(text)
@@ -65,6 +70,7 @@ def test_one_op_has_one_text(text):
     [
         *("F", "3", "f3", "F-1", "F03", "F3.0", "F3.", "F3@", "F3~~", "F3@1~", "F3.1.1", "F٣"),
         *("X3", "EF3", "F3,F4", "", "F3 ", " F3", "F3\n", "F" + "9" * 5000),
+        *("F3>1", "E3<5", "L3>5", "E3>", "E3>05", "E3>-1", "E3>5@1"),
     ],
 )
 def test_refused(text):

@@ -21,12 +21,8 @@ rooms.  A larger T only makes that easier, so the least T is found by bisection,
 *Fewest bytes*: with T given, combinations of ways are tried in order of the bytes that they move,
 and the first that can be packed is the answer.
 
-The packing is searched depth first, largest slots first.  Two bounds cut it: each stage's slots
-must fit in the rooms together with all larger ones, and all bytes must.  Where all slots are
-of one size the first bound is exact, so that the search never goes back; for slots of different
-sizes it may, and remembers where it failed. Packing is hard in general, so it gives up after
-`STEPS`: then the lending is one that can be kept, but ``proved`` says that a better one was not
-excluded.
+Packing is hard in general (`packing`), so it may give up: then the lending is one that can be kept,
+but ``proved`` says that a better one was not excluded.
 
 Units: bytes; slots are activations of one chunk.
 Paper: section 2.2 has the pairs x, p-1-x, which are best where every stage's bytes are equal.
@@ -36,13 +32,13 @@ from __future__ import annotations
 
 import heapq
 import itertools
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-STEPS = 2000  # of one packing: far more than any case of up to 8 stages was seen to need
-HOST = -1
-"""In place of a lender: the evictor's own host memory."""
+from megatron_bpipe.schedule.balancing.packing import Packed, Packing
+from megatron_bpipe.schedule.ops import HOST, Loan
+
+COMBINATIONS = 2000  # of ways that are tried, at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,15 +84,6 @@ class StageNeed:
 
 
 @dataclass(frozen=True, slots=True)
-class Loan:
-    """``lender`` keeps at most ``slots`` activations of ``evictor``; `HOST` is a lender too."""
-
-    evictor: int
-    lender: int
-    slots: int
-
-
-@dataclass(frozen=True, slots=True)
 class Lending:
     """What is to be done.
 
@@ -104,7 +91,7 @@ class Lending:
         ways: of each stage.
         loans: in order of evictor, then in the order in which an evictor fills them.
         peaks: of each stage, bytes.
-        proved: that nothing is better, see `STEPS`.
+        proved: that nothing is better.
     """
 
     ways: tuple[Way, ...]
@@ -140,11 +127,11 @@ def emptiest(stages: Sequence[StageNeed]) -> Lending:
     proved = True
     while low < high:
         middle = (low + high) // 2
-        packing = _leanest(stages, middle)
-        if packing is not None and packing.best is not None:
+        attempt = _leanest(stages, middle)
+        if attempt is not None and attempt.packing.best is not None:
             high = middle
         else:
-            proved = proved and (packing is None or packing.proved)
+            proved = proved and (attempt is None or attempt.packing.proved)
             low = middle + 1
     found = _fewest(stages, high)
     assert found is not None, "bisection ends at a peak that can be kept"
@@ -185,7 +172,7 @@ def on_host(stages: Sequence[StageNeed], limit: int | None = None) -> Lending:
             raise LimitError(most, stage.least, x)
     chosen = [_options(stage, most)[0] for stage in stages]
     packed = {x: {HOST: way.slots} for x, way in enumerate(chosen) if way.slots}
-    return _of(stages, chosen, packed)
+    return _lending(stages, chosen, packed)
 
 
 def _options(stage: StageNeed, most: int) -> list[Way]:
@@ -200,28 +187,40 @@ def _options(stage: StageNeed, most: int) -> list[Way]:
     return out
 
 
-def _leanest(stages: Sequence[StageNeed], most: int, host: bool = False) -> _Packing | None:
-    """The packing of the ways with the fewest slots: if they cannot be packed, none can.
+@dataclass(frozen=True)
+class _Attempt:
+    """One way a stage, and whether their slots could be packed."""
+
+    chosen: Sequence[Way]
+    packing: Packing
+
+    def lending(self, stages: Sequence[StageNeed], proved: bool) -> Lending:
+        assert self.packing.best is not None
+        return _lending(stages, self.chosen, self.packing.best, proved)
+
+
+def _leanest(stages: Sequence[StageNeed], most: int, host: bool = False) -> _Attempt | None:
+    """The ways with the fewest slots: if they cannot be packed, none can.
 
     None where a stage has no way that fits in ``most``.
     """
     options = [_options(stage, most) for stage in stages]
-    return _pack(stages, [each[-1] for each in options], most, host) if all(options) else None
+    return _attempt(stages, [each[-1] for each in options], most, host) if all(options) else None
 
 
 def _fewest(stages: Sequence[StageNeed], most: int) -> Lending | None:
     """The combination of ways with the fewest bytes moved that can be packed within ``most``."""
     leanest = _leanest(stages, most)
-    if leanest is None or leanest.best is None:
+    if leanest is None or leanest.packing.best is None:
         return None
     proved = True
     options = [_options(stage, most) for stage in stages]
-    for chosen in itertools.islice(_by_bytes(options), STEPS):
-        packing = _pack(stages, chosen, most)
-        if packing.best is not None:
-            return _lending(stages, packing, proved)
-        proved = proved and packing.proved
-    return _lending(stages, leanest, False)
+    for chosen in itertools.islice(_by_bytes(options), COMBINATIONS):
+        attempt = _attempt(stages, chosen, most)
+        if attempt.packing.best is not None:
+            return attempt.lending(stages, proved)
+        proved = proved and attempt.packing.proved
+    return leanest.lending(stages, proved=False)
 
 
 def _by_bytes(options: Sequence[Sequence[Way]]) -> Iterator[list[Way]]:
@@ -245,17 +244,14 @@ def _by_bytes(options: Sequence[Sequence[Way]]) -> Iterator[list[Way]]:
 
 def _with_host(stages: Sequence[StageNeed], most: int) -> Lending | None:
     """The fewest bytes in host memory, with the ways that need the fewest slots."""
-    packing = _leanest(stages, most, host=True)
-    return _lending(stages, packing, packing.proved) if packing is not None else None
+    attempt = _leanest(stages, most, host=True)
+    return attempt.lending(stages, attempt.packing.proved) if attempt is not None else None
 
 
-_Packed = dict[int, dict[int, int]]  # slots by evictor and lender
-
-
-def _pack(
+def _attempt(
     stages: Sequence[StageNeed], chosen: Sequence[Way], most: int, host: bool = False
-) -> _Packing:
-    """Where each evictor's slots go; with ``host`` what does not fit goes there, least bytes."""
+) -> _Attempt:
+    """Pack the slots of these ways; with ``host`` what does not fit goes there, least bytes."""
     evictors = [x for x, way in enumerate(chosen) if way.slots]
     evictors.sort(key=lambda x: (-stages[x].slot, x))
     rooms = {
@@ -264,109 +260,13 @@ def _pack(
         if not way.slots
     }
     needs = [(x, stages[x].slot, chosen[x].slots) for x in evictors]
-    return _Packing(chosen, needs, rooms, host)
+    return _Attempt(chosen, Packing(needs, rooms, len(stages), host))
 
 
-class _Packing:
-    """Depth-first search for the packing that leaves the fewest bytes to the host.
-
-    ``proved`` is False where it gave up: then ``best`` may not be the best there is, or None though
-    there is one.
-    """
-
-    def __init__(
-        self,
-        chosen: Sequence[Way],
-        needs: Sequence[tuple[int, int, int]],
-        rooms: Mapping[int, int],
-        host: bool,
-    ) -> None:
-        """``needs``: (evictor, bytes of a slot, slots), largest slots first."""
-        self.chosen = chosen
-        self._needs, self._host = needs, host
-        self._rooms = dict(rooms)
-        self._failed: dict[tuple[int, tuple[int, ...]], float] = {}  # allowance that was too small
-        self._steps = 0
-        self._bound = math.inf if host else 1.0  # bytes to the host must stay below this
-        self.best: _Packed | None = None
-        self.proved = True
-        self._lowest = self._must_leave(0)
-        self._search(0, 0, {})
-
-    def _must_leave(self, at: int) -> int:
-        """Bytes of the needs from ``at`` on that find no room, at least.
-
-        Of slots of at least s bytes a room takes no more than room // s.
-        """
-        rooms = self._rooms.values()
-        whole = slots = most = 0
-        for _, slot, count in self._needs[at:]:
-            slots += count
-            whole += slot * count
-            most = max(most, slot * (slots - sum(room // slot for room in rooms)))
-        return max(most, whole - sum(rooms))
-
-    def _search(self, at: int, hosted: int, packed: _Packed) -> None:
-        if self._done() or hosted + self._must_leave(at) >= self._bound:
-            return
-        if at == len(self._needs):
-            self._bound, self.best = hosted, packed
-            return
-        state = at, tuple(sorted(self._rooms.values()))
-        if self._failed.get(state, -math.inf) >= self._bound - hosted:
-            return
-        self._steps += 1
-        evictor, slot, slots = self._needs[at]
-        for where, left in self._spread(evictor, slot, slots):
-            if self._steps > STEPS:
-                self.proved = False
-                return
-            for lender, count in where.items():
-                self._rooms[lender] -= slot * count
-            whole = where | ({HOST: left} if left else {})
-            self._search(at + 1, hosted + slot * left, packed | {evictor: whole})
-            for lender, count in where.items():
-                self._rooms[lender] += slot * count
-            if self._done():
-                return
-        self._failed[state] = self._bound - hosted
-
-    def _done(self) -> bool:
-        return self.best is not None and self._bound <= self._lowest
-
-    def _spread(self, evictor: int, slot: int, slots: int) -> Iterator[tuple[dict[int, int], int]]:
-        """All ways to spread slots over the lenders, and how many are left for the host.
-
-        The usual partner comes first, then whoever has most room: few lenders, near the usual ones.
-        """
-        usual = len(self.chosen) - 1 - evictor
-        order = sorted(self._rooms, key=lambda y: (y != usual, -self._rooms[y], y))
-        fitting = [self._rooms[y] // slot for y in order]
-        after = [sum(fitting[n + 1 :]) for n in range(len(order))]
-
-        def spread(n: int, left: int) -> Iterator[tuple[dict[int, int], int]]:
-            if n == len(order) or not left:
-                yield {}, left
-                return
-            for count in range(min(left, fitting[n]), -1, -1):
-                if not self._host and left - count > after[n]:
-                    break
-                for where, rest in spread(n + 1, left - count):
-                    yield ({order[n]: count} | where if count else where), rest
-
-        return spread(0, slots)
-
-
-def _lending(stages: Sequence[StageNeed], packing: _Packing, proved: bool) -> Lending:
-    """What a packing that was found comes to."""
-    packed, chosen = packing.best, packing.chosen
-    assert packed is not None, "host memory takes whatever is left"
-    return _of(stages, chosen, packed, proved)
-
-
-def _of(
-    stages: Sequence[StageNeed], chosen: Sequence[Way], packed: _Packed, proved: bool = True
+def _lending(
+    stages: Sequence[StageNeed], chosen: Sequence[Way], packed: Packed, proved: bool = True
 ) -> Lending:
+    """What it comes to."""
     loans = [
         Loan(evictor, lender, count)
         for evictor in sorted(packed)
