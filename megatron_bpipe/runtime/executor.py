@@ -4,6 +4,7 @@
     RF SF   receive / send an activation         Stage.exchange (Megatron's communicator)
     RB SB   receive / send a gradient            Stage.exchange
     F  B    one micro-batch in one model chunk   Stage
+    W       its weight gradients                 Stage, where the schedule splits the backward
     E  EW   copy out starts / is over            ActivationStore
     L  LW   copy back starts / is over           ActivationStore
     AC RT   the acceptor's part                  AcceptorEnd (nothing for a one-sided transport)
@@ -40,7 +41,10 @@ class Stage(Protocol):
         """Compute the output and return it."""
 
     def backward(self, op: Op) -> None:
-        """Compute gradients."""
+        """Compute gradients; where the schedule has W, of weights only those that W leaves out."""
+
+    def weight(self, op: Op) -> None:
+        """Compute the weight gradients that the B of this activation left."""
 
 
 class Acceptor(AcceptorEnd, Protocol):
@@ -96,6 +100,7 @@ class ScheduleExecutor:
         self._handlers: Mapping[Kind, Callable[[Op], object]] = {
             Kind.FORWARD: self._forward,
             Kind.BACKWARD: self._backward,
+            Kind.WEIGHT: self._weight,
             Kind.EVICT: self._evict,
             Kind.EVICT_WAIT: self._evict_wait,
             Kind.LOAD: self._load,
@@ -156,6 +161,9 @@ class ScheduleExecutor:
         self._stage.backward(op)
         if self._store is not None:
             self._store.consume(op.key)
+
+    def _weight(self, op: Op) -> None:
+        self._stage.weight(op)
 
     def _evict(self, op: Op) -> None:
         assert self._store is not None

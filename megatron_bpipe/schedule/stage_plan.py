@@ -10,7 +10,7 @@ from megatron_bpipe.schedule.balancing.balance import slots
 from megatron_bpipe.schedule.bases.catalogue import ScheduleSpec, make
 from megatron_bpipe.schedule.handshake import check_handshake
 from megatron_bpipe.schedule.lowering.lower import lower
-from megatron_bpipe.schedule.ops import Op, is_evictor, partner, quantity
+from megatron_bpipe.schedule.ops import Kind, Op, is_evictor, partner, quantity
 from megatron_bpipe.schedule.validation.occupancy import remote_bytes
 from megatron_bpipe.schedule.validation.validate import validate
 
@@ -38,6 +38,11 @@ class StagePlan:
     partner: int | None
     slots_borrowed: int
     slots_lent: int
+
+    @property
+    def splits_backward(self) -> bool:
+        """Whether weight gradients are computed apart from the rest of the backward (W)."""
+        return any(op.kind is Kind.WEIGHT for op in self.ops)
 
     @property
     def described(self) -> str:

@@ -36,6 +36,7 @@ MODULES = {
     "moe_utils": hook_points.MOE_UTILS,
     "torch_norm": hook_points.TORCH_NORM,
     "tensor_parallel": hook_points.TENSOR_PARALLEL,
+    "linear_layers": hook_points.LAYERS,
 }
 # a variable or attribute of this name is an instance of these classes of Megatron
 CLASSES = {

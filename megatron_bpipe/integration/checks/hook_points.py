@@ -30,6 +30,7 @@ DATASET_UTILS = "megatron.core.datasets.utils"
 DATASET_EXTENSION = "megatron.core.datasets.helpers_cpp"
 RANDOM = "megatron.core.tensor_parallel.random"
 TENSOR_PARALLEL = "megatron.core.tensor_parallel"
+LAYERS = "megatron.core.tensor_parallel.layers"
 TORCH_NORM = "megatron.core.transformer.torch_norm"
 MOE_UTILS = "megatron.core.transformer.moe.moe_utils"
 FUSED_KERNELS = "megatron.legacy.fused_kernels"
@@ -203,6 +204,17 @@ _SCHEDULE = (
         "PipelineParallelLayerLayout",
         attributes=("get_num_stages_from_str",),
     ),
+    # weight gradients apart from B
+    HookPoint(
+        LAYERS,
+        "linear_with_grad_accumulation_and_async_allreduce",
+        (
+            *("input", "weight", "bias", "gradient_accumulation_fusion", "allreduce_dgrad"),
+            *("sequence_parallel", "grad_output_buffer", "wgrad_deferral_limit", "tp_group"),
+        ),
+    ),
+    HookPoint(LAYERS, "gather_from_sequence_parallel_region", ("group",)),
+    HookPoint(LAYERS, "prepare_input_tensors_for_wgrad_compute"),
     HookPoint(TIMERS, "Timers.__call__", ("name", "log_level")),
     HookPoint(TIMERS, "Timer.start", ("barrier",)),
     HookPoint(TIMERS, "Timer.stop"),
@@ -284,7 +296,7 @@ _PROFILE = tuple(
             DISTRIBUTED,
             "DistributedDataParallel",
             ("config", "ddp_config", "module"),
-            ("no_sync", "zero_grad_buffer"),
+            ("no_sync", "zero_grad_buffer", "start_grad_sync", "ddp_config"),
         ),
         (DISTRIBUTED, "DistributedDataParallelConfig", ("grad_reduce_in_fp32",), ()),
         (ENUMS, "AttnBackend", (), ("flash", "unfused")),

@@ -8,6 +8,10 @@ that wait for one another's messages also wait for the same collectives::
     config.grad_sync_func    after the backward that is ``pp_rank`` after the last one of a chunk
     neither                  gradients of a chunk are reduced from its last backward on
 
+Where weight gradients come later than the rest of the backward (W), a chunk's gradients are
+complete only after its last W, while its parameters count as ready in the backward. So nothing is
+reduced before the last op, and then everything is.
+
 Source: ``forward_backward_pipelining_with_interleaving`` (``forward_step_helper``,
 ``backward_step_helper``), alike from 0.14 to main.
 """
@@ -43,6 +47,7 @@ class ChunkSync:
     _first: dict[int, int] = field(default_factory=dict)  # number of a chunk's first forward
     _last: dict[int, int] = field(default_factory=dict)  # number of a chunk's last backward
     _done: dict[Kind, int] = field(default_factory=dict)
+    _splits: bool = False
 
     def __post_init__(self) -> None:
         forwards = [op.chunk for op in self.ops if op.kind is Kind.FORWARD]
@@ -50,6 +55,7 @@ class ChunkSync:
         self._last = {chunk: number for number, chunk in enumerate(backwards)}
         self._first = {forwards[number]: number for number in reversed(range(len(forwards)))}
         self._done = {Kind.FORWARD: 0, Kind.BACKWARD: 0}
+        self._splits = any(op.kind is Kind.WEIGHT for op in self.ops)
         self._stop()
         for chunk in range(min(2, len(self.chunks))):
             self._gather(chunk)
@@ -64,12 +70,16 @@ class ChunkSync:
 
     def before_backward(self, chunk: int) -> None:
         """A backward of this chunk is about to run."""
+        if self._splits:
+            return
         if self.config.grad_sync_func is None and self._last[chunk] == self._done[Kind.BACKWARD]:
             self._go()
             self._synchronised.add(chunk)
 
     def after_backward(self) -> None:
         """A backward has run."""
+        if self._splits:
+            return
         number = self._done[Kind.BACKWARD] - self.rank
         self._done[Kind.BACKWARD] += 1
         if self.config.grad_sync_func is not None:
@@ -86,6 +96,10 @@ class ChunkSync:
             for chunk in range(len(self.chunks)):
                 if chunk not in self._synchronised:
                     self._reduce(chunk)
+        elif self._splits:
+            for ddp in self.chunks:
+                if getattr(getattr(ddp, "ddp_config", None), "overlap_grad_reduce", False):
+                    ddp.start_grad_sync()  # its hooks, which would, found nothing ready
 
     def _gather(self, chunk: int) -> None:
         gather = _of_chunk(self.config.param_sync_func, chunk)

@@ -6,6 +6,7 @@
                   send_forward_backward_recv_forward_backward
     F             schedules.forward_step
     B             schedules.backward_step
+    W             weight_gradients.WeightGradients, what B left
 
 An asynchronous receive is waited for directly before the computation that needs it; a send before
 its output is given back, one computation later.  All stages post their messages in the order of
@@ -15,6 +16,7 @@ their labels, so nothing here can wait for a message that comes later (`schedule
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +26,7 @@ from megatron_bpipe.integration.checks.hook_points import BACKWARD_STEP
 from megatron_bpipe.integration.checks.probe import call_known
 from megatron_bpipe.integration.patches.chunk_sync import ChunkSync
 from megatron_bpipe.integration.patches.stage import StageCall
+from megatron_bpipe.integration.patches.weight_gradients import WeightGradients
 from megatron_bpipe.schedule.ops import ActivationKey, Kind, Op
 
 
@@ -34,10 +37,12 @@ class ChunkedStage:
     Args:
         call: what stays the same for the whole iteration.
         ops: what this stage runs.
+        weights: weight gradients that B leaves to W; None where no W comes.
     """
 
     call: StageCall
     ops: Sequence[Op]
+    weights: WeightGradients | None = None
     losses: list[Any] = field(default_factory=list)
     tokens: Any = None  # int tensor: non-padded tokens seen by this rank
     _inputs: dict[ActivationKey, Any] = field(default_factory=dict)
@@ -118,18 +123,25 @@ class ChunkedStage:
         call, key = self.call, op.key
         self._sync.before_backward(op.chunk)
         self._arrived(Kind.BACKWARD, key)
-        self._gradients[key] = call_known(
-            BACKWARD_STEP,
-            call.schedules.backward_step,
-            input_tensor=self._inputs.pop(key),
-            output_tensor=self._outputs.pop(key),
-            output_tensor_grad=self._gradients.pop(key, None),
-            model_type=getattr(call.model, "model_type", None),
-            config=call.config,
-        )
+        with nullcontext() if self.weights is None else self.weights.left_by(key):
+            self._gradients[key] = call_known(
+                BACKWARD_STEP,
+                call.schedules.backward_step,
+                input_tensor=self._inputs.pop(key),
+                output_tensor=self._outputs.pop(key),
+                output_tensor_grad=self._gradients.pop(key, None),
+                model_type=getattr(call.model, "model_type", None),
+                config=call.config,
+            )
         if call.is_first and not op.chunk:  # where the micro-batch entered the model
             del self._gradients[key]
         self._sync.after_backward()
+        self._settle()
+
+    def weight(self, op: Op) -> None:
+        """W."""
+        assert self.weights is not None
+        self.weights.compute(op.key)
         self._settle()
 
     def finish(self) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -27,6 +28,7 @@ from megatron_bpipe.integration.patches.chunked_stage import ChunkedStage
 from megatron_bpipe.integration.patches.p2p_sync import StreamWaits, host_waits
 from megatron_bpipe.integration.patches.process_groups import GROUPS_NAMES, default_groups
 from megatron_bpipe.integration.patches.stage import MegatronStage, StageCall
+from megatron_bpipe.integration.patches.weight_gradients import WeightGradients
 from megatron_bpipe.integration.session import Session
 from megatron_bpipe.integration.stage_pools import sizes_vary
 from megatron_bpipe.runtime.executor import ScheduleExecutor
@@ -77,12 +79,15 @@ def _iteration(
     if plan.slots_borrowed or plan.slots_lent:
         waits = host_waits(group, clocked=session.options.clocked)
         call = replace(call, communicator=StreamWaits(call.communicator, host=waits))
-    stage = ChunkedStage(call, plan.ops) if plan.labelled else MegatronStage(call)
+    weights = WeightGradients() if plan.splits_backward else None
+    stage = ChunkedStage(call, plan.ops, weights) if plan.labelled else MegatronStage(call)
     store = session.store if plan.slots_borrowed else None
     lent = session.acceptor_end if plan.slots_lent else None
     name = f"rank {torch.distributed.get_rank()} (stage {group.rank()} of {group.size()})"
     ranges = torch.cuda.nvtx.range if torch.cuda.is_available() else None
-    ScheduleExecutor(plan.ops, stage, store, lent, session.observers(), name, ranges).run()
+    executor = ScheduleExecutor(plan.ops, stage, store, lent, session.observers(), name, ranges)
+    with weights.deferred() if weights is not None else nullcontext():
+        executor.run()
     stage.finish()
     _finish_gradients(call, stage.tokens, embedding, arguments)
     _timer(call.config, start=False)

@@ -152,6 +152,10 @@ class MegatronStage:
         if call.is_first:
             del self._gradients[i]
 
+    def weight(self, op: Op) -> None:
+        """W: no schedule in 1F1B's order has one, those that do have time labels."""
+        raise NotImplementedError
+
     def finish(self) -> None:
         """All ops have run: reduce all gradients."""
         if self._enable_grad_sync() and self.call.config.grad_sync_func is not None:

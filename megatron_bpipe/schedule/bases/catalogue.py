@@ -54,6 +54,7 @@ class Entry:
     make: Callable[[ScheduleSpec], Schedule]
     note: str
     executed: bool = False
+    splits_backward: bool = False  # weight gradients (W) apart from B
 
     def build(self, p: int, m: int) -> Schedule:
         """The schedule at its default settings, not validated."""
@@ -88,10 +89,21 @@ CATALOGUE = {
         lambda spec: balance(_interleaved(spec)), "BPipe on interleaved 1F1B, least budget"
     ),
     "chimera": Entry(_of(chimera), "Chimera: two pipelines in opposite directions"),
-    "zb-h1": Entry(_of(zb_h1), "zero-bubble H1: 1F1B's memory, W fills the bubble"),
-    "v-min": Entry(_of(partial(v_shape, name="v-min")), "V-Min: a third of 1F1B's memory"),
-    "v-half": Entry(_of(partial(v_shape, name="v-half")), "V-Half: half of 1F1B's memory"),
-    "v-zb": Entry(_of(partial(v_shape, name="v-zb")), "V-ZB: no bubble, 1F1B's memory"),
+    "zb-h1": Entry(
+        _of(zb_h1),
+        "zero-bubble H1: 1F1B's memory, W fills the bubble",
+        executed=True,
+        splits_backward=True,
+    ),
+    "v-min": Entry(
+        _of(partial(v_shape, name="v-min")), "V-Min: a third of 1F1B's memory", splits_backward=True
+    ),
+    "v-half": Entry(
+        _of(partial(v_shape, name="v-half")), "V-Half: half of 1F1B's memory", splits_backward=True
+    ),
+    "v-zb": Entry(
+        _of(partial(v_shape, name="v-zb")), "V-ZB: no bubble, 1F1B's memory", splits_backward=True
+    ),
     "host-offload": Entry(
         lambda spec: offload(one_f_one_b(spec.p, spec.m), default_budget(spec.p)),
         "1F1B with evictions to host memory, BPipe's budget",

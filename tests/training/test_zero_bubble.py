@@ -1,0 +1,72 @@
+"""Schedules that split the backward (F, B, W): bitwise what stock Megatron does in 1F1B.
+
+Stock here is Megatron's own 1F1B with its own messages.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.harness import Megatron
+from tests.harness.compare import difference
+from tests.harness.models import gpt
+from tests.training.combinations import DISTRIBUTED_OPTIMIZER, FUSION, LLAMA, MOE, Combination
+
+ZB_H1 = ["--bpipe-schedule", "zb-h1"]
+DROPOUT = ["--attention-dropout", "0.1", "--hidden-dropout", "0.1"]
+SEQUENCE_PARALLEL = ["--tensor-model-parallel-size", "2", "--sequence-parallel"]
+FULL = [
+    *("--recompute-granularity", "full", "--recompute-method", "uniform"),
+    *("--recompute-num-layers", "1"),
+]
+
+
+def four(*extra: str, microbatches: int = 8) -> list[str]:
+    return gpt(4, microbatches, None, *extra)
+
+
+COMBINATIONS = {
+    "pp4": Combination(4, four(), quick=True),
+    "pp8 bf16": Combination(8, gpt(8, 9, None, "--bf16")),
+    "m < p": Combination(4, four(microbatches=3)),
+    "fusion": Combination(4, four("--bf16"), [FUSION]),
+    "untied, dropout": Combination(4, four(*DROPOUT, "--untie-embeddings-and-output-weights")),
+    "LLaMA-like, tp2, sequence parallelism, bf16": Combination(
+        8, four(*LLAMA, *SEQUENCE_PARALLEL, "--bf16"), quick=True
+    ),
+    "tp2, sequence parallelism, biases": Combination(8, four(*SEQUENCE_PARALLEL)),
+    "tp2, sequence parallelism, fusion": Combination(8, four(*SEQUENCE_PARALLEL), [FUSION]),
+    "dp2 distributed optimizer, both overlaps": Combination(
+        8, four(*DISTRIBUTED_OPTIMIZER, microbatches=16), quick=True
+    ),
+    "dp2 distributed optimizer, no overlap": Combination(
+        8, four("--use-distributed-optimizer", microbatches=16)
+    ),
+    "dp2 distributed optimizer, not aligned": Combination(
+        8, four(*DISTRIBUTED_OPTIMIZER, "--no-align-grad-reduce", microbatches=16)
+    ),
+    "dp2 distributed optimizer, overlaps, fusion": Combination(
+        8, four(*DISTRIBUTED_OPTIMIZER, microbatches=16), [FUSION]
+    ),
+    "full recompute with dropout": Combination(4, four(*FULL, *DROPOUT)),
+    "selective recompute": Combination(4, four("--recompute-granularity", "selective")),
+    "MoE, 4 experts": Combination(4, four(*MOE)),
+    "evaluation between steps": Combination(4, four("--eval-iters", "2", "--eval-interval", "3")),
+    "uneven layers": Combination(
+        4, gpt(4, 8, 8, "--pipeline-model-parallel-layout", "Et|tt|tt|tttL")
+    ),
+    "per-token loss": Combination(4, four("--calculate-per-token-loss")),
+}
+CASES = [
+    pytest.param(name, marks=() if case.quick else pytest.mark.long)
+    for name, case in COMBINATIONS.items()
+]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bitwise_1f1b(megatron: Megatron, name: str) -> None:
+    case = COMBINATIONS[name]
+    stock = megatron.train(case.flags, world=case.world, hooks=case.hooks)
+    split = megatron.train([*case.flags, *ZB_H1], world=case.world, hooks=case.hooks)
+    assert difference(stock, split) is None
+    assert any(event["op"].startswith("W") for event in split.timeline(0)["iterations"][-1])
