@@ -24,6 +24,11 @@ The computing thread of an evictor posts ``bytes`` when its first forward is ove
 agent's ``done`` before its first E. That of an acceptor waits for ``done`` before its first
 forward; AC and RT that stand before it are kept until then. With model chunks the first forward is
 that of the last chunk.
+
+Where a schedule has loans of its own they were worked out from an earlier iteration's bytes: the
+agents know what to ask for and nobody posts ``bytes``. A lender then waits before its very first
+forward or AC, and it does not matter whether it stands before or behind its evictor in the
+pipeline. A stage may have several pairs, each with agents of its own.
 """
 
 from __future__ import annotations
@@ -33,7 +38,16 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from megatron_bpipe.schedule.errors import ScheduleError
-from megatron_bpipe.schedule.ops import MESSAGES, Kind, Op, Schedule, partner
+from megatron_bpipe.schedule.ops import (
+    HOST,
+    MESSAGES,
+    Kind,
+    Op,
+    Schedule,
+    borrowers,
+    lenders,
+    other_end,
+)
 from megatron_bpipe.schedule.programs import lowered_programs
 from megatron_bpipe.schedule.validation.rendezvous import POST, Log, Program, execute
 
@@ -72,7 +86,8 @@ TALK: tuple[tuple[Note, ...], ...] = (
     (Note(EVICTOR, "request"),),
     (Note(ACCEPTOR, "pool"),),
 )
-Logs = dict[tuple[int, str, str], Log]  # by evictor, who posts, what
+Pair = tuple[int, int]  # evictor, acceptor
+Logs = dict[tuple[Pair, str, str], Log]  # by pair, who posts, what
 Before = dict[int, list[tuple[Log, int]]]  # steps by the op that they stand before
 
 
@@ -100,8 +115,13 @@ def first_message(line: Sequence[Op]) -> int:
     return next((i for i, op in enumerate(line) if op.kind in MESSAGES), len(line))
 
 
-def first_forward(line: Sequence[Op]) -> int:
-    """Where the first forward of a stage's last chunk stands: then all sizes are known."""
+def first_forward(line: Sequence[Op], any_chunk: bool = False) -> int:
+    """Where the first forward of a stage's last chunk stands: then all sizes are known.
+
+    With ``any_chunk`` its very first, or its first AC where that comes before it.
+    """
+    if any_chunk:
+        return next(i for i, op in enumerate(line) if op.kind in (Kind.FORWARD, Kind.ACCEPT))
     last = max(op.chunk for op in line)
     return next(i for i, op in enumerate(line) if op.kind is Kind.FORWARD and op.chunk == last)
 
@@ -143,15 +163,18 @@ def handshake_programs(
         line = schedule.stages[stage]
         before: Before = defaultdict(list)
         kept_until = 0
-        other = partner(stage, schedule.p)
-        if other is not None and any(op.kind is Kind.EVICT for op in line):
-            before[first_forward(line) + 1].append((logs[stage, COMPUTING, "bytes"], POST))
-            first = next(i for i, op in enumerate(line) if op.kind is Kind.EVICT)
-            before[first].append((logs[stage, EVICTOR, "done"], 0))
-            agents += [_agent(stage, end, logs) for end in (EVICTOR, ACCEPTOR)]
-        elif other is not None and any(op.kind is Kind.ACCEPT for op in line):
-            kept_until = acceptor_waits(line)
-            before[kept_until].append((logs[other, ACCEPTOR, "done"], 0))
+        known = schedule.loans is not None
+        for lender in pairs_of(schedule, stage):
+            pair = stage, lender
+            if not known:
+                before[first_forward(line) + 1].append((logs[pair, COMPUTING, "bytes"], POST))
+            first = next(i for i, op in enumerate(line) if _evicts(schedule, stage, op, lender))
+            before[first].append((logs[pair, EVICTOR, "done"], 0))
+            agents += [_agent(pair, end, logs, known) for end in (EVICTOR, ACCEPTOR)]
+        for evictor in borrowers(schedule, stage):
+            if stage in pairs_of(schedule, evictor):
+                kept_until = first_forward(line, any_chunk=True) if known else acceptor_waits(line)
+                before[kept_until].append((logs[(evictor, stage), ACCEPTOR, "done"], 0))
         for number, at in enumerate(collectives[stage]):
             before[at].append((rooms[number, stage], POST))
             before[at] += [(rooms[number, each], 0) for each in range(schedule.p)]
@@ -159,20 +182,35 @@ def handshake_programs(
     return programs + agents
 
 
-def said_by(end: str) -> Iterator[tuple[bool, Note]]:
-    """What an end's agent posts (True) and waits for, in its order."""
+def pairs_of(schedule: Schedule, stage: int) -> tuple[int, ...]:
+    """The stages to which this one really evicts."""
+    used = {
+        other_end(schedule, stage, op) for op in schedule.stages[stage] if op.kind is Kind.EVICT
+    }
+    return tuple(y for y in lenders(schedule, stage) if y in used and y != HOST)
+
+
+def said_by(end: str, known: bool = False) -> Iterator[tuple[bool, Note]]:
+    """What an end's agent posts (True) and waits for, in its order.
+
+    ``known``: the bytes are, so that it does not wait for its computing thread.
+    """
     for notes in TALK:
         for note in sorted(notes, key=lambda note: note.by != end):
-            if note.by != COMPUTING or end == EVICTOR:
+            if note.by != COMPUTING or (end == EVICTOR and not known):
                 yield note.by == end, note
 
 
-def _agent(evictor: int, end: str, logs: Logs) -> Program:
+def _evicts(schedule: Schedule, stage: int, op: Op, lender: int) -> bool:
+    return op.kind is Kind.EVICT and other_end(schedule, stage, op) == lender
+
+
+def _agent(pair: Pair, end: str, logs: Logs, known: bool) -> Program:
     """What an agent does, from its rank's first iteration on."""
     program = Program()
-    for posts, note in said_by(end):
-        program.add(0, logs[evictor, note.by, note.what], POST if posts else 0)
-    program.add(0, logs[evictor, end, "done"], POST)
+    for posts, note in said_by(end, known):
+        program.add(0, logs[pair, note.by, note.what], POST if posts else 0)
+    program.add(0, logs[pair, end, "done"], POST)
     return program
 
 

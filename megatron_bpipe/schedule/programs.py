@@ -28,9 +28,23 @@ from megatron_bpipe.schedule.lowering.routes import (
     peer,
     upstream,
 )
-from megatron_bpipe.schedule.ops import MESSAGES, Direction, Kind, Op, Schedule, is_evictor, partner
-from megatron_bpipe.schedule.validation.occupancy import occupancy
+from megatron_bpipe.schedule.ops import (
+    HOST,
+    MESSAGES,
+    Direction,
+    Kind,
+    Op,
+    Schedule,
+    borrowers,
+    lenders,
+    other_end,
+)
+from megatron_bpipe.schedule.validation.occupancy import borrowed
 from megatron_bpipe.schedule.validation.rendezvous import POST, Log, Program, execute
+
+_TRANSFERS = frozenset((Kind.EVICT, Kind.LOAD, Kind.EVICT_WAIT, Kind.LOAD_WAIT))
+_ANSWERS = frozenset((Kind.ACCEPT, Kind.RETURN))
+_Pairs = dict[tuple[int, int], tuple[Log, Log]]  # by evictor, lender: the posts of each
 
 
 def times(schedule: Schedule, transfers: bool = True) -> list[list[int]]:
@@ -108,19 +122,17 @@ def lowered_programs(schedule: Schedule, transfers: bool = True) -> list[Program
     """Programs of all ops."""
     p, known = schedule.p, known_activations(schedule)
     channels: dict[tuple[int, int], tuple[Log, Log]] = defaultdict(lambda: ([], []))
-    pairs: dict[int, tuple[Log, Log]] = defaultdict(lambda: ([], []))  # evictor's, acceptor's
+    pairs: _Pairs = defaultdict(lambda: ([], []))
     programs = []
     for stage, line in enumerate(schedule.stages):
         messages = _Messages(stage, p, known, channels)
-        other = partner(stage, p)
-        if other is None or schedule.to_host or not transfers:
-            moves = None
-        elif is_evictor(stage, p):
-            moves = _evictor_moves(line, *pairs[stage])
-        else:
-            pool = max(occupancy(schedule.stages[other])[1], default=0)
-            moves = _acceptor_moves(line, *pairs[other], pool)
-        programs.append(_lowered_line(line, messages, moves or {}))
+        moves: dict[int, list[tuple[Log, int]]] = {}
+        if transfers:
+            if any(lender != HOST for lender in lenders(schedule, stage)):
+                moves |= _evictor_moves(schedule, stage, pairs)
+            for evictor in borrowers(schedule, stage):
+                moves |= _acceptor_moves(schedule, stage, evictor, *pairs[evictor, stage])
+        programs.append(_lowered_line(line, messages, moves))
     return programs
 
 
@@ -203,40 +215,48 @@ class _Messages:
 
 
 def _evictor_moves(
-    line: Sequence[Op], mine: Log, acceptors: Log
+    schedule: Schedule, stage: int, pairs: _Pairs
 ) -> dict[int, list[tuple[Log, int]]]:
-    """E, L: post.  EW, LW: wait until the acceptor has posted the same transfer."""
+    """E, L: post.  EW, LW: wait until the lender has posted the same transfer."""
     moves: dict[int, list[tuple[Log, int]]] = {}
-    number: dict[Activation, int] = {}  # of the latest transfer of each activation
-    started = 0
-    for index, op in enumerate(line):
+    number: dict[Activation, int] = {}  # of the latest transfer of each activation, on its pair
+    started: dict[int, int] = defaultdict(int)  # by lender
+    for index, op in enumerate(schedule.stages[stage]):
+        if op.kind not in _TRANSFERS:
+            continue
+        lender = other_end(schedule, stage, op)
+        if lender == HOST:
+            continue
+        mine, lenders_log = pairs[stage, lender]
         if op.kind is Kind.EVICT or op.kind is Kind.LOAD:
             moves[index] = [(mine, POST)]
-            number[op.activation] = started
-            started += 1
-        elif op.kind is Kind.EVICT_WAIT or op.kind is Kind.LOAD_WAIT:
-            moves[index] = [(acceptors, number[op.activation])]
+            number[op.activation] = started[lender]
+            started[lender] += 1
+        else:
+            moves[index] = [(lenders_log, number[op.activation])]
     return moves
 
 
 def _acceptor_moves(
-    line: Sequence[Op], evictors: Log, mine: Log, pool: int
+    schedule: Schedule, stage: int, evictor: int, evictors: Log, mine: Log
 ) -> dict[int, list[tuple[Log, int]]]:
     """AC: wait until a slot is free, post.  RT: wait until the data is there, post."""
     moves: dict[int, list[tuple[Log, int]]] = {}
     accepted: dict[Activation, int] = {}  # number of the latest AC of each activation
     returned: list[int] = []  # numbers of all RTs
     posted = accepts = 0
-    for index, op in enumerate(line):
+    pool = borrowed(schedule, evictor, stage)
+    for index, op in enumerate(schedule.stages[stage]):
+        if op.kind not in _ANSWERS or other_end(schedule, stage, op) != evictor:
+            continue
         if op.kind is Kind.ACCEPT:
             # The slot of an AC beyond the pool is the one that the oldest RT not yet used frees.
             free = [(evictors, returned[accepts - pool])] if accepts >= pool else []
             moves[index] = [*free, (mine, POST)]
             accepted[op.activation] = posted
             accepts += 1
-            posted += 1
-        elif op.kind is Kind.RETURN:
+        else:
             moves[index] = [(evictors, accepted[op.activation]), (mine, POST)]
             returned.append(posted)
-            posted += 1
+        posted += 1
     return moves

@@ -19,18 +19,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_bpipe.schedule.balancing.balance import slots
-from megatron_bpipe.schedule.ops import (
-    Kind,
-    Op,
-    Schedule,
-    is_evictor,
-    microbatches,
-    partner,
-    quantity,
-)
+from megatron_bpipe.schedule.ops import Kind, Op, Schedule, microbatches, quantity
 from megatron_bpipe.schedule.programs import times
-from megatron_bpipe.schedule.validation.occupancy import occupancy
+from megatron_bpipe.schedule.validation.occupancy import lent, peak, with_own_loans
 from megatron_bpipe.schedule.validation.validate import validate
 
 
@@ -56,6 +47,8 @@ def from_csv(text: str, name: str = "csv", budget: float | None = None) -> Sched
     microbatches = len({op.microbatch for op in ops if op.kind is Kind.FORWARD})
     lowered = any(not op.kind.logical for op in ops)
     schedule = Schedule(name, microbatches, stages, budget, lowered)
+    if any(op.other is not None for op in ops):
+        schedule = with_own_loans(schedule)
     validate(schedule)
     return schedule
 
@@ -129,11 +122,7 @@ def _stage_rows(label: str, line: Sequence[Op], over: Sequence[int]) -> list[_Ro
 
 def _most(schedule: Schedule, stage: int) -> int:
     """Most activations (of a chunk) on a stage, slots it lends included."""
-    own = max(occupancy(schedule.stages[stage])[0], default=0)
-    other = partner(stage, schedule.p)
-    if other is None or schedule.to_host or is_evictor(stage, schedule.p):
-        return own
-    return own + slots(schedule, other)
+    return peak(schedule.stages[stage]) + lent(schedule, stage)
 
 
 def _title(schedule: Schedule) -> str:

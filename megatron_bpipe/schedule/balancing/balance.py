@@ -127,14 +127,14 @@ def _plan_all(
     for stage in range(p // 2):
         if peaks[stage] > budget:
             room = budget - peaks[p - 1 - stage]
-            stays = _plan(lives[stage], [n - budget for n in counts[stage]], room)
+            stays = plan_stage(lives[stage], [n - budget for n in counts[stage]], room)
             if stays is None:
                 return None
             plans[stage] = stays
     return plans
 
 
-def _plan(lives: Sequence[Span], need: Sequence[int], room: int) -> list[Stay] | None:
+def plan_stage(lives: Sequence[Span], need: Sequence[int], room: int) -> list[Stay] | None:
     """What one evictor evicts so that ``need`` are away at each step, in ``room`` slots.
 
     One layer of spans after the other takes as much of the need as it can; 1F1B has one layer.

@@ -15,11 +15,7 @@ be right too, but would merge calls that Megatron makes one after the other in w
 cool-down.
 A transfer is over right after its computation, before that computation's sends: ``E3,F4,EW3,SF4``.
 
-The acceptor's line says when it posts the receive of an evicted micro-batch (AC) and the send that
-returns it (RT), in the order of the evictor's E and L.  They are placed by a unit-time run of the
-schedule: as late as possible, but no later than the evictor starts E or L in that run.  So neither
-delays the acceptor, every AC finds a slot and every RT its data in that run; and since what
-deadlocks does not depend on speed, they do not deadlock in any.
+`answers` places the acceptor's part.
 """
 
 from __future__ import annotations
@@ -28,19 +24,20 @@ from collections.abc import Sequence, Set
 from dataclasses import replace
 
 from megatron_bpipe.schedule.base import one_f_one_b
-from megatron_bpipe.schedule.lowering.batches import batch_size, batches
+from megatron_bpipe.schedule.lowering.answers import answers, with_answers
+from megatron_bpipe.schedule.lowering.batches import batches
 from megatron_bpipe.schedule.lowering.exchanges import exchanges, merge
 from megatron_bpipe.schedule.lowering.routes import Activation, known_activations, peer
-from megatron_bpipe.schedule.ops import UP, Kind, Op, Schedule
+from megatron_bpipe.schedule.ops import UP, Kind, Op, Schedule, borrowers
 from megatron_bpipe.schedule.programs import times
 
 __all__ = ["batches", "lower"]
 
 
-def lower(schedule: Schedule, answers: bool = True) -> Schedule:
+def lower(schedule: Schedule, answered: bool = True) -> Schedule:
     """The lowered form of a logical schedule.
 
-    ``answers=False`` leaves AC and RT out, which transports that are one-sided do not need.
+    ``answered=False`` leaves AC and RT out, which transports that are one-sided do not need.
 
     Raises ValueError if it is lowered already, ScheduleError if its messages deadlock so that the
     acceptors' ops cannot be placed.
@@ -50,14 +47,20 @@ def lower(schedule: Schedule, answers: bool = True) -> Schedule:
     lines = _as_megatron(schedule) if in_1f1b_order(schedule) else _by_label(schedule)
     lowered = replace(schedule, stages=tuple(lines), lowered=True)
     evicts = any(op.kind is Kind.EVICT for line in schedule.stages for op in line)
-    if schedule.to_host or not evicts or not answers:
+    if schedule.to_host or not evicts or not answered:
         return lowered
     over = times(lowered, transfers=False)
-    for stage in range(schedule.p // 2):
-        acceptor = schedule.p - 1 - stage
-        posted = _answers(lines[stage], over[stage])
-        lines[acceptor] = _with_answers(lines[acceptor], over[acceptor], posted)
-    return replace(lowered, stages=tuple(lines))
+    whole = list(lines)
+    for acceptor in range(schedule.p):
+        posted = [
+            one
+            for stage in borrowers(schedule, acceptor)
+            for one in answers(schedule, stage, acceptor, lines[stage], over[stage])
+        ]
+        if posted:
+            posted.sort(key=lambda one: one[0])
+            whole[acceptor] = with_answers(lines[acceptor], over[acceptor], posted)
+    return replace(lowered, stages=tuple(whole))
 
 
 def in_1f1b_order(schedule: Schedule) -> bool:
@@ -144,34 +147,3 @@ def _wait(transfer: Op) -> Op:
     return replace(
         transfer, kind=Kind.EVICT_WAIT if transfer.kind is Kind.EVICT else Kind.LOAD_WAIT
     )
-
-
-def _answers(evictor: Sequence[Op], over: Sequence[int]) -> list[tuple[int, Op]]:
-    """What the acceptor posts, in order, with the time at which the evictor starts its part."""
-    answers: list[tuple[int, Op]] = []
-    waiting: list[Op] = []
-    for op, end in zip(evictor, over, strict=True):
-        if op.kind is Kind.EVICT:
-            waiting.append(replace(op, kind=Kind.ACCEPT))
-        elif op.kind is Kind.LOAD:
-            waiting.append(replace(op, kind=Kind.RETURN))
-        elif waiting and op.kind.computation:
-            answers += ((end - 1, answer) for answer in waiting)
-            waiting.clear()
-    return answers
-
-
-def _with_answers(
-    line: Sequence[Op], over: Sequence[int], answers: Sequence[tuple[int, Op]]
-) -> tuple[Op, ...]:
-    """The acceptor's line with each answer before the first batch that is over after its time."""
-    out: list[Op] = []
-    placed = position = 0
-    while position < len(line):
-        size = batch_size(line, position)
-        while placed < len(answers) and answers[placed][0] < over[position + size - 1]:
-            out.append(answers[placed][1])
-            placed += 1
-        out += line[position : position + size]
-        position += size
-    return (*out, *(answer for _, answer in answers[placed:]))

@@ -13,10 +13,11 @@ Units: activations of one chunk; `ops.microbatches` makes micro-batches of a who
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import accumulate
 
 from megatron_bpipe.schedule.balancing.min_evictions import Span
-from megatron_bpipe.schedule.ops import Kind, Op
+from megatron_bpipe.schedule.ops import Kind, Loan, Op, Schedule, borrowers, other_end
 
 
 def spans(line: Sequence[Op]) -> list[Span]:
@@ -80,6 +81,41 @@ def occupancy(line: Sequence[Op]) -> tuple[list[int], list[int]]:
             lent -= loading
             loading = leaving = 0
     return resident, remote
+
+
+def transfers_with(schedule: Schedule, evictor: int, lender: int) -> list[Op]:
+    """The evictor's computations, and of its transfers those with this lender."""
+    return [
+        op
+        for op in schedule.stages[evictor]
+        if op.kind.computation
+        or (
+            (op.kind is Kind.EVICT or op.kind is Kind.LOAD)
+            and other_end(schedule, evictor, op) == lender
+        )
+    ]
+
+
+def borrowed(schedule: Schedule, evictor: int, lender: int) -> int:
+    """Most slots of a lender that this evictor ever has in use, in flight included."""
+    return max(occupancy(transfers_with(schedule, evictor, lender))[1], default=0)
+
+
+def lent(schedule: Schedule, lender: int) -> int:
+    """Most slots that a stage lends, to all its evictors: for each the most it ever uses."""
+    return sum(borrowed(schedule, x, lender) for x in borrowers(schedule, lender))
+
+
+def with_own_loans(schedule: Schedule) -> Schedule:
+    """The schedule with the loans that its transfers name, and what each stage then keeps."""
+    pairs = {
+        (stage, other_end(schedule, stage, op)): None
+        for stage, line in enumerate(schedule.stages)
+        for op in line
+        if op.kind is Kind.EVICT
+    }
+    loans = tuple(Loan(x, y, borrowed(schedule, x, y)) for x, y in pairs)
+    return replace(schedule, loans=loans, keeps=tuple(map(peak, schedule.stages)))
 
 
 def peak(line: Sequence[Op]) -> int:

@@ -14,20 +14,22 @@ line EW or LW says so, which must come after that computation and before the nex
 from __future__ import annotations
 
 import enum
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from dataclasses import replace
 from typing import NoReturn
 
 from megatron_bpipe.schedule.errors import ScheduleError
 from megatron_bpipe.schedule.lowering.routes import Activation, peer
 from megatron_bpipe.schedule.ops import (
+    HOST,
     MESSAGES,
     Kind,
     Op,
     Schedule,
-    is_evictor,
+    borrowers,
+    lenders,
     microbatches,
-    partner,
+    other_end,
     quantity,
 )
 
@@ -56,21 +58,23 @@ class LineCheck:
         stage: int,
         known: Set[Activation],
         budget: int | None,
-        room: int | None,
+        room: Mapping[int, int],
     ) -> None:
-        """``budget`` in chunks; ``room``: slots the partner can lend (None: no bound)."""
+        """``budget`` in chunks; ``room``: slots that each lender has (none: no bound)."""
         self._schedule, self._stage, self._p = schedule, stage, schedule.p
         self._line = schedule.stages[stage]
         self._known, self._budget, self._room = known, budget, room
+        self._lenders = lenders(schedule, stage)
+        self._borrowers = borrowers(schedule, stage)
         self._inner = 0 < stage < schedule.p - 1  # has a neighbour on either side, always
-        self._evicts = schedule.to_host or is_evictor(stage, schedule.p)
-        self._lends = not self._evicts and partner(stage, schedule.p) is not None
         self._split = any(op.kind is Kind.WEIGHT for op in self._line)
         self._state: dict[Activation, State] = {}
         self._begun: list[Op] = []  # E and L before the next computation
         self._unwaited: list[Op] = []  # E and L whose computation is over but not yet EW, LW
         self._seen: dict[Kind, set[Activation]] = {kind: set() for kind in MESSAGES}
-        self._here = self._lent = self.peak = 0
+        self._where: dict[Activation, int] = {}  # who has what was evicted
+        self._lent = dict.fromkeys(self._lenders, 0)
+        self._here = self.peak = 0
 
     def run(self) -> None:
         """Check all ops in order; raises ScheduleError marking the first that is wrong."""
@@ -87,8 +91,10 @@ class LineCheck:
                 self._message(index, op)
             elif kind in _WAITS:
                 self._wait(index, op)
-            elif not self._lends:
+            elif not self._borrowers:
                 self._fail(index, f"{op} stands on a stage that accepts nothing: remove it")
+            elif other_end(self._schedule, self._stage, op) not in self._borrowers:
+                self._fail(index, f"{op} is of a stage that borrows nothing here: remove it")
         self._end()
 
     def _fail(self, index: int | None, reason: str) -> NoReturn:
@@ -118,7 +124,9 @@ class LineCheck:
         if self._begun:
             loads = sum(transfer.kind is Kind.LOAD for transfer in self._begun)
             self._here += loads
-            self._lent += len(self._begun) - loads
+            for transfer in self._begun:
+                if transfer.kind is Kind.EVICT:
+                    self._lent[self._lender(transfer)] += 1
         self._check_bound(index, op)
         done = State.CONSUMED if last else State.DUE
         self._state[activation] = State.RESIDENT if forward else done
@@ -138,12 +146,13 @@ class LineCheck:
                 f"{self._count(self._here)} micro-batches on this stage during {op}, the budget is "
                 f"{self._count(self._budget)}: evict one before",
             )
-        if self._room is not None and self._lent > self._room:
-            self._fail(
-                index,
-                f"{self._lent} slots of the partner in use during {op}, it can lend {self._room}: "
-                "load one before",
-            )
+        for lender, room in self._room.items():
+            if self._lent[lender] > room:
+                self._fail(
+                    index,
+                    f"{self._lent[lender]} slots of {self._called(lender)} in use during {op}, it "
+                    f"can lend {room}: load one before",
+                )
 
     def _count(self, chunks: int) -> str:
         return quantity(microbatches(chunks, self._schedule.chunks))
@@ -154,21 +163,25 @@ class LineCheck:
             if op.kind is Kind.EVICT
             else (State.REMOTE, State.LOADING)
         )
-        if not self._evicts:
-            self._fail(
-                index, f"{op} on stage {self._stage} of {self._p}: only stages below {self._p // 2}"
-            )
+        if self._lender(op) not in self._lenders:
+            self._fail(index, self._not_lent(op))
         state = self._state.get(op.activation)
         if state is not wanted:
             what = _name(Kind.FORWARD, op.activation)
             was = f"before {what}" if state is None else f"while what {what} left is {state.value}"
             self._fail(index, f"{op} {was}: it must be {wanted.value}")
+        if op.kind is Kind.EVICT:
+            self._where[op.activation] = self._lender(op)
+        elif self._where[op.activation] != self._lender(op):
+            where = _who(self._where[op.activation])
+            self._fail(index, f"{op} from {_who(self._lender(op))}: it was evicted to {where}")
         self._state[op.activation] = then
         self._begun.append(op)
 
     def _wait(self, index: int, op: Op) -> None:
         for transfer in self._unwaited:
-            if transfer.kind is _WAITS[op.kind] and transfer.activation == op.activation:
+            same = (transfer.activation, transfer.other) == (op.activation, op.other)
+            if transfer.kind is _WAITS[op.kind] and same:
                 self._unwaited.remove(transfer)
                 self._over(transfer)
                 return
@@ -178,13 +191,24 @@ class LineCheck:
             f"{replace(op, kind=_WAITS[op.kind])}",
         )
 
+    def _lender(self, transfer: Op) -> int:
+        return other_end(self._schedule, self._stage, transfer)
+
+    def _called(self, lender: int) -> str:
+        return "the partner" if self._schedule.loans is None else _who(lender)
+
+    def _not_lent(self, op: Op) -> str:
+        if self._schedule.loans is None:
+            return f"{op} on stage {self._stage} of {self._p}: only stages below {self._p // 2}"
+        return f"{op} on stage {self._stage}: {_who(self._lender(op))} lends it nothing"
+
     def _over(self, transfer: Op) -> None:
         if transfer.kind is Kind.EVICT:
             self._state[transfer.activation] = State.REMOTE
             self._here -= 1
         else:
             self._state[transfer.activation] = State.RESIDENT
-            self._lent -= 1
+            self._lent[self._lender(transfer)] -= 1
 
     def _message(self, index: int, op: Op) -> None:
         activation, kind = op.activation, op.kind
@@ -229,3 +253,7 @@ class LineCheck:
 def _name(kind: Kind, activation: Activation) -> str:
     microbatch, chunk, up = activation
     return f"{kind.value}{microbatch}{f'.{chunk}' if chunk else ''}{'~' if up else ''}"
+
+
+def _who(lender: int) -> str:
+    return "host memory" if lender == HOST else f"stage {lender}"

@@ -5,7 +5,7 @@ What is checked, for logical and lowered schedules alike:
 * every stage runs F and B of every micro-batch once, F first, each after the stage it needs, and
   where the backward is split W of each once after its B;
 * every op of a micro-batch has the version of the weights that its forward has;
-* E and L only on evictors (on any stage where they go to the host), E of what is resident, L of
+* E and L only on evictors and to those who lend to them, E of what is resident, L of
   what is remote, B of what is back;
 * no stage holds more than the budget, transfers in flight counted on both sides, under any
   relative timing: acceptor's own peak + most slots ever in use <= budget;
@@ -13,7 +13,7 @@ What is checked, for logical and lowered schedules alike:
 and for lowered ones
 
 * messages are complete and match in the order they are posted;
-* the acceptor posts its receives and returns in the order of the evictor's E and L;
+* each lender posts its receives and returns in the order of its evictor's E and L;
 * nothing deadlocks when every message waits for its other side (see ``programs``).
 """
 
@@ -22,10 +22,10 @@ from __future__ import annotations
 import itertools
 from collections import defaultdict
 from collections.abc import Sequence, Set
-from dataclasses import replace
 from typing import NoReturn
 
 from megatron_bpipe.schedule.errors import ScheduleError
+from megatron_bpipe.schedule.lowering.answers import answer as as_answer
 from megatron_bpipe.schedule.lowering.routes import (
     Activation,
     downstream,
@@ -33,8 +33,20 @@ from megatron_bpipe.schedule.lowering.routes import (
     peer,
     upstream,
 )
-from megatron_bpipe.schedule.ops import MESSAGES, UP, Direction, Kind, Op, Schedule, units
+from megatron_bpipe.schedule.ops import (
+    HOST,
+    MESSAGES,
+    UP,
+    Direction,
+    Kind,
+    Op,
+    Schedule,
+    lenders,
+    other_end,
+    units,
+)
 from megatron_bpipe.schedule.programs import check_deadlock
+from megatron_bpipe.schedule.validation.occupancy import transfers_with
 from megatron_bpipe.schedule.validation.stage_ops import LineCheck
 
 __all__ = ["ScheduleError", "validate"]
@@ -52,17 +64,26 @@ def validate(schedule: Schedule, budget: float | None = None) -> None:
     known = known_activations(schedule)
     most = None if budget is None else units(budget, schedule.chunks)
     peaks: dict[int, int] = {}
+    if schedule.loans is not None:
+        _check_loans(schedule)
     for stage in reversed(range(schedule.p)):  # acceptors first: what they hold bounds the pool
-        other = peaks.get(schedule.p - 1 - stage)
-        room = None if most is None or other is None or schedule.to_host else most - other
+        room: dict[int, int] = {}
+        if schedule.loans is not None:
+            most = schedule.keeps[stage]
+            room = {loan.lender: loan.slots for loan in schedule.loans if loan.evictor == stage}
+        elif most is not None and not schedule.to_host:
+            lent_by = (y for y in lenders(schedule, stage) if y in peaks)
+            room = {lender: most - peaks[lender] for lender in lent_by}
         check = LineCheck(schedule, stage, known, most, room)
         check.run()
         peaks[stage] = check.peak
     _check_versions(schedule)
     if schedule.lowered:
         _check_messages(schedule)
-        for stage in range(0 if schedule.to_host else schedule.p // 2):
-            _check_answers(schedule, stage)
+        for stage in range(schedule.p):
+            for lender in lenders(schedule, stage):
+                if lender != HOST:
+                    _check_answers(schedule, stage, lender)
     check_deadlock(schedule)
 
 
@@ -104,7 +125,7 @@ def _check_versions(schedule: Schedule) -> None:
         used.append({op.activation: op.version for op in line if op.kind is Kind.FORWARD})
     for stage, line in enumerate(schedule.stages):
         for index, op in enumerate(line):
-            whose = schedule.p - 1 - stage if op.kind in answers else stage
+            whose = other_end(schedule, stage, op) if op.kind in answers else stage
             right = used[whose].get(op.activation)
             if op.version != right:
                 named = "no version" if right is None else f"version {right}"
@@ -191,18 +212,38 @@ def _fail_at_mismatch(
     )
 
 
-def _check_answers(schedule: Schedule, evictor: int) -> None:
+def _check_loans(schedule: Schedule) -> None:
+    """Loans that can be: no stage lends what it has borrowed, and each says how much stays."""
+    loans, p = schedule.loans or (), schedule.p
+    if len(schedule.keeps) != p:
+        raise ScheduleError(f"bounds of {len(schedule.keeps)} stages: give {p}", schedule)
+    evictors = {loan.evictor for loan in loans}
+    pairs = {(loan.evictor, loan.lender) for loan in loans}
+    if len(pairs) < len(loans):
+        raise ScheduleError("a stage lends twice to the same stage: add the slots", schedule)
+    for loan in loans:
+        for stage in (loan.evictor, loan.lender):
+            if not 0 <= stage < p and stage != HOST:
+                raise ScheduleError(f"{loan}: there are stages 0 to {p - 1}", schedule)
+        if loan.slots < 1:
+            raise ScheduleError(f"{loan}: lend at least 1 slot", schedule, loan.evictor)
+        if loan.lender in evictors:
+            reason = f"stage {loan.lender} lends to stage {loan.evictor} and evicts: do one of both"
+            raise ScheduleError(reason, schedule, loan.lender)
+
+
+def _check_answers(schedule: Schedule, evictor: int, acceptor: int) -> None:
     """The acceptor's AC and RT are the evictor's E and L, in the same order."""
-    acceptor = schedule.p - 1 - evictor
     asked = [
-        replace(op, kind=Kind.ACCEPT if op.kind is Kind.EVICT else Kind.RETURN)
-        for op in schedule.stages[evictor]
+        as_answer(schedule, evictor, op)
+        for op in transfers_with(schedule, evictor, acceptor)
         if op.kind is Kind.EVICT or op.kind is Kind.LOAD
     ]
     answers = [
         (index, op)
         for index, op in enumerate(schedule.stages[acceptor])
-        if op.kind is Kind.ACCEPT or op.kind is Kind.RETURN
+        if (op.kind is Kind.ACCEPT or op.kind is Kind.RETURN)
+        and other_end(schedule, acceptor, op) == evictor
     ]
     for wanted, answer in itertools.zip_longest(asked, answers):
         if answer is None:
