@@ -190,15 +190,18 @@ def exchange_on(cluster: Cluster, exchange: float | None) -> float | None:
     return exchange * A100_80G.network / min(kind.gpu.network for kind in cluster.nodes)
 
 
-def least_seconds(candidate: Candidate, predictor: Predictor) -> float:
-    """A bound from below: no stage can be faster than its own work, the fill and the drain."""
+def least_seconds(candidate: Candidate) -> float:
+    """A bound from below: no stage can be faster than its own work, the fill and the drain.
+
+    Needs no schedule, which is what a search of thousands of candidates would spend its time on.
+    """
     run, paces = candidate.run, candidate.machine.paces
     work = [sum(map(sum, stage_seconds(run, x, pace))) for x, pace in enumerate(paces)]
     bound, before = 0.0, 0.0
     for seconds in work:
         bound = max(bound, before / run.chunks + run.micro_batches * seconds)
         before += seconds
-    return bound + _penalty(run, predictor)
+    return bound
 
 
 def seconds_of(candidate: Candidate, predictor: Predictor) -> float:

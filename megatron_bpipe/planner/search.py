@@ -22,7 +22,8 @@ from megatron_bpipe.planner.evaluate import (
     mfu_of,
     seconds_of,
 )
-from megatron_bpipe.planner.space import Question, Refused, shapes, way_of, ways
+from megatron_bpipe.planner.space import Question, Refused, shapes
+from megatron_bpipe.planner.ways import way_of, ways
 
 KEPT = {"yes": 3, "borderline": 1}
 """Plans kept of each way, by whether they fit."""
@@ -85,11 +86,11 @@ class Looked:
     too_large: dict[tuple[str, str], TooLarge] = field(default_factory=dict)
     number: int = 0
 
-    def add(self, candidate: Candidate, memory: Memory, predictor: Predictor) -> None:
+    def add(self, candidate: Candidate, memory: Memory) -> None:
         """One more candidate."""
         self.number += 1
         run = candidate.run
-        bound = mfu_of(candidate, least_seconds(candidate, predictor))
+        bound = mfu_of(candidate, least_seconds(candidate))
         way = way_of(run)
         if memory.fits != "no":
             self.fitting.setdefault(way, []).append((bound, candidate, memory))
@@ -121,7 +122,7 @@ def search(
     try:
         for shape in shapes(question, refused):
             for candidate, memory in ways(question, shape, predictor, refused):
-                looked.add(candidate, memory, predictor)
+                looked.add(candidate, memory)
                 progress(looked.number, None)
     except KeyboardInterrupt:
         interrupted = True

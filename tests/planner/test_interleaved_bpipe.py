@@ -19,7 +19,8 @@ from megatron_bpipe.planner.inputs.sources import from_layer_model
 from megatron_bpipe.planner.output.megatron_flags import model_flags, plan_flags
 from megatron_bpipe.planner.output.show import way_text
 from megatron_bpipe.planner.search import search
-from megatron_bpipe.planner.space import Question, Refused, shapes, way_of, ways
+from megatron_bpipe.planner.space import Question, Refused, shapes
+from megatron_bpipe.planner.ways import way_of, ways
 from megatron_bpipe.schedule.ops import units
 from megatron_bpipe.schedule.validation.occupancy import occupancy
 

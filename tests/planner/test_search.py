@@ -20,8 +20,9 @@ from megatron_bpipe.planner.inputs.flags import Fixed
 from megatron_bpipe.planner.inputs.sources import from_layer_model
 from megatron_bpipe.planner.output.advice import advice
 from megatron_bpipe.planner.search import Found, evaluate, search
-from megatron_bpipe.planner.space import Question, Refused, shapes, way_of, ways
+from megatron_bpipe.planner.space import Question, Refused, shapes
 from megatron_bpipe.planner.uncertainty import uncertainty
+from megatron_bpipe.planner.ways import way_of, ways
 from megatron_bpipe.simulate import simulate
 
 PREDICTOR = from_layer_model(2, FIXED_OVERHEAD)
@@ -86,7 +87,7 @@ def test_a_long_iteration_is_foretold_by_a_short_one(run: Run) -> None:
     penalty = PREDICTOR.bpipe * moved if run.bpipe else 0.0
     near = 5e-3 if run.host else 2e-3  # a slow link falls behind ever more slowly
     assert seconds_of(candidate, PREDICTOR) == pytest.approx(whole + penalty, rel=near)
-    assert least_seconds(candidate, PREDICTOR) <= whole + penalty
+    assert least_seconds(candidate) <= whole + penalty
 
 
 def best(found: Found) -> tuple[int, ...]:

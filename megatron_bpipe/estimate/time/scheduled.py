@@ -49,8 +49,8 @@ def budgets_of(run: Run) -> tuple[float, ...]:
     """
     held = held_by_stage(replace(run, bpipe=False, budget=None))[0][0]
     p, m, chunks = run.layout.pp, run.micro_batches, run.chunks
-    least = least_budget(_schedule(p, _enough(p, m), False, False, chunks, None))
-    return tuple(microbatches(n, chunks) for n in range(held, units(least, chunks) - 1, -1))
+    least = units(_least_budget(p, _enough(p, m), chunks), chunks)
+    return tuple(microbatches(n, chunks) for n in range(held, least - 1, -1))
 
 
 def _enough(p: int, m: int) -> int:
@@ -74,6 +74,11 @@ def _schedule(
         return make(ScheduleSpec(name, p, m, chunks, balanced=bpipe, budget=budget))
     except ValueError as error:
         raise EstimateError(str(error)) from error
+
+
+@lru_cache(maxsize=4096)
+def _least_budget(p: int, m: int, chunks: int) -> float:
+    return least_budget(_schedule(p, m, False, False, chunks, None))
 
 
 @lru_cache(maxsize=64)

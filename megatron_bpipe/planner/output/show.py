@@ -10,7 +10,7 @@ from megatron_bpipe.estimate.time.scheduled import schedule_of
 from megatron_bpipe.placement.columns import columns
 from megatron_bpipe.planner.evaluate import Memory
 from megatron_bpipe.planner.search import Found, Plan, TooLarge
-from megatron_bpipe.planner.space import way_of
+from megatron_bpipe.planner.ways import way_of
 from megatron_bpipe.schedule.ops import quantity
 
 
