@@ -9,7 +9,7 @@ LW3  the copy is over: the backward may use them; the slot is free again
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -46,7 +46,7 @@ class ActivationStore:
 
     connect: Callable[[int], Transport]
     request: Callable[[int, int | None], None] = lambda *_: None
-    pool_of: Callable[[Mapping[int, int]], int] | None = None
+    pool_of: Callable[[Mapping[int, Sequence[int]]], int] | None = None
     chunks: int = 1
     keep_local: bool = False
     on_load: Callable[[ActivationKey, list[torch.UntypedStorage]], None] | None = None
@@ -66,7 +66,8 @@ class ActivationStore:
         if len(self._sizes) < self.chunks and chunk not in self._sizes:
             self._sizes[chunk] = _saved_bytes(output)
             if len(self._sizes) == self.chunks:
-                total = self.pool_of(self._sizes) if self.pool_of is not None else None
+                each = {chunk: (size,) for chunk, size in self._sizes.items()}
+                total = self.pool_of(each) if self.pool_of is not None else None
                 self.request(max(self._sizes.values()), total)
 
     def capture(self, key: ActivationKey, output: object) -> None:

@@ -9,7 +9,10 @@ The lowered form of the same line says also when messages are sent and when copi
 
     F0,SF0,F1,SF1,E1,F2,EW1,SF2,F3,SF3,RB0,E3,B0,EW3,L1,F4,LW1,SF4,RB1,B1,...
 
-Units: none.  Micro-batches, chunks, versions and stages count from 0.
+An activation may travel whole or in u *parts*, early layers first: ``E3/0`` evicts the part of the
+earliest layers, which is needed last.
+
+Units: none.  Micro-batches, chunks, parts, versions and stages count from 0.
 Paper: section 2.2 (pairs, bound).
 """
 
@@ -57,6 +60,9 @@ class Kind(enum.Enum):
         return self is Kind.FORWARD or self is Kind.BACKWARD or self is Kind.WEIGHT
 
 
+TRANSFERS = frozenset(
+    (Kind.EVICT, Kind.LOAD, Kind.EVICT_WAIT, Kind.LOAD_WAIT, Kind.ACCEPT, Kind.RETURN)
+)
 MESSAGES = frozenset((Kind.SEND_FORWARD, Kind.RECV_FORWARD, Kind.SEND_BACKWARD, Kind.RECV_BACKWARD))
 _LOGICAL = (Kind.FORWARD, Kind.BACKWARD, Kind.WEIGHT, Kind.EVICT, Kind.LOAD)
 
@@ -77,8 +83,9 @@ UP = Direction.UP
 _NUMBER = "(?:0|[1-9][0-9]{0,17})"
 _TEXT = re.compile(
     f"(?P<kind>[A-Z]{{1,2}})(?P<microbatch>{_NUMBER})"
-    rf"(?:\.(?P<chunk>[1-9][0-9]{{0,17}}))?(?P<up>~)?(?:@(?P<version>{_NUMBER}))?"
-    rf"(?:(?P<way>[<>])(?P<other>host|{_NUMBER}))?(?::(?P<label>{_NUMBER}))?"
+    rf"(?:\.(?P<chunk>[1-9][0-9]{{0,17}}))?(?P<up>~)?(?:/(?P<part>{_NUMBER}))?"
+    rf"(?:@(?P<version>{_NUMBER}))?(?:(?P<way>[<>])(?P<other>host|{_NUMBER}))?"
+    rf"(?::(?P<label>{_NUMBER}))?"
 )
 _KINDS = {kind.value: kind for kind in Kind}
 # Which way a transfer's bytes go, as the stage sees it that has the op.
@@ -105,6 +112,19 @@ class ActivationKey(NamedTuple):
         return f"{self.microbatch}{chunk}{UP.value if self.up else ''}"
 
 
+class PartKey(NamedTuple):
+    """Names what one transfer moves: one part of an activation, or all of it (None).
+
+    As text ``3/0``, in chunk 1 ``3.1/0``; a whole activation as the activation itself.
+    """
+
+    activation: ActivationKey
+    part: int | None = None
+
+    def __str__(self) -> str:
+        return f"{self.activation}{'' if self.part is None else f'/{self.part}'}"
+
+
 @dataclass(frozen=True, slots=True)
 class Op:
     """One op of one stage.
@@ -112,9 +132,12 @@ class Op:
     As text ``F3``, in chunk 1 ``F3.1``, upwards ``F3~``, with weight version 2 ``F3@2``; all
     together ``F3.1~@2``.  Chunk 0, downwards and no version are not written.
 
-    A transfer may say with which stage, where that is not the paper's partner: ``E3>5`` goes to
-    stage 5 and ``L3<5`` brings it back; there ``AC3<0`` takes it from stage 0 and ``RT3>0`` returns
-    it.  ``E3>host`` goes to the evictor's own host memory.
+    A transfer (E, L, their waits, AC, RT) may be of one part of the activation: ``E3.1/0``.  It may
+    say with which stage, where that is not the paper's partner: ``E3>5`` goes to stage 5 and
+    ``L3<5`` brings it back; there ``AC3<0`` takes it from stage 0 and ``RT3>0`` returns it.
+    ``E3>host`` goes to the evictor's own host memory.
+
+    A backward may be written part by part, too: ``B3/1`` is that through the later half of two.
 
     A message may carry a time label, ``SF3.1:14``: all messages of a rank with one label are posted
     together (see ``lowering.exchanges``).
@@ -127,6 +150,7 @@ class Op:
     version: int | None = None
     label: int | None = None
     other: int | None = None
+    part: int | None = None
 
     @property
     def activation(self) -> tuple[int, int, bool]:
@@ -142,14 +166,25 @@ class Op:
         """`activation` with names; equal to it, and prints itself."""
         return ActivationKey(*self.activation)
 
+    @property
+    def part_key(self) -> PartKey:
+        """What this transfer moves."""
+        return PartKey(self.key, self.part)
+
+    @property
+    def moved(self) -> tuple[tuple[int, int, bool], int]:
+        """As `part_key`, for books that need no names: a whole activation is its part 0."""
+        return self.activation, self.part or 0
+
     def __str__(self) -> str:
         chunk = f".{self.chunk}" if self.chunk else ""
+        part = "" if self.part is None else f"/{self.part}"
         version = "" if self.version is None else f"@{self.version}"
         label = "" if self.label is None else f":{self.label}"
         other = ""
         if self.other is not None:
             other = f"{_WAYS[self.kind]}{'host' if self.other == HOST else self.other}"
-        mark = f"{self.direction.value}{version}{other}{label}"
+        mark = f"{self.direction.value}{part}{version}{other}{label}"
         return f"{self.kind.value}{self.microbatch}{chunk}{mark}"
 
     @classmethod
@@ -160,10 +195,11 @@ class Op:
         if match is None or kind is None or match["way"] not in (None, _WAYS.get(kind)):
             raise ValueError(
                 f"{text!r} is not an op: write a kind ({', '.join(_KINDS)}), the micro-batch, then "
-                "optionally .chunk (from 1), ~ (upwards), @version, >stage or <stage (for a "
-                "transfer), :label, as in F3, F3.1~@2 or E3>5"
+                "optionally .chunk (from 1), ~ (upwards), /part, @version, >stage or <stage (for "
+                "a transfer), :label, as in F3, F3.1~@2, E3/0 or E3>5"
             )
         version, label, other = match["version"], match["label"], match["other"]
+        part = match["part"]
         return cls(
             kind,
             int(match["microbatch"]),
@@ -172,6 +208,7 @@ class Op:
             None if version is None else int(version),
             None if label is None else int(label),
             None if other is None else HOST if other == "host" else int(other),
+            None if part is None else int(part),
         )
 
 
@@ -192,7 +229,8 @@ class Schedule:
     micro-batches whose activations may occupy one stage, None where none was set; it counts
     micro-batches of a whole stage, so a chunk of v counts 1/v.  ``lowered``
     says whether messages and waits are spelled out.  ``to_host`` says that what is evicted goes
-    to the stage's own host memory: then every stage may evict and none lends.
+    to the stage's own host memory: then every stage may evict and none lends.  ``parts`` is how
+    many an activation is cut into (u); 1: it travels whole, and no op names a part.
 
     ``loans`` says who lends to whom where that is not the paper's pairs, x and p-1-x (None): then
     every transfer names the other stage.  ``keeps`` is then, instead of ``budget``, the most
@@ -207,6 +245,7 @@ class Schedule:
     to_host: bool = False
     loans: tuple[Loan, ...] | None = None
     keeps: tuple[int, ...] = ()
+    parts: int = 1
 
     @property
     def p(self) -> int:
@@ -217,6 +256,11 @@ class Schedule:
     def chunks(self) -> int:
         """Number of model chunks on a stage (v)."""
         return 1 + max((op.chunk for op in self.stages[0]), default=0)
+
+    @property
+    def grain(self) -> int:
+        """How many units one micro-batch of a whole stage is: one part of one chunk is a unit."""
+        return self.chunks * self.parts
 
     @property
     def labelled(self) -> bool:
@@ -253,18 +297,21 @@ def other_end(schedule: Schedule, stage: int, op: Op) -> int:
     return HOST if schedule.to_host else schedule.p - 1 - stage
 
 
-def units(budget: float, chunks: int) -> int:
-    """How many chunks ``budget`` micro-batches of a whole stage are, rounded down."""
-    return math.floor(budget * chunks + 1e-6)
+def units(budget: float, grain: int) -> int:
+    """How many units ``budget`` micro-batches of a whole stage are, rounded down.
+
+    ``grain`` is how many one micro-batch is: chunks, or parts of them (`Schedule.grain`).
+    """
+    return math.floor(budget * grain + 1e-6)
 
 
-def microbatches(count: int, chunks: int) -> float:
-    """What so many chunks are in micro-batches of a whole stage: 9 chunks of 2 are 4.5.
+def microbatches(count: int, grain: int) -> float:
+    """What so many units are in micro-batches of a whole stage: 9 chunks of 2 are 4.5.
 
     An int where it is a whole number.
     """
-    whole, rest = divmod(count, chunks)
-    return count / chunks if rest else whole
+    whole, rest = divmod(count, grain)
+    return count / grain if rest else whole
 
 
 def quantity(value: float) -> str:

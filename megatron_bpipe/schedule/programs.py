@@ -50,6 +50,8 @@ _Pairs = dict[tuple[int, int], tuple[Log, Log]]  # by evictor, lender: the posts
 def times(schedule: Schedule, transfers: bool = True) -> list[list[int]]:
     """For each stage and op the time at which it is over (unit time, all stages from 0).
 
+    A computation takes one unit, with parts as many as an activation has.
+
     ``transfers=False`` leaves out E, L and their waits, AC and RT of a lowered schedule.
     Raises ScheduleError, marking where each stuck stage stands, for a schedule that deadlocks.
     """
@@ -96,7 +98,7 @@ def _logical(schedule: Schedule) -> list[Program]:
     entry: dict[tuple[int, Kind, Activation], int] = {}  # which entry of its log a result is
     for stage, line in enumerate(schedule.stages):
         for kind in (Kind.FORWARD, Kind.BACKWARD):
-            results = (op.activation for op in line if op.kind is kind)
+            results = (op.activation for op in line if op.kind is kind and not op.part)
             entry.update({(stage, kind, result): n for n, result in enumerate(results)})
     programs = []
     for stage, line in enumerate(schedule.stages):
@@ -104,7 +106,7 @@ def _logical(schedule: Schedule) -> list[Program]:
         for index, op in enumerate(line):
             kind = op.kind
             if kind is Kind.WEIGHT:
-                program.add(index, None, POST)
+                _compute(program, index, op, schedule.parts)
             if kind is not Kind.FORWARD and kind is not Kind.BACKWARD:
                 continue
             route = upstream if kind is Kind.FORWARD else downstream
@@ -112,10 +114,17 @@ def _logical(schedule: Schedule) -> list[Program]:
             if source is not None:
                 wanted = entry[source[0], kind, source[1]]
                 program.add(index, logs[source[0], kind], wanted)
-            program.add(index, None, POST)
-            program.add(index, logs[stage, kind], POST)
+            _compute(program, index, op, schedule.parts)
+            if not op.part:  # the last
+                program.add(index, logs[stage, kind], POST)
         programs.append(program)
     return programs
+
+
+def _compute(program: Program, index: int, op: Op, parts: int) -> None:
+    """The steps of a computation: as many as an activation has parts, for one part of it one."""
+    for _ in range(parts if op.part is None else 1):
+        program.add(index, None, POST)
 
 
 def lowered_programs(schedule: Schedule, transfers: bool = True) -> list[Program]:
@@ -132,12 +141,15 @@ def lowered_programs(schedule: Schedule, transfers: bool = True) -> list[Program
                 moves |= _evictor_moves(schedule, stage, pairs)
             for evictor in borrowers(schedule, stage):
                 moves |= _acceptor_moves(schedule, stage, evictor, *pairs[evictor, stage])
-        programs.append(_lowered_line(line, messages, moves))
+        programs.append(_lowered_line(line, messages, moves, schedule.parts))
     return programs
 
 
 def _lowered_line(
-    line: Sequence[Op], messages: _Messages, moves: Mapping[int, Sequence[tuple[Log, int]]]
+    line: Sequence[Op],
+    messages: _Messages,
+    moves: Mapping[int, Sequence[tuple[Log, int]]],
+    parts: int,
 ) -> Program:
     """One stage's program; ``moves`` has the (log, entry) steps of its transfers by op."""
     program = Program()
@@ -147,9 +159,7 @@ def _lowered_line(
         kind = line[position].kind
         size = 1
         if kind is Kind.FORWARD or kind is Kind.BACKWARD or kind is Kind.WEIGHT:
-            logs.append(None)
-            entries.append(POST)
-            ops.append(position)
+            _compute(program, position, line[position], parts)
         elif kind in MESSAGES:
             size = batch_size(line, position)
             ends = [messages.next(line[position + k]) for k in range(size)]
@@ -219,7 +229,7 @@ def _evictor_moves(
 ) -> dict[int, list[tuple[Log, int]]]:
     """E, L: post.  EW, LW: wait until the lender has posted the same transfer."""
     moves: dict[int, list[tuple[Log, int]]] = {}
-    number: dict[Activation, int] = {}  # of the latest transfer of each activation, on its pair
+    number: dict[tuple[Activation, int], int] = {}  # of the latest transfer of each, on its pair
     started: dict[int, int] = defaultdict(int)  # by lender
     for index, op in enumerate(schedule.stages[stage]):
         if op.kind not in _TRANSFERS:
@@ -230,10 +240,10 @@ def _evictor_moves(
         mine, lenders_log = pairs[stage, lender]
         if op.kind is Kind.EVICT or op.kind is Kind.LOAD:
             moves[index] = [(mine, POST)]
-            number[op.activation] = started[lender]
+            number[op.moved] = started[lender]
             started[lender] += 1
         else:
-            moves[index] = [(lenders_log, number[op.activation])]
+            moves[index] = [(lenders_log, number[op.moved])]
     return moves
 
 
@@ -242,7 +252,7 @@ def _acceptor_moves(
 ) -> dict[int, list[tuple[Log, int]]]:
     """AC: wait until a slot is free, post.  RT: wait until the data is there, post."""
     moves: dict[int, list[tuple[Log, int]]] = {}
-    accepted: dict[Activation, int] = {}  # number of the latest AC of each activation
+    accepted: dict[tuple[Activation, int], int] = {}  # number of the latest AC of each part
     returned: list[int] = []  # numbers of all RTs
     posted = accepts = 0
     pool = borrowed(schedule, evictor, stage)
@@ -253,10 +263,10 @@ def _acceptor_moves(
             # The slot of an AC beyond the pool is the one that the oldest RT not yet used frees.
             free = [(evictors, returned[accepts - pool])] if accepts >= pool else []
             moves[index] = [*free, (mine, POST)]
-            accepted[op.activation] = posted
+            accepted[op.moved] = posted
             accepts += 1
         else:
-            moves[index] = [(evictors, accepted[op.activation]), (mine, POST)]
+            moves[index] = [(evictors, accepted[op.moved]), (mine, POST)]
             returned.append(posted)
         posted += 1
     return moves

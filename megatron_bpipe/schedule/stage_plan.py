@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -26,8 +26,10 @@ class StagePlan:
         budget: the bound in micro-batches of a whole stage; None where nothing is balanced.
         labelled: whether messages have time labels, see ``lowering.exchanges``.
         partner: the paired stage, or None.
-        slots_borrowed: activations (of one chunk) that this stage keeps on its partner at most.
-        slots_lent: activations (of one chunk) that its partner keeps here at most.
+        slots_borrowed: units that this stage keeps on its partner at most: activations of one
+            chunk, or parts of them.
+        slots_lent: units that its partner keeps here at most.
+        parts: in how many an activation leaves and returns (u); 1: whole.
     """
 
     name: str
@@ -38,6 +40,12 @@ class StagePlan:
     partner: int | None
     slots_borrowed: int
     slots_lent: int
+    parts: int = 1
+
+    @property
+    def grain(self) -> int:
+        """How many units one micro-batch of a whole stage is."""
+        return self.chunks * self.parts
 
     @property
     def splits_backward(self) -> bool:
@@ -53,13 +61,14 @@ class StagePlan:
         if self.budget is None:
             return f"schedule {name}"
         bound = f"budget {quantity(self.budget)} micro-batches a stage"
-        return f"{name} with activations balanced: {bound}"
+        how = f", in {self.parts} parts" if self.parts > 1 else ""
+        return f"{name} with activations balanced: {bound}{how}"
 
-    def pool_bytes(self, sizes: Mapping[int, int]) -> int:
+    def pool_bytes(self, sizes: Mapping[int, Sequence[int]]) -> int:
         """Most bytes that this stage keeps on its partner at a time.
 
         Args:
-            sizes: of one activation of each chunk.
+            sizes: for each chunk, of the parts of one of its activations.
         """
         return remote_bytes(self.ops, sizes)
 
@@ -88,4 +97,5 @@ def stage_plan(spec: ScheduleSpec, stage: int) -> StagePlan:
         slots_lent=(
             slots(logical, other) if other is not None and is_evictor(other, spec.p) else 0
         ),
+        parts=logical.parts,
     )

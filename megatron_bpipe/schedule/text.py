@@ -30,12 +30,16 @@ def to_csv(schedule: Schedule) -> str:
     return "".join(",".join(map(str, line)) + "\n" for line in schedule.stages)
 
 
-def from_csv(text: str, name: str = "csv", budget: float | None = None) -> Schedule:
+def from_csv(
+    text: str, name: str = "csv", budget: float | None = None, parts: int | None = None
+) -> Schedule:
     """Read what ``to_csv`` wrote, or a schedule written by hand, and validate it.
 
     Blanks around ops are allowed, blank lines are not.  The schedule counts as lowered if any op
-    is.  Raises ValueError naming line, column and text for what is not an op, and ScheduleError
-    for ops that are no valid schedule (within ``budget`` if given).
+    is.  ``parts`` (None: as many as the ops name) says how many an activation has.
+
+    Raises ValueError naming line, column and text for what is not an op, and ScheduleError for ops
+    that are no valid schedule (within ``budget`` if given).
     """
     lines = text.split("\n")
     if len(lines) > 1 and not lines[-1]:
@@ -46,7 +50,9 @@ def from_csv(text: str, name: str = "csv", budget: float | None = None) -> Sched
     ops = [op for line in stages for op in line]
     microbatches = len({op.microbatch for op in ops if op.kind is Kind.FORWARD})
     lowered = any(not op.kind.logical for op in ops)
-    schedule = Schedule(name, microbatches, stages, budget, lowered)
+    if parts is None:
+        parts = 1 + max((op.part or 0 for op in ops), default=0)
+    schedule = Schedule(name, microbatches, stages, budget, lowered, parts=parts)
     if any(op.other is not None for op in ops):
         schedule = with_own_loans(schedule)
     validate(schedule)
@@ -78,7 +84,7 @@ def draw(schedule: Schedule, width: int | None = None) -> str:
     end = max((line[-1] for line in over if line), default=0)
     rows = [_Row("time", {time: str(time) for time in range(end)}, "")]
     for stage, (line, line_over) in enumerate(zip(schedule.stages, over, strict=True)):
-        most = quantity(microbatches(_most(schedule, stage), schedule.chunks))
+        most = quantity(microbatches(_most(schedule, stage), schedule.grain))
         rows += _stage_rows(f"{stage}: max {most}", line, line_over)
     label = max(len(row.label) for row in rows)
     cell = 1 + max((len(text) for row in rows for text in row.cells.values()), default=0)
@@ -121,8 +127,8 @@ def _stage_rows(label: str, line: Sequence[Op], over: Sequence[int]) -> list[_Ro
 
 
 def _most(schedule: Schedule, stage: int) -> int:
-    """Most activations (of a chunk) on a stage, slots it lends included."""
-    return peak(schedule.stages[stage]) + lent(schedule, stage)
+    """Most units on a stage, slots it lends included."""
+    return peak(schedule.stages[stage], schedule.parts) + lent(schedule, stage)
 
 
 def _title(schedule: Schedule) -> str:

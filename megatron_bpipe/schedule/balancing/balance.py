@@ -50,40 +50,49 @@ class BudgetError(ValueError):
         )
 
 
-def balance(schedule: Schedule, budget: float | None = None) -> Schedule:
+def balance(schedule: Schedule, budget: float | None = None, parts: int = 1) -> Schedule:
     """The same computations with evictions and loads that keep every stage within ``budget``.
 
-    ``budget`` counts micro-batches of a whole stage, decimals allowed: one chunk of v is 1/v.  It
-    defaults to BPipe's ceil((p+2)/2), for schedules with chunks to the least that is possible.
-    With enough budget nothing is inserted.
+    ``budget`` counts micro-batches of a whole stage, decimals allowed: one chunk of v is 1/v, one
+    of its ``parts`` again a share of that.  It defaults to BPipe's ceil((p+2)/2), for schedules
+    with chunks to the least that is possible with whole activations.  With enough budget nothing
+    is inserted.
 
-    Raises BudgetError if the budget is too small, ValueError if ``schedule`` is lowered or already
-    has evictions.
+    With ``parts`` more than 1 an activation leaves and returns in so many pieces, those of the
+    earliest layers first out and last back, and a backward beside whose inner steps something
+    leaves or returns is written part by part: less travels at the same budget, and smaller budgets
+    can be kept.
+
+    Raises BudgetError if the budget is too small, ValueError for fewer parts than 1 or if
+    ``schedule`` is lowered or already has evictions.
     """
+    if parts < 1:
+        raise ValueError(f"parts is {parts}: an activation has at least 1; use 1 to move it whole")
+    base, schedule = schedule, replace(schedule, parts=parts)
     lives, chunks = _lives(schedule), schedule.chunks
     if budget is None:
-        least = _least(schedule, lives) if chunks > 1 else default_budget(schedule.p)
-        budget = microbatches(least, chunks)
-    plans = _plan_all(schedule, lives, units(budget, chunks))
+        budget = default_budget(schedule.p) if chunks == 1 else least_budget(base)
+    plans = _plan_all(schedule, lives, units(budget, schedule.grain))
     if plans is None:
-        raise BudgetError(schedule, budget, microbatches(_least(schedule, lives), chunks))
+        raise BudgetError(schedule, budget, _least_budget(schedule, lives))
     stages = tuple(
-        insert(line, stays) if stays else line
+        insert(line, stays, parts) if stays else line
         for line, stays in zip(schedule.stages, plans, strict=True)
     )
     name = schedule.name + ("+bpipe" if any(plans) else "")
     return replace(schedule, name=name, stages=stages, budget=budget)
 
 
-def least_budget(schedule: Schedule) -> float:
+def least_budget(schedule: Schedule, parts: int = 1) -> float:
     """The smallest budget that ``balance`` accepts, in micro-batches of a whole stage."""
-    return microbatches(_least(schedule, _lives(schedule)), schedule.chunks)
+    schedule = replace(schedule, parts=parts)
+    return _least_budget(schedule, _lives(schedule))
 
 
 def slots(schedule: Schedule, evictor_stage: int) -> int:
-    """Most activations of this evictor that are ever remote or in flight: its acceptor's pool.
+    """Most units of this evictor that are ever remote or in flight: its acceptor's pool.
 
-    Counts activations of one chunk.
+    Counts activations of one chunk, or parts of them (`Schedule.parts`).
 
     Raises ValueError for a stage that is no evictor.
     """
@@ -92,34 +101,34 @@ def slots(schedule: Schedule, evictor_stage: int) -> int:
             f"stage {evictor_stage} of p = {schedule.p} does not evict: "
             f"evictors are the stages below {schedule.p // 2}"
         )
-    return max(occupancy(schedule.stages[evictor_stage])[1], default=0)
+    return max(occupancy(schedule.stages[evictor_stage], schedule.parts)[1], default=0)
 
 
 def _lives(schedule: Schedule) -> list[list[Span]]:
     """The spans of every stage of a schedule still to be balanced."""
     for line in schedule.stages:
         for op in line:
-            if op.kind is not Kind.FORWARD and op.kind is not Kind.BACKWARD:
+            if not op.kind.computation:
                 raise ValueError(f"{schedule.name} already has {op}: balance a schedule of F and B")
-    return [spans(line) for line in schedule.stages]
+    return [spans(line, schedule.parts) for line in schedule.stages]
 
 
-def _least(schedule: Schedule, lives: Sequence[Sequence[Span]]) -> int:
-    """The least feasible number of chunks, searched upwards from half of what each pair holds."""
-    p = schedule.p
-    peaks = [max(live(spans_here), default=0) for spans_here in lives]
+def _least_budget(schedule: Schedule, lives: Sequence[Sequence[Span]]) -> float:
+    """The least feasible budget, searched upwards from half of what each pair holds."""
+    p, parts = schedule.p, schedule.parts
+    peaks = [max(live(spans_here, parts), default=0) for spans_here in lives]
     least = max((peaks[x] + peaks[p - 1 - x] + 1) // 2 for x in range(p))
     while _plan_all(schedule, lives, least) is None:
         least += 1
-    return least
+    return microbatches(least, schedule.grain)
 
 
 def _plan_all(
     schedule: Schedule, lives: Sequence[Sequence[Span]], budget: int
 ) -> list[list[Stay]] | None:
-    """What each stage evicts; None if some stage cannot keep the budget (in chunks)."""
-    p = schedule.p
-    counts = [live(spans_here) for spans_here in lives]
+    """What each stage evicts; None if some stage cannot keep the budget (in units)."""
+    p, parts = schedule.p, schedule.parts
+    counts = [live(spans_here, parts) for spans_here in lives]
     peaks = [max(count, default=0) for count in counts]
     if max(peaks[p // 2 :]) > budget:  # acceptors and the middle stage cannot evict
         return None
@@ -127,17 +136,20 @@ def _plan_all(
     for stage in range(p // 2):
         if peaks[stage] > budget:
             room = budget - peaks[p - 1 - stage]
-            stays = plan_stage(lives[stage], [n - budget for n in counts[stage]], room)
+            stays = plan_stage(lives[stage], [n - budget for n in counts[stage]], room, parts)
             if stays is None:
                 return None
             plans[stage] = stays
     return plans
 
 
-def plan_stage(lives: Sequence[Span], need: Sequence[int], room: int) -> list[Stay] | None:
-    """What one evictor evicts so that ``need`` are away at each step, in ``room`` slots.
+def plan_stage(
+    lives: Sequence[Span], need: Sequence[int], room: int, parts: int = 1
+) -> list[Stay] | None:
+    """What one evictor evicts so that ``need`` units are away at each step, in ``room`` slots.
 
     One layer of spans after the other takes as much of the need as it can; 1F1B has one layer.
+    None if that is not enough.
     """
     lent = [0] * len(need)
     plan: list[Stay] = []
@@ -145,13 +157,14 @@ def plan_stage(lives: Sequence[Span], need: Sequence[int], room: int) -> list[St
         spans_here = [lives[i] for i in layer]
         rooms = [room - n for n in lent]
         if len(layer) == len(lives):
-            return fewest_evictions(spans_here, need, rooms)
-        reach = _profile(len(need), [(span.start + 2, span.end - 2) for span in spans_here])
+            return fewest_evictions(spans_here, need, rooms, parts)
+        windows = [(span.start + 2, span.end + k - 2) for span in spans_here for k in range(parts)]
+        reach = _profile(len(need), windows)
         part = [min(n, most) for n, most in zip(need, reach, strict=True)]
-        stays = fewest_evictions(spans_here, part, rooms)
+        stays = fewest_evictions(spans_here, part, rooms, parts)
         if stays is None:
             return None
-        plan += [Stay(layer[stay.span], stay.evict, stay.load) for stay in stays]
+        plan += [replace(stay, span=layer[stay.span]) for stay in stays]
         away = _profile(len(need), [(stay.evict + 1, stay.load - 1) for stay in stays])
         more = _profile(len(need), [(stay.evict, stay.load) for stay in stays])
         need = [n - gone for n, gone in zip(need, away, strict=True)]
@@ -185,17 +198,34 @@ def _layers(lives: Sequence[Span]) -> Iterator[list[int]]:
         left = inside
 
 
-def insert(line: Sequence[Op], stays: Sequence[Stay]) -> tuple[Op, ...]:
-    """The line with L and E before the computations they run beside, loads first."""
+def insert(line: Sequence[Op], stays: Sequence[Stay], parts: int = 1) -> tuple[Op, ...]:
+    """The line with L and E before the computations they run beside, loads first.
+
+    Of one activation the latest layers return first, the earliest leave first.  A backward with a
+    transfer before one of its inner steps, or beside which its own parts return, is written part by
+    part.
+    """
     forwards = [op for op in line if op.kind is Kind.FORWARD]
     before: dict[int, list[Op]] = {}
-    for step, _, span in sorted((stay.load, stay.evict, stay.span) for stay in stays):
-        before.setdefault(step, []).append(replace(forwards[span], kind=Kind.LOAD))
-    for stay in stays:
-        before.setdefault(stay.evict, []).append(replace(forwards[stay.span], kind=Kind.EVICT))
+    returning = sorted(stays, key=lambda s: (s.load, s.evict, s.span, -(s.part or 0)))
+    for stay in returning:
+        load = replace(forwards[stay.span], kind=Kind.LOAD, part=stay.part)
+        before.setdefault(stay.load, []).append(load)
+    for stay in sorted(stays, key=lambda s: (s.evict, s.part or 0)):
+        evict = replace(forwards[stay.span], kind=Kind.EVICT, part=stay.part)
+        before.setdefault(stay.evict, []).append(evict)
     out: list[Op] = []
-    for step, op in enumerate(line):
-        if step in before:
-            out += before[step]
-        out.append(op)
+    step = 0
+    for op in line:
+        out += before.get(step, ())
+        steps = parts if op.kind is Kind.BACKWARD else 1
+        inner = range(step + 1, step + steps)
+        own = steps > 1 and any(one.activation == op.activation for one in before.get(step, ()))
+        if own or any(at in before for at in inner):
+            for part, at in zip(range(parts - 1, -1, -1), (step, *inner), strict=True):
+                out += before.get(at, ()) if at > step else ()
+                out.append(replace(op, part=part))
+        else:
+            out.append(op)
+        step += steps
     return tuple(out)

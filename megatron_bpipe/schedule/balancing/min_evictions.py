@@ -27,6 +27,14 @@ belong together, and every condition is a difference of two unknowns::
     L[t]   >= P[needed by t+1]      load before the backward
     0 <= P[i] - P[i-1] <= 1         each activation once; E and L never fall
 
+An activation may be cut into u parts, one unit each, part 0 from the earliest layers.  Everything
+then counts units, a backward has u steps, and step j of it needs and frees part u-1-j.  Of an
+activation of which c units leave these are the parts 0 to c-1, so that part k, needed at step
+end + u-1-k, is the last but k to come back::
+
+    P[i] - P[i-1] <= u
+    L[t] >= P[i] - k                t = end + u-2-k, for each part k of activation i
+
 Read as "at least" rules such a system has a least solution, reached by raising from zero whatever
 is too small.  The least P is the fewest evictions; among those the least E and L are the latest
 evictions and the latest loads, and the activations chosen are the latest possible: BPipe's
@@ -37,46 +45,73 @@ requires.  If P[0] would have to rise above zero there is no solution.
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """One activation's life in steps: its forward is step ``start``, its backward ``end``."""
+    """One activation's life in steps: its forward is ``start``, its backward begins at ``end``.
+
+    Where weight gradients are computed apart ``last`` is their step, until which the activation
+    occupies memory.
+    """
 
     start: int
     end: int
+    last: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Stay:
-    """One eviction: which span (by index), the step its E runs beside, the step its L does."""
+    """One eviction: which span (by index), the step its E runs beside, the step its L does.
+
+    ``part`` says which part of the activation leaves; None: all of it.
+    """
 
     span: int
     evict: int
     load: int
+    part: int | None = None
 
 
 def fewest_evictions(
-    spans: Sequence[Span], need: Sequence[int], room: Sequence[int]
+    spans: Sequence[Span], need: Sequence[int], room: Sequence[int], parts: int = 1
 ) -> list[Stay] | None:
     """The fewest stays, latest first choice, that satisfy ``need`` and ``room``; None if none do.
 
-    ``spans`` must be in order of both ``start`` and ``end`` (ValueError otherwise).  Among
-    solutions with the fewest evictions one is preferred in which no two evictions, or no two
-    loads, run beside the same computation.
+    ``need`` and ``room`` count units: activations, or parts of them where ``parts`` is more than 1;
+    a backward then has so many steps.  ``spans`` must be in order of both ``start`` and ``end``
+    (ValueError otherwise).  Among solutions with the fewest evictions one is preferred in which no
+    more than one activation's worth leaves, or comes back, beside the same computation.
     """
     if any(a.start >= b.start or a.end >= b.end for a, b in itertools.pairwise(spans)):
         raise ValueError("spans must be in order of both start and end")
-    best = _solve(spans, need, room, None, None)
-    if best is None or _spread(best):
+    free = _Pace(parts)
+    best = _solve(spans, need, room, free)
+    if best is None or (parts == 1 and _spread(best)):
         return best
-    for most_evictions, most_loads in ((1, 1), (1, None)):
-        other = _solve(spans, need, room, most_evictions, most_loads)
+    one_each = [1] * len(need)
+    if parts > 1:
+        for step in set(range(len(need))) - {s.end + n for s in spans for n in range(parts)}:
+            one_each[step] = parts  # a whole computation
+    for pace in (_Pace(parts, one_each, one_each), _Pace(parts, one_each)):
+        other = _solve(spans, need, room, pace)
         if other is not None and len(other) == len(best):
             return other
     return best
+
+
+@dataclass(frozen=True, slots=True)
+class _Pace:
+    """How many ``parts`` an activation has, and how many may begin to leave, and to return, beside
+    each step (None: any number).
+    """
+
+    parts: int
+    evictions: Sequence[int] | None = None
+    loads: Sequence[int] | None = None
 
 
 def _spread(stays: Sequence[Stay]) -> bool:
@@ -85,18 +120,33 @@ def _spread(stays: Sequence[Stay]) -> bool:
 
 
 def _solve(
-    spans: Sequence[Span],
-    need: Sequence[int],
-    room: Sequence[int],
-    most_evictions: int | None,
-    most_loads: int | None,
+    spans: Sequence[Span], need: Sequence[int], room: Sequence[int], pace: _Pace
 ) -> list[Stay] | None:
-    """The least solution as stays, None if there is none; at most so many beside one step."""
-    unknowns = _Unknowns(spans, need, room, most_evictions, most_loads)
+    """The least solution as stays, None if there is none."""
+    unknowns = _Unknowns(spans, need, room, pace)
     if not all(unknowns.open(step) for step in range(len(need))):
         return None
     chosen, evictions, loads = map(_rises, (unknowns.chosen, unknowns.evictions, unknowns.loads))
-    return [Stay(*stay) for stay in zip(chosen, evictions, loads, strict=True)]
+    if pace.parts == 1:
+        return [Stay(*stay) for stay in zip(chosen, evictions, loads, strict=True)]
+    stays: list[Stay] = []
+    for span, count in Counter(chosen).items():
+        here = slice(len(stays), len(stays) + count)
+        stays += _stays_of(span, evictions[here], loads[here])
+    return stays
+
+
+def _stays_of(span: int, evictions: Sequence[int], loads: Sequence[int]) -> list[Stay]:
+    """The stays of one activation's parts, from the steps at which any of them leave and return.
+
+    The latest layers return first.  The earliest leave first, unless one part would have to return
+    while others are still to leave: then they leave in the order in which they return.
+    """
+    parts = range(len(loads) - 1, -1, -1)  # in order of their return
+    leave = evictions[::-1]
+    if any(evict >= load for evict, load in zip(leave, loads, strict=True)):
+        leave = evictions
+    return [Stay(span, e, load, part) for part, e, load in zip(parts, leave, loads, strict=True)]
 
 
 def _rises(counts: Sequence[int]) -> list[int]:
@@ -120,14 +170,12 @@ class _Unknowns:
         spans: Sequence[Span],
         need: Sequence[int],
         room: Sequence[int],
-        most_evictions: int | None,
-        most_loads: int | None,
+        pace: _Pace,
     ) -> None:
-        self.need, self.room = need, room
-        self.most_evictions, self.most_loads = most_evictions, most_loads
-        self.deadline = [span.end - 1 for span in spans]  # the last step a load may run beside
+        self.need, self.room, self.pace = need, room, pace
+        self.before = [span.end - 1 for span in spans]  # the last step before a backward
         self.started = 0  # spans that started before the newest step
-        self.due = 0  # spans whose deadline is the newest step or earlier
+        self.due = 0  # spans whose backward begins after the newest step, or began earlier
         self.starts = [span.start for span in spans]
         self.there: list[int] = []  # ``started`` of every step so far
         self.evictions, self.loads, self.chosen = [0], [0], [0]
@@ -138,13 +186,13 @@ class _Unknowns:
         while self.started < spans and self.starts[self.started] < step:
             self.started += 1
             self.chosen.append(self.chosen[-1])
-        while self.due < spans and self.deadline[self.due] <= step:
+        while self.due < spans and self.before[self.due] <= step:
             self.due += 1
         self.there.append(self.started)
         evicted, loaded = self.evictions[-1], self.loads[-1]
         self.evictions.append(evicted)
         self.loads.append(loaded)
-        due = max(loaded, self.chosen[min(self.due, self.started)])
+        due = max(loaded, self._due(step))
         away, lent = max(self.need[step], 0), self.room[step]
         if due == loaded and away <= evicted - loaded <= lent:
             return True
@@ -156,9 +204,18 @@ class _Unknowns:
             ]
         )
 
+    def _due(self, step: int) -> int:
+        """How many units must have begun to return by this step."""
+        due = min(self.due, self.started)
+        if self.pace.parts == 1 or due == 0:
+            return self.chosen[due]
+        later = max(0, self.pace.parts - 1 - (step - self.before[due - 1]))
+        return max(self.chosen[due - 1], self.chosen[due] - later)
+
     def _raise(self, todo: list[tuple[list[int], int, int]]) -> bool:
         """Raise (unknown, index, least value) and whatever that requires; False if impossible."""
         evictions, loads, chosen = self.evictions, self.loads, self.chosen
+        parts, most = self.pace.parts, (self.pace.evictions, self.pace.loads)
         while todo:
             unknown, index, value = todo.pop()
             if unknown[index] >= value:
@@ -170,17 +227,18 @@ class _Unknowns:
                 todo.append((unknown, index + 1, value))
             step = index - 1
             if unknown is chosen:
-                todo.append((chosen, index - 1, value - 1))
-                deadline = self.deadline[index - 1]
-                if deadline + 1 < len(loads):
-                    todo.append((loads, deadline + 1, value))
+                todo.append((chosen, index - 1, value - parts))
+                first = self.before[index - 1] + 1
+                for later in range(parts):
+                    if first + later < len(loads):
+                        todo.append((loads, first + later, value - (parts - 1 - later)))
             elif unknown is evictions:
                 todo.append((chosen, self.there[step], value))
                 todo.append((loads, step, value - self.room[step]))
-                if self.most_evictions is not None:
-                    todo.append((evictions, step, value - self.most_evictions))
+                if most[0] is not None:
+                    todo.append((evictions, step, value - most[0][step]))
             else:
                 todo.append((evictions, step, value + max(self.need[step], 0)))
-                if self.most_loads is not None:
-                    todo.append((loads, step, value - self.most_loads))
+                if most[1] is not None:
+                    todo.append((loads, step, value - most[1][step]))
         return True

@@ -36,6 +36,7 @@ class ScheduleSpec:
         group: micro-batches that go through a chunk together (N); None: p.
         balanced: whether evictions and loads keep every stage within ``budget``.
         budget: micro-batches of a whole stage, decimals allowed; None: the default of `balance`.
+        parts: in how many an activation leaves and returns; 1: whole, as the paper has it.
     """
 
     name: str
@@ -45,6 +46,7 @@ class ScheduleSpec:
     group: int | None = None
     balanced: bool = False
     budget: float | None = None
+    parts: int = 1
 
 
 @dataclass(frozen=True)
@@ -129,4 +131,4 @@ def make(spec: ScheduleSpec) -> Schedule:
     if spec.name not in CATALOGUE:
         raise ValueError(f"schedule {spec.name!r} is not known: use {', '.join(CATALOGUE)}")
     schedule = CATALOGUE[spec.name].make(spec)
-    return balance(schedule, spec.budget) if spec.balanced else schedule
+    return balance(schedule, spec.budget, spec.parts) if spec.balanced else schedule

@@ -32,7 +32,8 @@ def answers(
             if other_end(schedule, evictor, op) == lender:
                 waiting.append(answer(schedule, evictor, op))
         elif waiting and op.kind.computation:
-            answers += ((end - 1, one) for one in waiting)
+            start = end - (schedule.parts if op.part is None else 1)
+            answers += ((start, one) for one in waiting)
             waiting.clear()
     return answers
 

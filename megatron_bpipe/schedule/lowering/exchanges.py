@@ -52,7 +52,7 @@ def exchanges(schedule: Schedule, ends: Sequence[Sequence[int]]) -> list[list[Op
             if op.kind is Kind.FORWARD:
                 target = downstream((stage, op.activation), p, known)
                 kinds = Kind.SEND_FORWARD, Kind.RECV_FORWARD
-            elif op.kind is Kind.BACKWARD:
+            elif op.kind is Kind.BACKWARD and not op.part:
                 target = upstream((stage, op.activation), p, known)
                 kinds = Kind.SEND_BACKWARD, Kind.RECV_BACKWARD
             else:
@@ -62,7 +62,7 @@ def exchanges(schedule: Schedule, ends: Sequence[Sequence[int]]) -> list[list[Op
             backward = op.kind is Kind.BACKWARD
             other, (microbatch, chunk, up) = target
             way, version = UP if up else DOWN, versions[other].get(target[1])
-            send = replace(op, kind=kinds[0], label=end)
+            send = replace(op, kind=kinds[0], label=end, part=None)
             receive = Op(kinds[1], microbatch, chunk, way, version, end)
             posted[stage].append((end, backward, target[1], True, send))
             posted[other].append((end, backward, target[1], False, receive))

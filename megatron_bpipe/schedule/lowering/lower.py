@@ -14,6 +14,8 @@ their messages by time label (`exchanges`), which no schedule can deadlock.  1F1
 be right too, but would merge calls that Megatron makes one after the other in warm-up and
 cool-down.
 A transfer is over right after its computation, before that computation's sends: ``E3,F4,EW3,SF4``.
+A backward that is written part by part has its receive before the first and its send after the
+last: ``RB3,L3/1,B3/1,LW3/1,B3/0,SB3``.
 
 `answers` places the acceptor's part.
 """
@@ -69,7 +71,7 @@ def in_1f1b_order(schedule: Schedule) -> bool:
         return False
     base = one_f_one_b(schedule.p, schedule.microbatches)
     return all(
-        [(op.kind, op.microbatch) for op in line if op.kind.computation]
+        [(op.kind, op.microbatch) for op in line if op.kind.computation and not op.part]
         == [(op.kind, op.microbatch) for op in stock]
         for line, stock in zip(schedule.stages, base.stages, strict=True)
     )
@@ -99,7 +101,7 @@ def _as_megatron(schedule: Schedule) -> list[tuple[Op, ...]]:
     known = known_activations(schedule)
     around: _Around = {}
     return [
-        _with_messages(line, stage, schedule.p, known, around)
+        _with_messages(line, stage, schedule, known, around)
         for stage, line in enumerate(schedule.stages)
     ]
 
@@ -109,11 +111,12 @@ _Around = dict[tuple[bool, Activation, int | None], tuple[Op, Op]]
 
 
 def _with_messages(
-    line: Sequence[Op], stage: int, p: int, known: Set[Activation], around: _Around
+    line: Sequence[Op], stage: int, schedule: Schedule, known: Set[Activation], around: _Around
 ) -> tuple[Op, ...]:
     """One line with RF, SF, RB, SB, EW and LW; equal ops of all lines are one object."""
     out: list[Op] = []
     transfers: list[Op] = []
+    p, parts = schedule.p, schedule.parts
     inner = 0 < stage < p - 1
     for op in line:
         if op.kind is Kind.EVICT or op.kind is Kind.LOAD:
@@ -127,18 +130,19 @@ def _with_messages(
         key = (forward, op.activation, op.version)
         if key not in around:
             around[key] = (
-                replace(op, kind=Kind.RECV_FORWARD if forward else Kind.RECV_BACKWARD),
-                replace(op, kind=Kind.SEND_FORWARD if forward else Kind.SEND_BACKWARD),
+                replace(op, kind=Kind.RECV_FORWARD if forward else Kind.RECV_BACKWARD, part=None),
+                replace(op, kind=Kind.SEND_FORWARD if forward else Kind.SEND_BACKWARD, part=None),
             )
         receive, send = around[key]
-        if inner or peer(receive, stage, p, known) is not None:
+        begins, ends = op.part in (None, parts - 1), not op.part  # of a backward part by part
+        if begins and (inner or peer(receive, stage, p, known) is not None):
             out.append(receive)
         if transfers:
             out += (*transfers, op, *map(_wait, transfers))
             transfers.clear()
         else:
             out.append(op)
-        if inner or peer(send, stage, p, known) is not None:
+        if ends and (inner or peer(send, stage, p, known) is not None):
             out.append(send)
     return tuple(out)
 

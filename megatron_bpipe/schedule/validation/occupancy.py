@@ -7,7 +7,9 @@ occupied from the start of the computation beside which E runs to the end of the
 L runs.  Where a schedule splits the
 backward, an activation is held until its weight gradients (W) are computed.
 
-Units: activations of one chunk; `ops.microbatches` makes micro-batches of a whole stage of them.
+Units: activations of one chunk, or parts of them where an activation travels in parts (a forward
+then adds u, a transfer moves one, each part of a backward frees one); `ops.microbatches` makes
+micro-batches of a whole stage of them.
 """
 
 from __future__ import annotations
@@ -20,17 +22,20 @@ from megatron_bpipe.schedule.balancing.min_evictions import Span
 from megatron_bpipe.schedule.ops import Kind, Loan, Op, Schedule, borrowers, other_end
 
 
-def spans(line: Sequence[Op]) -> list[Span]:
-    """The life of each activation of this line, in order of the forwards.
+def spans(line: Sequence[Op], parts: int = 1) -> list[Span]:
+    """The life of each activation of a line of whole computations, in order of the forwards.
+
+    A backward has ``parts`` steps, any other computation one.
 
     Raises ValueError for a line that computes something twice, or backwards before forwards.
     """
     start: dict[tuple[int, int, bool], int] = {}
     end: dict[tuple[int, int, bool], int] = {}
+    last: dict[tuple[int, int, bool], int] = {}
     step = 0
     for op in line:
         kind = op.kind
-        if kind is not Kind.FORWARD and kind is not Kind.BACKWARD:
+        if not kind.computation:
             continue
         activation = op.activation
         if kind is Kind.FORWARD:
@@ -38,30 +43,37 @@ def spans(line: Sequence[Op]) -> list[Span]:
                 raise ValueError(f"{op} stands twice in a line: keep one")
             start[activation] = step
         else:
-            if activation in end or activation not in start:
-                raise ValueError(f"{op} must stand once in a line, after its forward")
-            end[activation] = step
-        step += 1
+            ends, before = (end, start) if kind is Kind.BACKWARD else (last, end)
+            if activation in ends or activation not in before:
+                what = "forward" if kind is Kind.BACKWARD else "backward"
+                raise ValueError(f"{op} must stand once in a line, after its {what}")
+            ends[activation] = step
+        step += parts if kind is Kind.BACKWARD else 1
     if len(start) != len(end):
         raise ValueError(f"{len(start)} forwards but {len(end)} backwards in a line: pair them")
-    return [Span(begin, end[activation]) for activation, begin in start.items()]
+    return [Span(begin, end[what], last.get(what)) for what, begin in start.items()]
 
 
-def live(lives: Sequence[Span]) -> list[int]:
-    """For each step how many activations live, wherever they are."""
-    change = [1] * (2 * len(lives))
+def live(lives: Sequence[Span], parts: int = 1) -> list[int]:
+    """For each step how many units live, wherever they are.
+
+    A backward frees its parts step by step, the latest layers' first, where nothing else (`last`)
+    still needs them.
+    """
+    steps = max((max(span.end + parts - 1, span.last or 0) for span in lives), default=-1) + 1
+    change = [0] * (steps + 1)
     for span in lives:
-        change[span.end] = -1
-    return [
-        after if rise > 0 else after + 1  # a backward's own activation counts until it ended
-        for rise, after in zip(change, accumulate(change), strict=True)
-    ]
+        change[span.start] += parts
+        for n in range(parts):
+            change[1 + (span.end + n if span.last is None else span.last)] -= 1
+    return list(accumulate(change[:-1]))
 
 
-def occupancy(line: Sequence[Op]) -> tuple[list[int], list[int]]:
-    """For each step how many activations are on this stage, and how many slots its partner lends.
+def occupancy(line: Sequence[Op], parts: int = 1) -> tuple[list[int], list[int]]:
+    """For each step how many units are on this stage, and how many slots its partner lends.
 
-    Transfers in flight count on both sides.  Works on logical and lowered lines.
+    A step is a computation, or one part of a backward that is written part by part.  Transfers in
+    flight count on both sides.  Works on logical and lowered lines.
     """
     here, lent, loading, leaving = 0, 0, 0, 0
     resident: list[int] = []
@@ -73,11 +85,11 @@ def occupancy(line: Sequence[Op]) -> tuple[list[int], list[int]]:
         elif op.kind is Kind.LOAD:
             loading += 1
         elif op.kind.computation:
-            here += loading + (op.kind is Kind.FORWARD)
+            here += loading + parts * (op.kind is Kind.FORWARD)
             lent += leaving
             resident.append(here)
             remote.append(lent)
-            here -= leaving + (op.kind is last)
+            here -= leaving + (op.kind is last) * (parts if op.part is None else 1)
             lent -= loading
             loading = leaving = 0
     return resident, remote
@@ -98,7 +110,7 @@ def transfers_with(schedule: Schedule, evictor: int, lender: int) -> list[Op]:
 
 def borrowed(schedule: Schedule, evictor: int, lender: int) -> int:
     """Most slots of a lender that this evictor ever has in use, in flight included."""
-    return max(occupancy(transfers_with(schedule, evictor, lender))[1], default=0)
+    return max(occupancy(transfers_with(schedule, evictor, lender), schedule.parts)[1], default=0)
 
 
 def lent(schedule: Schedule, lender: int) -> int:
@@ -115,26 +127,28 @@ def with_own_loans(schedule: Schedule) -> Schedule:
         if op.kind is Kind.EVICT
     }
     loans = tuple(Loan(x, y, borrowed(schedule, x, y)) for x, y in pairs)
-    return replace(schedule, loans=loans, keeps=tuple(map(peak, schedule.stages)))
+    return replace(
+        schedule, loans=loans, keeps=tuple(peak(line, schedule.parts) for line in schedule.stages)
+    )
 
 
-def peak(line: Sequence[Op]) -> int:
-    """Most activations on this stage at any step, slots it lends not counted."""
-    return max(occupancy(line)[0], default=0)
+def peak(line: Sequence[Op], parts: int = 1) -> int:
+    """Most units on this stage at any step, slots it lends not counted."""
+    return max(occupancy(line, parts)[0], default=0)
 
 
-def remote_bytes(line: Sequence[Op], sizes: Mapping[int, int]) -> int:
+def remote_bytes(line: Sequence[Op], sizes: Mapping[int, Sequence[int]]) -> int:
     """Most bytes of one evictor that are remote or in flight at any step: its acceptor's pool.
 
-    ``sizes`` has the bytes of one activation of each chunk.
+    ``sizes`` has for each chunk the bytes of each part of one of its activations.
     """
     here = most = 0
     returning = 0  # a load's slot is free when the computation beside it is over
     for op in line:
         if op.kind is Kind.EVICT:
-            here += sizes[op.chunk]
+            here += sizes[op.chunk][op.part or 0]
         elif op.kind is Kind.LOAD:
-            returning += sizes[op.chunk]
+            returning += sizes[op.chunk][op.part or 0]
         elif op.kind.computation:
             most = max(most, here)
             here -= returning

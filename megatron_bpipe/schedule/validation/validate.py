@@ -62,7 +62,7 @@ def validate(schedule: Schedule, budget: float | None = None) -> None:
         budget = schedule.budget
     _check_computations(schedule)
     known = known_activations(schedule)
-    most = None if budget is None else units(budget, schedule.chunks)
+    most = None if budget is None else units(budget, schedule.grain)
     peaks: dict[int, int] = {}
     if schedule.loans is not None:
         _check_loans(schedule)
