@@ -18,7 +18,7 @@ from megatron_bpipe.placement import ParallelShape, make_report
 from megatron_bpipe.planner.inputs.hugging_face import read_config
 from megatron_bpipe.planner.output.megatron_flags import model_flags, plan_flags
 from tests.harness import Megatron
-from tests.planner.families import MIXTRAL_8X7B, PUBLISHED, QWEN2_72B
+from tests.planner.families import DEEPSEEK_V3, MIXTRAL_8X7B, PUBLISHED, QWEN2_72B
 
 CLUSTER = ["--gpu", "H100-80GB", "--gpus", "32", "--global-batch", "128"]
 MIXED = """
@@ -152,6 +152,9 @@ JUDGED = (
     *("llama-2-70b", "llama-3.1-8b", "mistral-7b", "mixtral-8x7b", "qwen2-72b"),
     *("qwen2-57b-a14b", "qwen3-32b", "qwen3-235b-a22b", "deepseek-v2-lite"),
 )
+FAMILIES = {name: config for name, (config, _) in PUBLISHED.items()}
+FAMILIES["deepseek-v3 with MTP"] = DEEPSEEK_V3
+REST_OF_THEM = tuple(name for name in FAMILIES if name not in JUDGED)
 
 
 def shortened(config: dict[str, Any]) -> dict[str, Any]:
@@ -160,15 +163,21 @@ def shortened(config: dict[str, Any]) -> dict[str, Any]:
     return {**config, **small}
 
 
+@pytest.mark.parametrize(
+    "families", [JUDGED, pytest.param(REST_OF_THEM, marks=pytest.mark.long)], ids=["some", "others"]
+)
 def test_families_from_config_to_megatrons_parser_and_builder(
-    megatron: Megatron, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    megatron: Megatron,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    families: tuple[str, ...],
 ) -> None:
     """The command of each is taken, and Megatron's model has the parameters that were planned."""
     cases: list[dict[str, Any]] = []
     own = [*REST, "--lr", "1e-4", "--tensor-model-parallel-size", "1", "--micro-batch-size", "1"]
     own += ["--pipeline-model-parallel-size", "2"]
-    for name in JUDGED:
-        config, _ = PUBLISHED[name]
+    for name in families:
+        config = FAMILIES[name]
         path = tmp_path / f"{name}.json"
         path.write_text(json.dumps(shortened(config)))
         words = ["--hf-config", str(path), "--seq-length", "1024", "--attention", "flash"]
