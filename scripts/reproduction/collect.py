@@ -8,7 +8,8 @@ Read from the logs, which are Megatron's own:
     [Rank N] ... max allocated           the most any rank of a stage had allocated, in GiB
     OutOfMemoryError                     the row is OOM
 MFU is equation 1 over the time of a whole iteration, optimizer included, and the GPUs' peak. A
-single stage's time is thus a little longer than the paper's T(b), which leaves the optimizer out.
+single stage's time is thus a little longer than the T(b) of table 5, which leaves the
+optimizer out.
 """
 
 from __future__ import annotations

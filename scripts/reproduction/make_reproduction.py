@@ -61,10 +61,10 @@ def document() -> str:
 
 def introduction() -> str:
     """What this is."""
-    return """# What the paper measured, and what this package says of it
+    return """# What the re-evaluation measured, and what this package says of it
 
 Written by `scripts/reproduction/make_reproduction.py`; do not edit by hand. No figure here was
-measured on the paper's cluster by us: *published* are the numbers of "Re-evaluating the
+measured on the re-evaluation's cluster by us: *published* are the numbers of "Re-evaluating the
 Memory-balanced Pipeline Parallelism: BPipe" (arXiv 2401.02088), everything else is computed from
 them and from data sheets by the estimator and the simulator, or measured on CPU runs where it
 says so."""
@@ -142,7 +142,7 @@ MFU in per cent. *eq. 3* takes off the bubble only (read without the factor p th
 has too much). *physics* simulates the schedule with the output layer, sends, optimizer; its one
 constant is fitted on the rows without BPipe. *refined* adds one empirical BPipe penalty. *left out*
 is refined with that row kept out of the fit. *fits* is for 80 GiB; what would fit without BPipe is
-our inference, the paper does not say.
+our inference, the re-evaluation does not say.
 
 {three}
 
@@ -225,7 +225,7 @@ def pareto() -> str:
     parts = ["## MFU against memory", "![Pareto](images/pareto.png)"]
     parts.append(
         "32 A100, t = 4, p = 8, B = 128, by simulation with the stage times of table 5. BPipe with "
-        "its penalty as fitted on the paper's runs, and (hollow in the figure) without; "
+        "its penalty as fitted on the re-evaluation's runs, and (hollow in the figure) without; "
         "interleaved BPipe (2 chunks, the least budget) has the same per byte moved. The others "
         "have no such constant: nobody measured them on that cluster, so they are at their best "
         "here, with messages of interleaved and V-Half that hold up no sender. Host offload moves "
@@ -293,12 +293,12 @@ def sources() -> str:
             f"{gpu.matmul_share * gpu.flops / 1e12:.1f} TFLOP/s",
             "github.com/stas00/ml-engineering, compute/accelerator",
         ),
-        ("memory", f"{gpu.memory_gib:.0f} GiB", "the paper, section 3.1"),
+        ("memory", f"{gpu.memory_gib:.0f} GiB", "the re-evaluation, section 3.1"),
         ("memory bandwidth", f"{gpu.memory_bandwidth / 1e12:.3f} TB/s", "A100 80GB SXM data sheet"),
         ("NVLink, one direction", f"{gpu.nvlink / 1e9:.0f} GB/s", "A100 data sheet"),
         ("network a GPU", f"{gpu.network / 1e9:.0f} GB/s", "200 Gb/s a GPU, DGX A100"),
         ("PCIe a GPU", f"{A100_80G.host / 1e9:.0f} GB/s", "PCIe 4 shared both ways, as observed"),
-        ("single-stage MFU", "table above", "the paper, table 5"),
+        ("single-stage MFU", "table above", "the re-evaluation, table 5"),
         (
             "one exchange between stages",
             f"{1e-9 / constants.exchange:.2f} GB/s",
@@ -311,7 +311,11 @@ def sources() -> str:
             "by tensor",
             "megatron_bpipe/estimate/memory/activations.py, agrees with Korthikanti et al. 2022",
         ),
-        ("vocabulary", "51200, 32000", "assumed (GPT-2 padded, LLaMA); the paper does not say"),
+        (
+            "vocabulary",
+            "51200, 32000",
+            "assumed (GPT-2 padded, LLaMA); the re-evaluation does not say",
+        ),
         ("fixed overhead", f"{last.overhead / GIB:.0f} GiB", "assumed: CUDA, NCCL, fragmentation"),
     )
     return "## Sources of the constants\n\n" + table(("constant", "value", "source"), rows)

@@ -81,7 +81,7 @@ def mapping() -> str:
         found[name] = f"{pairs} of 4 pairs and {edges} of 7 pipeline edges between nodes"
     slow, whole = exposed_at(6, A100_80G.network)
     edge = 2 * bpipe_case(6).run.tokens * 8192 / LAYOUT.sp
-    return f"""What does the mapping of stages to devices trade?** On the paper's cluster (two
+    return f"""What does the mapping of stages to devices trade?** On the published cluster (two
 stages of t = 4 a node) in order: {found["in order"]};
 pair-adjacent: {found["pair-adjacent"]}.
 A pair that crosses nodes at 25 GB/s costs row 6 {slow:.2f} s ({percent(slow, whole)}) an
@@ -185,7 +185,7 @@ def attribution() -> str:
     batch = 1 + stage_gain(9, 10) / 100
     t2 = "runs" if not why_not_fused(1, 52, 2048) else "does not run"
     return f"""Why do the original figures for GPT-3 differ?** At t = 2 (52 heads a rank) the fused
-softmax {t2} at b = 1, which explains the high figure the paper calls contradictory. Of the
+softmax {t2} at b = 1, which explains the high figure the re-evaluation calls contradictory. Of the
 {100 * (both - 1):.0f} % that a stage gains from row 7 to 8, {100 * (batch - 1):.0f} % come with the
 batch also under flash attention; the remaining {100 * (both / batch - 1):.0f} % are the kernel's.
 To attribute it: run row 7 with t = 2, with 112 heads, and with the unfused kernel forced at b = 2.

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Run rows of the paper's tables 3 and 5, or print the exact command lines.
+"""Run rows of the re-evaluation's tables 3 and 5, or print the exact command lines.
 
     run_table.py --dry-run                          all rows, one command line each
     run_table.py table3-08 --launcher slurm --sbatch=--partition=gpu
@@ -136,7 +136,7 @@ def _python_path() -> str:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Run rows of the paper's tables 3 and 5, or print their command lines."
+        description="Run rows of the re-evaluation's tables 3 and 5, or print their command lines."
     )
     parser.add_argument("rows", nargs="*", metavar="ROW", help="table3-01 ... table5-10")
     parser.add_argument("--dry-run", action="store_true", help="only print (all rows by default)")

@@ -1,4 +1,4 @@
-"""The rows of the paper's tables 3 and 5 (`estimate.paper.published`), as flags of Megatron.
+"""The rows of tables 3 and 5 of the re-evaluation (`estimate.paper.published`), as flags.
 
 A row of table 3 is the whole model on t x p GPUs. A row of table 5 is one of p equal stages: l/p
 layers on one tensor-parallel group (p = 1). On a single GPU such a stage is divided by t: a/t
@@ -70,7 +70,7 @@ class Row:
 
     @property
     def published_mfu(self) -> float:
-        """What the paper measured, per cent."""
+        """What the re-evaluation measured, per cent."""
         experiment = next(e for e in EXPERIMENTS if e.id == self.id)
         return experiment.mfu if self.table == 3 else experiment.stage_mfu
 

@@ -121,7 +121,7 @@ def read_flags(words: Sequence[str]) -> Asked:
 
 
 def _budget(given: argparse.Namespace) -> float | None:
-    """--bpipe-budget as a number, None: the paper's."""
+    """--bpipe-budget as a number, None: BPipe's own."""
     text = given.bpipe_budget
     if text is None:
         return None
