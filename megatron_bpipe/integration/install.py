@@ -25,6 +25,7 @@ from megatron_bpipe.integration.bootstrap.help_text import forgive_percent_signs
 from megatron_bpipe.integration.checks.arguments import check_arguments, check_megatron
 from megatron_bpipe.integration.checks.hook_points import (
     ARGUMENTS,
+    CHECKPOINTING,
     FORWARD_BACKWARD,
     FORWARD_BACKWARD_INTERLEAVED,
     PARALLEL_STATE,
@@ -37,6 +38,11 @@ from megatron_bpipe.integration.patches.forward_backward import make_schedule
 from megatron_bpipe.integration.patches.import_hook import after_import
 from megatron_bpipe.integration.patches.observed import make_observed
 from megatron_bpipe.integration.patches.training_log import make_logging
+from megatron_bpipe.integration.patches.v_placement.checkpoints import (
+    is_v_placed,
+    with_placement_checked,
+)
+from megatron_bpipe.integration.patches.v_placement.install import place_as_v
 from megatron_bpipe.integration.rank_mapping.apply import apply_placement
 from megatron_bpipe.integration.session import Session
 from megatron_bpipe.integration.single_gpu.launch import (
@@ -230,6 +236,17 @@ def _activate(options: Options) -> None:
     def log_throughput(training: ModuleType) -> None:
         patches.replace(training, "training_log", lambda log: make_logging(log, training, current))
 
+    def check_placement(checkpointing: ModuleType) -> None:
+        patches.replace(
+            checkpointing,
+            "check_checkpoint_args",
+            lambda stock: with_placement_checked(stock, options.schedule),
+        )
+
+    if ours:
+        patches.when_imported(CHECKPOINTING, check_placement)
+    if is_v_placed(options.schedule):
+        place_as_v(patches, lambda mirror: setattr(current, "mirror", mirror))
     patches.when_imported(SCHEDULES, replace_schedule)
     patches.when_imported(TRAINING, log_throughput)
     if options.bpipe:

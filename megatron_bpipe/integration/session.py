@@ -17,6 +17,7 @@ from megatron_bpipe.integration.checks.forced_transport import check_forced_tran
 from megatron_bpipe.integration.checks.versions import package_versions
 from megatron_bpipe.integration.log import log_rank, log_rank0
 from megatron_bpipe.integration.options import Options
+from megatron_bpipe.integration.patches.v_placement.mirror import Mirror
 from megatron_bpipe.integration.rank_mapping.launcher import identify
 from megatron_bpipe.integration.rank_mapping.mapping import RankMap, verify
 from megatron_bpipe.integration.stage_pools import StagePools
@@ -65,6 +66,7 @@ class Session:
     plan: StagePlan | None = None
     ranks: RankMap | None = None
     pools: StagePools | None = None
+    mirror: Mirror | None = None
     _group: weakref.ReferenceType[Any] | None = None
     _closing: threading.Thread | None = None
     _links: LinkSampler = field(default_factory=LinkSampler)

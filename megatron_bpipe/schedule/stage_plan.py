@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from megatron_bpipe.schedule.balancing.balance import slots
@@ -11,6 +11,7 @@ from megatron_bpipe.schedule.bases.catalogue import ScheduleSpec, make
 from megatron_bpipe.schedule.handshake import check_handshake
 from megatron_bpipe.schedule.lowering.lower import lower
 from megatron_bpipe.schedule.ops import Kind, Op, is_evictor, partner, quantity
+from megatron_bpipe.schedule.programs import check_deadlock
 from megatron_bpipe.schedule.validation.occupancy import remote_bytes
 from megatron_bpipe.schedule.validation.validate import validate
 
@@ -71,6 +72,16 @@ class StagePlan:
             sizes: for each chunk, of the parts of one of its activations.
         """
         return remote_bytes(self.ops, sizes)
+
+
+@lru_cache(maxsize=64)
+def forward_ops(spec: ScheduleSpec, stage: int) -> tuple[Op, ...]:
+    """The lowered forwards of ``stage`` without their backwards, for evaluation."""
+    logical = make(spec)
+    lines = (tuple(op for op in line if op.kind is Kind.FORWARD) for line in logical.stages)
+    lowered = lower(replace(logical, stages=tuple(lines)))
+    check_deadlock(lowered)
+    return lowered.stages[stage]
 
 
 @lru_cache(maxsize=64)

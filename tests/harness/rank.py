@@ -302,3 +302,46 @@ class _SavesSparse(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
         (eye,) = ctx.saved_tensors
         return gradient * (eye.sum() / 8)
+
+
+def parameters_by_name(job: dict[str, Any]) -> None:
+    """Let every parameter begin with values that its name in the whole model alone decides."""
+    from megatron.core import parallel_state
+    from megatron.training.models import dist_utils
+
+    stock = dist_utils.build_virtual_pipeline_stages
+
+    def build_virtual_pipeline_stages(*positional: Any, **named: Any) -> Any:
+        models = stock(*positional, **named)
+        for model in models:
+            layers = {
+                name: module.layer_number
+                for name, module in model.named_modules()
+                if hasattr(module, "layer_number") and name.split(".")[-2:-1] == ["layers"]
+            }
+            for name, parameter in model.named_parameters():
+                _fill(name, parameter, layers, parallel_state)
+        return models
+
+    dist_utils.build_virtual_pipeline_stages = build_virtual_pipeline_stages
+
+
+def _fill(name: str, parameter: Any, layers: dict[str, int], parallel_state: Any) -> None:
+    for layer, number in layers.items():
+        if name.startswith(layer + "."):
+            name = f"layer {number}{name[len(layer) :]}"
+    name = name.replace("module.", "").replace("output_layer", "embedding.word_embeddings")
+    shard = 0
+    if getattr(parameter, "tensor_model_parallel", False):
+        shard = parallel_state.get_tensor_model_parallel_rank()
+    dice = torch.Generator().manual_seed(hash_of(f"{name} {shard}"))
+    if parameter.dim() > 1:
+        values = 0.02 * torch.randn(parameter.shape, generator=dice)
+        parameter.data.copy_(values)
+
+
+def hash_of(text: str) -> int:
+    """The same number in every process."""
+    import zlib
+
+    return zlib.crc32(text.encode())

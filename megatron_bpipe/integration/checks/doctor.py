@@ -124,6 +124,11 @@ def _megatron() -> list[Finding]:
             "use a wheel from 0.18 on or a checkout for pretrain(); loops on megatron.core alone "
             "can do without",
         ),
+        (
+            "v_placement",
+            "V placement",
+            "only v-half, v-min and v-zb need it: take another schedule",
+        ),
         ("profile", "profile", "only the command profile needs it: use a wheel from 0.18 on"),
     ]
     if cpu.installed():

@@ -17,7 +17,7 @@ from typing import Literal
 # main has the number of a release to come, which is not known before it was run.
 KNOWN_RELEASES = ("0.14", "0.15", "0.16", "0.17", "0.18", "0.19")
 
-Feature = Literal["schedule", "training", "cpu", "profile"]
+Feature = Literal["schedule", "training", "v_placement", "cpu", "profile"]
 
 PACKAGE_INFO = "megatron.core.package_info"
 SCHEDULES = "megatron.core.pipeline_parallel.schedules"
@@ -37,6 +37,9 @@ FUSED_KERNELS = "megatron.legacy.fused_kernels"
 ARGUMENTS = "megatron.training.arguments"
 TRAINING = "megatron.training.training"
 TRAINING_UTILS = "megatron.training.utils"
+CHECKPOINTING = "megatron.training.checkpointing"
+DIST_UTILS = "megatron.training.models.dist_utils"
+FINALIZE = "megatron.core.distributed.finalize_model_grads"
 INITIALIZE = "megatron.training.initialize"
 GPT = "megatron.core.models.gpt"
 GPT_LAYERS = "megatron.core.models.gpt.gpt_layer_specs"
@@ -237,6 +240,32 @@ _TRAINING = tuple(
     )
 )
 
+# replaced under the V placement; reasons in patches/v_placement/__init__.py
+_V_PLACEMENT = (
+    HookPoint(PARALLEL_STATE, "get_pipeline_model_parallel_group", feature="v_placement"),
+    HookPoint(
+        PARALLEL_STATE, "set_pipeline_model_parallel_rank", ("rank",), (), "", True, "v_placement"
+    ),
+    HookPoint(
+        PARALLEL_STATE,
+        "is_pipeline_last_stage",
+        ("ignore_virtual", "vp_stage"),
+        feature="v_placement",
+    ),
+    HookPoint(
+        PARALLEL_STATE,
+        "initialize_model_parallel",
+        ("get_embedding_ranks",),
+        feature="v_placement",
+    ),
+    HookPoint(TRAINING, "get_model", feature="v_placement"),
+    HookPoint(
+        DIST_UTILS, "build_virtual_pipeline_stages", releases=">=0.18", feature="v_placement"
+    ),
+    HookPoint(FINALIZE, "_allreduce_word_embedding_grads", ("model",), feature="v_placement"),
+    HookPoint(CHECKPOINTING, "check_checkpoint_args", ("checkpoint_args",), feature="training"),
+)
+
 _CPU = (
     HookPoint(ARGUMENTS, "validate_args", ("args", "defaults"), positional=True, feature="cpu"),
     HookPoint(INITIALIZE, "initialize_megatron", ("allow_no_cuda",), feature="cpu"),
@@ -307,4 +336,10 @@ _PROFILE = tuple(
     )
 )
 
-HOOK_POINTS: tuple[HookPoint, ...] = (*_SCHEDULE, *_TRAINING, *_CPU, *_PROFILE)
+HOOK_POINTS: tuple[HookPoint, ...] = (
+    *_SCHEDULE,
+    *_TRAINING,
+    *_V_PLACEMENT,
+    *_CPU,
+    *_PROFILE,
+)

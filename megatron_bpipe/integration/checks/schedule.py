@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from megatron_bpipe.integration.checks.v_placement import check_v_placement
 from megatron_bpipe.integration.log import abort
 from megatron_bpipe.integration.options import Options
 from megatron_bpipe.schedule.balancing.balance import BudgetError, balance
-from megatron_bpipe.schedule.bases.catalogue import EXECUTED, ScheduleSpec, make
+from megatron_bpipe.schedule.bases.catalogue import CATALOGUE, EXECUTED, ScheduleSpec, make
 from megatron_bpipe.schedule.ops import Kind, Schedule, microbatches, quantity
 from megatron_bpipe.schedule.validation.occupancy import peak
 
@@ -35,6 +36,8 @@ def check_schedule(args: Any, options: Options, count: int | None) -> str | None
     """
     chunks = model_chunks(args)
     _check_name(options.schedule, chunks)
+    if options.schedule is not None and CATALOGUE[options.schedule].v_placed:
+        check_v_placement(args, options.schedule)
     if not options.bpipe:
         return None
     p = args.pipeline_model_parallel_size
@@ -72,8 +75,9 @@ def _check_name(chosen: str | None, chunks: int) -> None:
         return
     if chosen not in EXECUTED:
         abort(f"--bpipe-schedule {chosen} is unknown; choose one of {', '.join(EXECUTED)}")
-    if (chosen == "interleaved") is not (chunks > 1):
-        remedy = f"drop {CHUNKS_FLAG}" if chunks > 1 else f"add {CHUNKS_FLAG}"
+    wanted = CATALOGUE[chosen].chunks
+    if chunks != wanted if wanted is not None else chunks == 1:
+        remedy = f"drop {CHUNKS_FLAG}" if wanted == 1 else f"give {CHUNKS_FLAG} {wanted or 2}"
         abort(
             f"--bpipe-schedule {chosen} does not fit a model of {chunks} chunk(s) a stage; "
             f"{remedy}, or leave --bpipe-schedule out"

@@ -11,6 +11,9 @@
 An asynchronous receive is waited for directly before the computation that needs it; a send before
 its output is given back, one computation later.  All stages post their messages in the order of
 their labels, so nothing here can wait for a message that comes later (`schedule.lowering`).
+
+Where an activation comes from and goes to is `schedule.lowering.routes`' answer.  Under the V
+placement a micro-batch turns on stage p-1: what chunk 0 gave is chunk 1's input, without a message.
 """
 
 from __future__ import annotations
@@ -27,7 +30,8 @@ from megatron_bpipe.integration.checks.probe import call_known
 from megatron_bpipe.integration.patches.chunk_sync import ChunkSync
 from megatron_bpipe.integration.patches.stage import StageCall
 from megatron_bpipe.integration.patches.weight_gradients import WeightGradients
-from megatron_bpipe.schedule.ops import ActivationKey, Kind, Op
+from megatron_bpipe.schedule.lowering.routes import downstream, upstream
+from megatron_bpipe.schedule.ops import UP, ActivationKey, Kind, Op
 
 
 @dataclass
@@ -54,68 +58,95 @@ class ChunkedStage:
 
     def __post_init__(self) -> None:
         self.tokens = torch.zeros([], dtype=torch.int, device=torch.cuda.current_device())
-        rank = self.call.communicator.pp_group.rank()
-        self._sync = ChunkSync(self.call.config, self.call.models, self.ops, rank)
-        self._warmup = _warmup(self.ops)
+        group = self.call.communicator.pp_group
+        self._stage, self._p = group.rank(), group.size()
+        self._known = {op.activation for op in self.ops if op.kind is Kind.FORWARD}
+        self._trains = any(op.kind is Kind.BACKWARD for op in self.ops)
+        # under V every stage's last backward of a chunk comes at a time of its own
+        rank = 0 if self.call.mirror is not None else self._stage
+        if self._trains:
+            self._sync = ChunkSync(self.call.config, self.call.models, self.ops, rank)
+            self._warmup = _warmup(self.ops)
         shapes = self.call.shapes[0]  # without interleaving Megatron has a list of one
         self._shape = shapes[0] if isinstance(shapes[0], (tuple, list)) else shapes
 
     def exchange(self, ops: Sequence[Op]) -> None:
         """See `executor.Stage`."""
-        by_kind = {op.kind: op.key for op in ops}
-        assert len(by_kind) == len(ops), f"two messages of one kind: {[str(op) for op in ops]}"
-        output = self._taken(by_kind, Kind.SEND_FORWARD, self._outputs, keep=True)
-        gradient = self._taken(by_kind, Kind.SEND_BACKWARD, self._gradients, keep=False)
-        from_previous = Kind.RECV_FORWARD in by_kind
-        from_next = Kind.RECV_BACKWARD in by_kind
+        slots = {_slot(op): op for op in ops}
+        assert len(slots) == len(ops), f"two messages one way: {[str(op) for op in ops]}"
+        to_next, to_previous = slots.get("send_next"), slots.get("send_prev")
+        sent_next, sent_previous = self._taken(to_next), self._taken(to_previous)
+        from_previous, from_next = slots.get("recv_prev"), slots.get("recv_next")
         communicator, shape = self.call.communicator, self._shape
         if self.call.config.overlap_p2p_comm:
-            if output is not None or from_previous:
+            if to_next or from_previous:
                 received, handles = communicator.send_forward_recv_forward(
-                    output, recv_prev=from_previous, tensor_shape=shape, overlap_p2p_comm=True
+                    sent_next,
+                    recv_prev=from_previous is not None,
+                    tensor_shape=shape,
+                    overlap_p2p_comm=True,
                 )
-                self._posted(by_kind.get(Kind.RECV_FORWARD), received, handles, "recv_prev")
-                self._sent(handles, "send_next", output)
-            if gradient is not None or from_next:
+                self._posted(from_previous, received, handles, "recv_prev")
+                self._sent(handles, "send_next", to_next, sent_next)
+            if to_previous or from_next:
                 received, handles = communicator.send_backward_recv_backward(
-                    gradient, recv_next=from_next, tensor_shape=shape, overlap_p2p_comm=True
+                    sent_previous,
+                    recv_next=from_next is not None,
+                    tensor_shape=shape,
+                    overlap_p2p_comm=True,
                 )
-                self._posted(by_kind.get(Kind.RECV_BACKWARD), received, handles, "recv_next")
-                self._sent(handles, "send_prev", None)
+                self._posted(from_next, received, handles, "recv_next")
+                self._sent(handles, "send_prev", to_previous, sent_previous)
             return
-        forward, backward = communicator.send_forward_backward_recv_forward_backward(
-            output, gradient, recv_prev=from_previous, recv_next=from_next, tensor_shape=shape
+        previous, following = communicator.send_forward_backward_recv_forward_backward(
+            sent_next,
+            sent_previous,
+            recv_prev=from_previous is not None,
+            recv_next=from_next is not None,
+            tensor_shape=shape,
         )
-        self._posted(by_kind.get(Kind.RECV_FORWARD), forward, None, "recv_prev")
-        self._posted(by_kind.get(Kind.RECV_BACKWARD), backward, None, "recv_next")
-        self._release(output)
+        self._posted(from_previous, previous, None, "recv_prev")
+        self._posted(from_next, following, None, "recv_next")
+        for op, tensor in ((to_next, sent_next), (to_previous, sent_previous)):
+            if op is not None and op.kind is Kind.SEND_FORWARD:
+                self._release(tensor)
 
     def forward(self, op: Op) -> object:
         """F."""
         call, key = self.call, op.key
-        self._sync.before_forward()
+        if self._trains:
+            self._sync.before_forward()
         self._arrived(Kind.FORWARD, key)
         chunk = op.chunk
-        output, tokens = call.schedules.forward_step(
-            forward_step_func=call.forward_step_func,
-            data_iterator=call.data_iterators[chunk],
-            model=call.models[chunk],
-            num_microbatches=call.microbatches,
-            input_tensor=self._inputs.setdefault(key, None),
-            forward_data_store=self.losses,
-            config=call.config,
-            cp_group_size=call.groups.cp.size(),
-            collect_non_loss_data=call.collect_non_loss_data,
-            checkpoint_activations_microbatch=self._checkpoint_all(),
-            is_first_microbatch=op.microbatch == 0,
-            current_microbatch=op.microbatch,
-            vp_stage=chunk if len(call.models) > 1 else None,
-            is_last_stage=call.is_last and chunk == len(call.models) - 1,
-        )
+        with call.seen_by(chunk):
+            output, tokens = call.schedules.forward_step(
+                forward_step_func=call.forward_step_func,
+                data_iterator=call.data_iterators[chunk],
+                model=call.models[chunk],
+                num_microbatches=call.microbatches,
+                input_tensor=self._inputs.setdefault(key, None),
+                forward_data_store=self.losses,
+                config=call.config,
+                cp_group_size=call.groups.cp.size(),
+                collect_non_loss_data=call.collect_non_loss_data,
+                checkpoint_activations_microbatch=self._checkpoint_all(),
+                is_first_microbatch=op.microbatch == 0,
+                current_microbatch=op.microbatch,
+                vp_stage=chunk if len(call.models) > 1 else None,
+                is_last_stage=call.has_head and chunk == len(call.models) - 1,
+            )
         self._forwards += 1
         self.tokens += tokens
-        self._outputs[key] = output
+        if self._trains:
+            self._outputs[key] = output
+        else:
+            del self._inputs[key]
         self._settle()
+        after = downstream((self._stage, op.activation), self._p, self._known)
+        if after is not None and after[0] == self._stage:
+            self._turn(ActivationKey(*after[1]), output)
+        elif after is not None:
+            self._outputs[key] = output
         return output
 
     def backward(self, op: Op) -> None:
@@ -123,8 +154,11 @@ class ChunkedStage:
         call, key = self.call, op.key
         self._sync.before_backward(op.chunk)
         self._arrived(Kind.BACKWARD, key)
-        with nullcontext() if self.weights is None else self.weights.left_by(key):
-            self._gradients[key] = call_known(
+        if any(sent is self._outputs[key] for _, sent in self._sending):
+            self._settle()  # nothing was computed since it was sent; its gradient is here already
+        left = nullcontext() if self.weights is None else self.weights.left_by(key)
+        with call.seen_by(op.chunk), left:
+            gradient = call_known(
                 BACKWARD_STEP,
                 call.schedules.backward_step,
                 input_tensor=self._inputs.pop(key),
@@ -133,8 +167,10 @@ class ChunkedStage:
                 model_type=getattr(call.model, "model_type", None),
                 config=call.config,
             )
-        if call.is_first and not op.chunk:  # where the micro-batch entered the model
-            del self._gradients[key]
+        before = upstream((self._stage, op.activation), self._p, self._known)
+        if before is not None:  # else it is where the micro-batch entered the model
+            turned = before[0] == self._stage
+            self._gradients[ActivationKey(*before[1]) if turned else key] = gradient
         self._sync.after_backward()
         self._settle()
 
@@ -144,41 +180,45 @@ class ChunkedStage:
         self.weights.compute(op.key)
         self._settle()
 
+    def _turn(self, key: ActivationKey, output: Any) -> None:
+        """One chunk's output as the next one's input on the same stage, as if it had been sent."""
+        tensor = output[0] if isinstance(output, list) else output
+        self._inputs[key] = tensor.detach().requires_grad_(tensor.requires_grad)
+        self._release(tensor)
+
     def finish(self) -> None:
         """All ops have run: no message is under way, all gradients are reduced."""
         self._settle()
-        self._sync.finish()
+        if self._trains:
+            self._sync.finish()
 
-    def _taken(
-        self,
-        by_kind: dict[Kind, ActivationKey],
-        kind: Kind,
-        held: dict[ActivationKey, Any],
-        *,
-        keep: bool,
-    ) -> Any:
-        """What a send of this kind sends, None if there is none."""
-        if kind not in by_kind:
+    def _taken(self, op: Op | None) -> Any:
+        """What this message sends, None if there is none."""
+        if op is None:
             return None
-        found = held[by_kind[kind]] if keep else held.pop(by_kind[kind])
+        if op.kind is Kind.SEND_BACKWARD:
+            found = self._gradients.pop(op.key)
+        else:
+            found = self._outputs[op.key] if self._trains else self._outputs.pop(op.key)
         return found[0] if isinstance(found, list) else found
 
-    def _posted(self, key: ActivationKey | None, received: Any, handles: Any, name: str) -> None:
-        if key is None:
+    def _posted(self, op: Op | None, received: Any, handles: Any, name: str) -> None:
+        if op is None:
             return
-        forward = name == "recv_prev"
-        (self._inputs if forward else self._gradients)[key] = received
+        forward = op.kind is Kind.RECV_FORWARD
+        (self._inputs if forward else self._gradients)[op.key] = received
         if handles:
-            self._arriving[Kind.FORWARD if forward else Kind.BACKWARD, key] = handles[name]
+            self._arriving[Kind.FORWARD if forward else Kind.BACKWARD, op.key] = handles[name]
 
     def _arrived(self, kind: Kind, key: ActivationKey) -> None:
         handle = self._arriving.pop((kind, key), None)
         if handle is not None:
             handle.wait()
 
-    def _sent(self, handles: Any, name: str, output: Any) -> None:
+    def _sent(self, handles: Any, name: str, op: Op | None, tensor: Any) -> None:
         handle = handles.get(name) if handles else None
         if handle is not None:
+            output = tensor if op is not None and op.kind is Kind.SEND_FORWARD else None
             self._sending.append((handle, output))
 
     def _settle(self) -> None:
@@ -197,9 +237,20 @@ class ChunkedStage:
     def _checkpoint_all(self) -> bool | None:
         """Whether this forward recomputes all layers (arXiv 2205.05198, appendix C)."""
         partial = self.call.config.num_microbatches_with_partial_activation_checkpoints
-        if partial is None:
+        if partial is None or not self._trains:
             return None
         return bool(self._forwards % (self._warmup + 1) >= partial)
+
+
+def _slot(op: Op) -> str:
+    """Which of a stage's four messages of one exchange this is, by Megatron's names."""
+    sends = op.kind is Kind.SEND_FORWARD or op.kind is Kind.SEND_BACKWARD
+    onwards = (op.kind is Kind.SEND_FORWARD or op.kind is Kind.RECV_BACKWARD) is not (
+        op.direction is UP
+    )
+    if sends:
+        return "send_next" if onwards else "send_prev"
+    return "recv_next" if onwards else "recv_prev"
 
 
 def _warmup(ops: Sequence[Op]) -> int:

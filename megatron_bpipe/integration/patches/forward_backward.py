@@ -6,14 +6,15 @@ A stage is a `MegatronStage` where messages have no time labels (1F1B, message f
 Megatron sends), else a `ChunkedStage`.
 
 Megatron's own body is not copied: everything that computes or communicates is its helpers.
-Evaluation (``forward_only``) holds no activations, so it goes to Megatron's own function.
+Evaluation (``forward_only``) holds no activations, so it goes to Megatron's own function, unless
+the chunks are placed as that function does not know (`v_placement`).
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -28,12 +29,18 @@ from megatron_bpipe.integration.patches.chunked_stage import ChunkedStage
 from megatron_bpipe.integration.patches.p2p_sync import StreamWaits, host_waits
 from megatron_bpipe.integration.patches.process_groups import GROUPS_NAMES, default_groups
 from megatron_bpipe.integration.patches.stage import MegatronStage, StageCall
+from megatron_bpipe.integration.patches.v_placement.losses import (
+    at_the_last_stage,
+    tokens_everywhere,
+)
+from megatron_bpipe.integration.patches.v_placement.mirror import Mirror
 from megatron_bpipe.integration.patches.weight_gradients import WeightGradients
 from megatron_bpipe.integration.session import Session
 from megatron_bpipe.integration.stage_pools import sizes_vary
 from megatron_bpipe.runtime.executor import ScheduleExecutor
 from megatron_bpipe.schedule.bases.catalogue import ScheduleSpec
-from megatron_bpipe.schedule.stage_plan import StagePlan, stage_plan
+from megatron_bpipe.schedule.ops import Op
+from megatron_bpipe.schedule.stage_plan import StagePlan, forward_ops, stage_plan
 
 
 def make_schedule(
@@ -48,10 +55,12 @@ def make_schedule(
         bound = signature.bind(**named)
         bound.apply_defaults()
         arguments = bound.arguments
-        if arguments["forward_only"]:
+        if arguments["forward_only"] and session.mirror is None:
             return stock(**named)
-        call = _stage_call(schedules, arguments)
+        call = _stage_call(schedules, arguments, session.mirror)
         group = call.communicator.pp_group
+        if arguments["forward_only"]:
+            return _evaluated(call, forward_ops(_spec(call, session.options), group.rank()))
         plan = stage_plan(_spec(call, session.options), group.rank())
         try:
             flops, vary = _flops_of(call, arguments), sizes_vary(call.config)
@@ -66,6 +75,14 @@ def make_schedule(
     return forward_backward_bpipe
 
 
+def _evaluated(call: StageCall, ops: Sequence[Op]) -> list[Any]:
+    """Forwards alone, where Megatron's own function does not know the placement."""
+    stage = ChunkedStage(call, ops)
+    ScheduleExecutor(ops, stage).run()
+    stage.finish()
+    return at_the_last_stage(stage.losses, call.communicator.pp_group)
+
+
 def _iteration(
     call: StageCall, plan: StagePlan, session: Session, arguments: dict[str, Any]
 ) -> list[Any]:
@@ -74,7 +91,7 @@ def _iteration(
     embedding = call.schedules.clear_embedding_activation_buffer(
         config=call.config,
         model=_as_given(call),
-        is_last_stage=call.is_last,
+        is_last_stage=call.has_head,
     )
     if plan.slots_borrowed or plan.slots_lent:
         waits = host_waits(group, clocked=session.options.clocked)
@@ -89,9 +106,13 @@ def _iteration(
     with weights.deferred() if weights is not None else nullcontext():
         executor.run()
     stage.finish()
+    losses = stage.losses
+    if call.mirror is not None:
+        losses = at_the_last_stage(losses, group)
+        tokens_everywhere(stage.tokens, group)
     _finish_gradients(call, stage.tokens, embedding, arguments)
     _timer(call.config, start=False)
-    return stage.losses
+    return losses
 
 
 def _spec(call: StageCall, options: Options) -> ScheduleSpec:
@@ -108,7 +129,7 @@ def _spec(call: StageCall, options: Options) -> ScheduleSpec:
     )
 
 
-def _stage_call(schedules: Any, arguments: dict[str, Any]) -> StageCall:
+def _stage_call(schedules: Any, arguments: dict[str, Any], mirror: Mirror | None) -> StageCall:
     models = _as_list(arguments["model"])
     config = schedules.get_model_config(models[0])
     if config.overlap_p2p_comm and len(models) == 1:
@@ -153,6 +174,7 @@ def _stage_call(schedules: Any, arguments: dict[str, Any]) -> StageCall:
             else _shapes(schedules, config, groups, arguments)
         ),
         collect_non_loss_data=arguments["collect_non_loss_data"],
+        mirror=mirror,
     )
 
 
@@ -215,7 +237,7 @@ def _finish_gradients(
     call.schedules.finish_embedding_wgrad_compute(
         config=config,
         embedding_module=embedding,
-        is_last_stage=call.is_last,
+        is_last_stage=call.has_head,
         tp_group=call.groups.tp,
     )
     named = {call.groups_name: call.groups}

@@ -20,6 +20,7 @@ import torch
 
 from megatron_bpipe.integration.checks.hook_points import BACKWARD_STEP
 from megatron_bpipe.integration.checks.probe import call_known
+from megatron_bpipe.integration.patches.v_placement.mirror import Mirror
 from megatron_bpipe.schedule.ops import Kind, Op
 
 
@@ -42,6 +43,16 @@ class StageCall:
     microbatches: int
     shapes: tuple[Any, Any]  # of what is received and of what is sent, forward
     collect_non_loss_data: bool
+    mirror: Mirror | None = None  # under the V placement
+
+    @property
+    def has_head(self) -> bool:
+        """Whether the model ends on this stage, on its last chunk."""
+        return self.is_last if self.mirror is None else self.is_first
+
+    def seen_by(self, chunk: int) -> contextlib.AbstractContextManager[None]:
+        """Within this, Megatron's questions about the stage are answered for this chunk."""
+        return contextlib.nullcontext() if self.mirror is None else self.mirror.seen_by(chunk)
 
     @property
     def model(self) -> Any:

@@ -51,12 +51,23 @@ class ScheduleSpec:
 
 @dataclass(frozen=True)
 class Entry:
-    """One schedule: how to make it, what to say of it, whether Megatron's loop runs it."""
+    """One schedule: how to make it, what to say of it, whether Megatron's loop runs it.
+
+    Attributes:
+        make: gives the logical schedule.
+        note: one line for people.
+        executed: whether Megatron's loop runs it.
+        chunks: model chunks a stage that it is made of; None: any number from 2.
+        splits_backward: weight gradients (W) are computed apart from B.
+        v_placed: chunk 1 of stage x is part 2p-1-x of the model, so stage 0 has both of its ends.
+    """
 
     make: Callable[[ScheduleSpec], Schedule]
     note: str
     executed: bool = False
-    splits_backward: bool = False  # weight gradients (W) apart from B
+    splits_backward: bool = False
+    chunks: int | None = 1
+    v_placed: bool = False
 
     def build(self, p: int, m: int) -> Schedule:
         """The schedule at its default settings, not validated."""
@@ -70,6 +81,17 @@ def _of(base: Callable[[int, int], Schedule]) -> Callable[[ScheduleSpec], Schedu
 
 def _interleaved(spec: ScheduleSpec) -> Schedule:
     return interleaved(spec.p, spec.m, spec.chunks, spec.group)
+
+
+def _v_entry(name: str, note: str) -> Entry:
+    return Entry(
+        _of(partial(v_shape, name=name)),
+        note,
+        executed=True,
+        splits_backward=True,
+        chunks=2,
+        v_placed=True,
+    )
 
 
 CATALOGUE = {
@@ -86,9 +108,13 @@ CATALOGUE = {
     "pipedream": Entry(_of(pipedream), "PipeDream: no flush, p - x weight versions"),
     "pipedream-2bw": Entry(_of(pipedream_2bw), "PipeDream-2BW: no flush, two weight versions"),
     "continuous": Entry(_of(continuous_pipe), "ContinuousPipe: PipeDream over mini-batches"),
-    "interleaved": Entry(_interleaved, "interleaved 1F1B, several chunks a stage", executed=True),
+    "interleaved": Entry(
+        _interleaved, "interleaved 1F1B, several chunks a stage", executed=True, chunks=None
+    ),
     "interleaved-bpipe": Entry(
-        lambda spec: balance(_interleaved(spec)), "BPipe on interleaved 1F1B, least budget"
+        lambda spec: balance(_interleaved(spec)),
+        "BPipe on interleaved 1F1B, least budget",
+        chunks=None,
     ),
     "chimera": Entry(_of(chimera), "Chimera: two pipelines in opposite directions"),
     "zb-h1": Entry(
@@ -97,15 +123,9 @@ CATALOGUE = {
         executed=True,
         splits_backward=True,
     ),
-    "v-min": Entry(
-        _of(partial(v_shape, name="v-min")), "V-Min: a third of 1F1B's memory", splits_backward=True
-    ),
-    "v-half": Entry(
-        _of(partial(v_shape, name="v-half")), "V-Half: half of 1F1B's memory", splits_backward=True
-    ),
-    "v-zb": Entry(
-        _of(partial(v_shape, name="v-zb")), "V-ZB: no bubble, 1F1B's memory", splits_backward=True
-    ),
+    "v-min": _v_entry("v-min", "V-Min: a third of 1F1B's memory"),
+    "v-half": _v_entry("v-half", "V-Half: half of 1F1B's memory"),
+    "v-zb": _v_entry("v-zb", "V-ZB: no bubble, 1F1B's memory"),
     "host-offload": Entry(
         lambda spec: offload(one_f_one_b(spec.p, spec.m), default_budget(spec.p)),
         "1F1B with evictions to host memory, BPipe's budget",

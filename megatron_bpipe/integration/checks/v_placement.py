@@ -1,0 +1,48 @@
+"""What the V placement cannot do: flags that are refused before training, each with its reason."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron_bpipe.integration.checks.probe import missing
+from megatron_bpipe.integration.log import abort
+
+# attribute of Megatron's arguments: the flag, why it cannot be
+REFUSED = {
+    "mtp_num_layers": (
+        "--mtp-num-layers",
+        "its layers want a second embedding beside the head",
+    ),
+    "hybrid_layer_pattern": (
+        "--hybrid-layer-pattern",
+        "its layers are divided among stages by a rule of its own",
+    ),
+    "hybrid_override_pattern": (
+        "--hybrid-override-pattern",
+        "its layers are divided among stages by a rule of its own",
+    ),
+    "use_megatron_fsdp": ("--use-megatron-fsdp", "it was not tried with this placement"),
+    "use_torch_fsdp2": ("--use-torch-fsdp2", "it was not tried with this placement"),
+    "init_model_with_meta_device": (
+        "--init-model-with-meta-device",
+        "tied embeddings start as copies of each other, which a meta device cannot make",
+    ),
+}
+
+
+def check_v_placement(args: Any, schedule: str) -> None:
+    """Look at Megatron's parsed arguments.
+
+    Raises:
+        Abort: the V placement cannot run with one; rank 0 has said which, and why.
+    """
+    for name, (flag, why) in REFUSED.items():
+        value = getattr(args, name, None)
+        if value:
+            abort(f"--bpipe-schedule {schedule} cannot run with {flag} {value}: {why}; drop one")
+    lacking = missing("v_placement")
+    if lacking:
+        abort(
+            f"--bpipe-schedule {schedule} needs a Megatron that has {lacking[0]}; use a supported "
+            "release (python -m megatron_bpipe doctor lists all hook points)"
+        )
