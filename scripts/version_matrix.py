@@ -198,7 +198,7 @@ def _page(rows: list[Row]) -> str:
         *table,
         "",
         f"- *core-only*: a loop on `megatron.core`, PP 4, 8 micro-batches, three iterations, each "
-        f"mode over {len(TRANSPORTS)} transports: {', '.join(MODES)} "
+        f"mode over {len(TRANSPORTS)} transports: {'; '.join(MODES)} "
         "(`tests/harness/scripts/core_loop.py`).",
         "- *training*: the training loop, PP 4, 8 micro-batches; interleaved: 2 chunks a stage, 12 "
         f"micro-batches, `{INTERLEAVED[-1]}` ([why](../schedules.md#what-was-compared-bitwise)); "

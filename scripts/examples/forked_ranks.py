@@ -7,11 +7,13 @@ few cores takes longer than a short training. For GPUs use torchrun.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import functools
 import gc
 import importlib
 import os
+import random
 import selectors
 import signal
 import socket
@@ -63,9 +65,9 @@ def import_megatron(tell: Callable[[int], None] = lambda modules: None) -> None:
 
 def _keep_field_docstrings() -> None:
     """For its help texts Megatron parses the sources of 26 classes, twice in each rank."""
-    argument_utils = importlib.import_module("megatron.training.argument_utils")
-    factory = getattr(argument_utils, "ArgumentGroupFactory", None)
-    if factory is not None:
+    with contextlib.suppress(ModuleNotFoundError):  # since 0.16
+        argument_utils = importlib.import_module("megatron.training.argument_utils")
+        factory = argument_utils.ArgumentGroupFactory
         blank = factory.__new__(factory)
         kept = functools.cache(functools.partial(factory._get_field_docstrings, blank))
         factory._get_field_docstrings = lambda self, source: kept(source)
@@ -90,7 +92,7 @@ def train(
     """
     gc.collect()
     gc.freeze()  # a collection in a rank would touch, and so copy, all that it shares
-    port = _free_port()
+    port = free_port()
     output, ticks = os.pipe(), os.pipe()
     with tempfile.TemporaryDirectory() as folder:  # data loaders leave sockets in it
         pids = []
@@ -208,7 +210,10 @@ def _tick_after_each_computation(ticks: int) -> None:
         setattr(schedules, name, counted)
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def free_port() -> int:
+    """A port that nobody listens on, and that the kernel gives nobody before it is used."""
+    while True:
+        port = random.randrange(10000, 32768)  # Linux takes those of outgoing connections above
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            return port

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TRAIN = ROOT / "scripts" / "examples" / "pretrain_gpt.py"
 CANNOT_RUN = 77  # what automake's tests say when they cannot run here
 STAGES = 4
-WORDS = 257
+TIME_OUT = 60  # seconds after which a collective that is not over fails
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def model(iterations: int, microbatches: int = 8, size: int = 64) -> list[str]:
         "--eval-interval": 1000,
         "--log-interval": 1,
         "--seed": 1234,
-        "--distributed-timeout-minutes": 1,
+        "--distributed-timeout-minutes": TIME_OUT // 60,
     }
     return [str(word) for pair in sizes.items() for word in pair] + cpu_flags()
 

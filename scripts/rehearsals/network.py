@@ -21,7 +21,7 @@ TUNSETIFF, IFF_TAP, IFF_NO_PI = 0x400454CA, 0x0002, 0x1000  # linux/if_tun.h
 
 
 class Host:
-    """One of them. Ending it ends all its processes, as a power cut would."""
+    """One of them."""
 
     def __init__(self, name: str, number: int, folder: Path) -> None:
         """Start it; `connect` gives it its address."""
@@ -44,6 +44,8 @@ class Host:
             time.sleep(0.05)
         children = Path(f"/proc/{self._keeper.pid}/task/{self._keeper.pid}/children")
         self.init = int(children.read_text().split()[0])
+        # else the last process takes the wire with it, and so the other host's own address
+        self._network: int | None = os.open(f"/proc/{self.init}/ns/net", os.O_RDONLY)
 
     def inside(self, *words: str) -> list[str]:
         """The command that runs ``words`` there."""
@@ -74,11 +76,18 @@ class Host:
         """Let it fall silent: no socket is closed, nothing arrives any more."""
         self.do("ip", "link", "set", WIRE, "down")
 
-    def end(self) -> None:
-        """Switch it off."""
+    def die(self) -> None:
+        """Let all its processes die: its sockets are closed, the other host keeps its address."""
         if self._keeper.poll() is None:
             os.kill(self.init, signal.SIGKILL)
             self._keeper.wait(30)
+
+    def end(self) -> None:
+        """Switch it off, and take the wire away."""
+        self.die()
+        if self._network is not None:
+            os.close(self._network)
+            self._network = None
 
 
 def connect(one: Host, other: Host, delay: float = 0.0) -> None:

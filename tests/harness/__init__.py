@@ -6,7 +6,6 @@ import json
 import os
 import selectors
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+from scripts.examples.forked_ranks import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "examples" / "pretrain_gpt.py"
@@ -139,7 +140,7 @@ class Megatron:
         return out
 
     def _run(self, job: dict[str, Any], out: Path, timeout: float) -> Result:
-        job = job | {"out": str(out), "timeout": timeout, "port": _free_port()}
+        job = job | {"out": str(out), "timeout": timeout, "port": free_port()}
         answer = self._ask(job, timeout + 60)
         return Result(out, {int(rank): code for rank, code in answer["status"].items()})
 
@@ -206,9 +207,3 @@ class Megatron:
             raise RuntimeError(f"the process that forks test ranks died:\n{log}")
         answer: dict[str, Any] = json.loads(line)
         return answer
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -119,33 +119,47 @@ def gradient_accumulation_fusion(job: dict[str, Any]) -> None:
     from types import SimpleNamespace
 
     from megatron.core.tensor_parallel import layers
-    from megatron.training import training
+    from megatron.training import argument_utils, arguments
 
     def accumulate(inputs: torch.Tensor, gradient: torch.Tensor, main: torch.Tensor) -> None:
         main.add_(gradient.t() @ inputs)
 
-    layers.fused_weight_gradient_mlp_cuda = SimpleNamespace(
+    extension: Any = SimpleNamespace(
         wgrad_gemm_accum_fp32=accumulate, wgrad_gemm_accum_fp16=accumulate
     )
+    layers.fused_weight_gradient_mlp_cuda = extension
+    sys.modules["fused_weight_gradient_mlp_cuda"] = extension  # imported where it is deferred
     layers._grad_accum_fusion_available = True
-    # the CPU's default is not to fuse: switch it on where the model is about to be built
-    stock = training.get_model
+    # the CPU's default is not to fuse: switch it on where the configuration is made
+    stock = argument_utils.core_transformer_config_from_args
 
-    def get_model(*positional: Any, **named: Any) -> Any:
-        from megatron.training import get_args
+    def fused(args: Any, *positional: Any, **named: Any) -> Any:
+        args.gradient_accumulation_fusion = True
+        return stock(args, *positional, **named)
 
-        get_args().gradient_accumulation_fusion = True
-        models = stock(*positional, **named)
-        for model in models:
-            for module in model.modules():
-                config = getattr(module, "config", None)
-                if config is not None:
-                    config.gradient_accumulation_fusion = True
-                if hasattr(module, "gradient_accumulation_fusion"):
-                    module.gradient_accumulation_fusion = True
-        return models
+    for module in (argument_utils, arguments):
+        module.core_transformer_config_from_args = fused
 
-    training.get_model = get_model
+
+def deferral_of_the_output_layer_alone(job: dict[str, Any]) -> None:
+    """Let ``--defer-embedding-wgrad-compute`` be the output layer's.
+
+    Megatron means it so, but asks every ColumnParallelLinear for it: with Transformer Engine only
+    the output layer is one, with local layers the others fail for want of a buffer.
+    """
+    import copy
+
+    from megatron.core.tensor_parallel import layers
+
+    stock = layers.ColumnParallelLinear.__init__
+
+    def init(self: Any, *positional: Any, **named: Any) -> None:
+        stock(self, *positional, **named)
+        if self.embedding_activation_buffer is None:
+            self.config = copy.copy(self.config)
+            self.config.defer_embedding_wgrad_compute = False
+
+    layers.ColumnParallelLinear.__init__ = init
 
 
 def fault(job: dict[str, Any], rank: int, where: str, how: str, step: int = 2) -> None:

@@ -20,7 +20,7 @@ from megatron_bpipe.planner.output.megatron_flags import model_flags, plan_flags
 from tests.harness import Megatron
 from tests.planner.families import DEEPSEEK_V3, MIXTRAL_8X7B, PUBLISHED, QWEN2_72B
 
-CLUSTER = ["--gpu", "H100-80GB", "--gpus", "32", "--global-batch", "128"]
+CLUSTER = ["--gpu", "H100-80GB", "--gpus", "16", "--global-batch", "128"]
 MIXED = """
 [[nodes]]
 count = 2
@@ -113,7 +113,7 @@ def test_megatron_takes_what_the_command_ends_with(
 
     (tmp_path / "mixed.toml").write_text(MIXED)
     mixed = ["--cluster", str(tmp_path / "mixed.toml"), "--global-batch", "128"]
-    fixed = ["--tensor-model-parallel-size", "4", "--pipeline-model-parallel-size", "8"]
+    fixed = ["--tensor-model-parallel-size", "4", "--pipeline-model-parallel-size", "4"]
     questions = {
         "qwen": [*config("q", QWEN2_72B), *CLUSTER],
         "mixtral": [*config("m", MIXTRAL_8X7B), *CLUSTER],

@@ -8,6 +8,7 @@ from typing import Any
 from tests.harness.models import gpt
 
 FUSION = {"call": "tests.harness.rank:gradient_accumulation_fusion", "with": {}}
+DEFERRAL = {"call": "tests.harness.rank:deferral_of_the_output_layer_alone", "with": {}}
 MOE = [
     *("--num-experts", "4", "--moe-router-topk", "2", "--moe-token-dispatcher-type", "alltoall"),
     "--disable-bias-linear",  # stock Megatron's local experts fail with a bias
@@ -20,6 +21,7 @@ LLAMA = [
 DISTRIBUTED_OPTIMIZER = [
     *("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"),
 ]
+DEFERRED = ("--defer-embedding-wgrad-compute", "--wgrad-deferral-limit", "4")
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ COMBINATIONS = {
     "dp2 distributed optimizer, overlaps, gradient-accumulation fusion": Combination(
         8, four(*DISTRIBUTED_OPTIMIZER, microbatches=16), [FUSION]
     ),
+    "gradients of the output layer deferred": Combination(4, four(*DEFERRED), [FUSION, DEFERRAL]),
     "selective recompute": Combination(4, four("--recompute-granularity", "selective")),
     "full recompute with dropout": Combination(
         4,

@@ -14,7 +14,16 @@ import torch
 from tests.harness import Megatron
 from tests.harness.compare import difference, evicted
 from tests.harness.models import TAMPER, gpt
-from tests.training.combinations import DISTRIBUTED_OPTIMIZER, LLAMA, MOE, Combination
+from tests.harness.stand_in_gpu import INSTEAD, NEEDS_COMPILER
+from tests.training.combinations import (
+    DEFERRAL,
+    DEFERRED,
+    DISTRIBUTED_OPTIMIZER,
+    FUSION,
+    LLAMA,
+    MOE,
+    Combination,
+)
 
 NO_OVERLAP = "--no-overlap-p2p-communication"
 FULL = [
@@ -47,8 +56,15 @@ COMBINATIONS = {
     "dp2 distributed optimizer, both overlaps": Combination(
         8, four(*DISTRIBUTED_OPTIMIZER, m=24), quick=True
     ),
-    "dp2, parameter gathers not aligned": Combination(
+    "dp2, gradient reductions not aligned": Combination(
         8, four(*DISTRIBUTED_OPTIMIZER, "--no-align-grad-reduce", m=24)
+    ),
+    "dp2, parameter gathers not aligned": Combination(
+        8, four(*DISTRIBUTED_OPTIMIZER, "--no-align-param-gather", m=24)
+    ),
+    "gradients of the output layer deferred": Combination(4, four(*DEFERRED), [FUSION, DEFERRAL]),
+    "messages overlapped in warm-up and flush": Combination(
+        4, four("--overlap-p2p-communication-warmup-flush")
     ),
     "bf16": Combination(4, four("--bf16")),
     "full recompute": Combination(4, four(*FULL)),
@@ -74,8 +90,8 @@ CASES = [
 @pytest.mark.parametrize("name", CASES)
 def test_bitwise_equal(megatron: Megatron, name: str) -> None:
     case = COMBINATIONS[name]
-    stock = megatron.train(case.flags, world=case.world)
-    bpipe = megatron.train([*case.flags, "--bpipe"], world=case.world)
+    stock = megatron.train(case.flags, world=case.world, hooks=case.hooks)
+    bpipe = megatron.train([*case.flags, "--bpipe"], world=case.world, hooks=case.hooks)
     check(stock, bpipe)
 
 
@@ -87,6 +103,17 @@ def test_bitwise_equal_over(megatron: Megatron, name: str, transport: str) -> No
     stock = megatron.train(case.flags, world=case.world)
     flags = [*case.flags, "--bpipe", "--bpipe-transport", transport]
     check(stock, megatron.train(flags, world=case.world))
+
+
+@pytest.mark.long
+@NEEDS_COMPILER
+@pytest.mark.parametrize(("transport", "replaced"), [("ipc", "shm"), ("nccl", "p2p")])
+def test_bitwise_equal_on_the_stand_in_gpu(
+    megatron: Megatron, transport: str, replaced: str
+) -> None:
+    hook = {"call": INSTEAD, "with": {"transport": transport}}
+    bpipe = megatron.train([*four(), "--bpipe", "--bpipe-transport", replaced], hooks=[hook])
+    check(megatron.train(four()), bpipe)
 
 
 def check(stock: Any, bpipe: Any) -> None:

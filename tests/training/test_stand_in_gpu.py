@@ -12,10 +12,9 @@ import pytest
 from tests.harness import Megatron
 from tests.harness.compare import difference, evicted
 from tests.harness.models import TAMPER, gpt
-from tests.harness.stand_in_gpu import NEEDS_COMPILER
+from tests.harness.stand_in_gpu import INSTEAD, NEEDS_COMPILER
 
 pytestmark = NEEDS_COMPILER
-INSTEAD = "tests.harness.stand_in_gpu.in_rank:instead"
 
 
 @pytest.mark.parametrize(("transport", "replaced"), [("ipc", "shm"), ("nccl", "p2p")])

@@ -32,6 +32,8 @@ from tests.harness.stand_in_gpu import streams
 NEEDS_COMPILER = pytest.mark.skipif(
     shutil.which("cc") is None, reason="the stand-in for the CUDA driver needs a C compiler"
 )
+INSTEAD = "tests.harness.stand_in_gpu.in_rank:instead"
+"""As a hook of a training: its transport becomes that for GPUs, on the stand-in."""
 SOURCE = Path(__file__).with_name("driver.c")
 Release = ctypes.CFUNCTYPE(None, ctypes.c_uint64, ctypes.c_size_t)
 Copy = ctypes.CFUNCTYPE(
