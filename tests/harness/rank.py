@@ -359,3 +359,16 @@ def hash_of(text: str) -> int:
     import zlib
 
     return zlib.crc32(text.encode())
+
+
+def lose_one_weight_gradient(job: dict[str, Any]) -> None:
+    """Leave out one layer at every W (the control of the tests of split backwards)."""
+    from megatron_bpipe.integration.patches.weight_gradients import WeightGradients
+
+    stock = WeightGradients.compute
+
+    def compute(self: Any, key: Any) -> None:
+        self._waiting[key].pop()
+        stock(self, key)
+
+    WeightGradients.compute = compute  # type: ignore[method-assign]

@@ -8,8 +8,8 @@ from __future__ import annotations
 import pytest
 
 from tests.harness import Megatron
-from tests.harness.compare import difference
-from tests.harness.models import gpt
+from tests.harness.compare import difference, evicted
+from tests.harness.models import TAMPER, gpt
 from tests.training.combinations import DISTRIBUTED_OPTIMIZER, FUSION, LLAMA, MOE, Combination
 
 ZB_H1 = ["--bpipe-schedule", "zb-h1"]
@@ -70,3 +70,50 @@ def test_bitwise_1f1b(megatron: Megatron, name: str) -> None:
     split = megatron.train([*case.flags, *ZB_H1], world=case.world, hooks=case.hooks)
     assert difference(stock, split) is None
     assert any(event["op"].startswith("W") for event in split.timeline(0)["iterations"][-1])
+
+
+BALANCED = {
+    "pp4": Combination(4, four(), quick=True),
+    "pp8": Combination(8, gpt(8, 12)),
+    "tp2, sequence parallelism, bf16, fusion": Combination(
+        8, four(*SEQUENCE_PARALLEL, "--bf16"), [FUSION]
+    ),
+    "dp2 distributed optimizer, both overlaps": Combination(
+        8, four(*DISTRIBUTED_OPTIMIZER, microbatches=16)
+    ),
+    "full recompute with dropout": Combination(4, four(*FULL, *DROPOUT)),
+    "MoE, 4 experts": Combination(4, four(*MOE)),
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if case.quick else pytest.mark.long)
+        for name, case in BALANCED.items()
+    ],
+)
+def test_bpipe_on_zb_h1(megatron: Megatron, name: str) -> None:
+    case = BALANCED[name]
+    stock = megatron.train(case.flags, world=case.world, hooks=case.hooks)
+    bpipe = megatron.train([*case.flags, *ZB_H1, "--bpipe"], world=case.world, hooks=case.hooks)
+    assert difference(stock, bpipe) is None
+    assert evicted(bpipe) > 0
+    for stage in bpipe.memory["stages"]:
+        assert stage["evicted_bytes"] == stage["loaded_bytes"]
+        assert stage["peak_microbatches"] <= bpipe.memory["budget"]
+
+
+@pytest.mark.long
+def test_one_flipped_bit_is_seen(megatron: Megatron) -> None:
+    stock = megatron.train(four())
+    tampered = megatron.train([*four(), *ZB_H1, "--bpipe"], hooks=[TAMPER])
+    assert difference(stock, tampered) is not None
+
+
+@pytest.mark.long
+def test_a_weight_gradient_left_out_is_seen(megatron: Megatron) -> None:
+    """The control: without one W the gradients differ."""
+    lost = {"call": "tests.harness.rank:lose_one_weight_gradient", "with": {}}
+    stock = megatron.train(four())
+    assert difference(stock, megatron.train([*four(), *ZB_H1], hooks=[lost])) is not None

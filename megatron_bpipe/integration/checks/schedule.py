@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from megatron_bpipe.integration.checks.v_placement import check_v_placement
 from megatron_bpipe.integration.log import abort
 from megatron_bpipe.integration.options import Options
-from megatron_bpipe.schedule.balancing.balance import BudgetError, balance
+from megatron_bpipe.schedule.balancing.balance import BudgetError
 from megatron_bpipe.schedule.bases.catalogue import CATALOGUE, EXECUTED, ScheduleSpec, make
 from megatron_bpipe.schedule.ops import Kind, Schedule, microbatches, quantity
 from megatron_bpipe.schedule.validation.occupancy import peak
@@ -50,23 +51,25 @@ def check_schedule(args: Any, options: Options, count: int | None) -> str | None
     except ValueError:
         return None  # sizes that Megatron itself refuses, in its own words
     held = microbatches(max(peak(line) for line in base.stages), chunks)
+    balanced_spec = replace(spec, balanced=True, budget=options.budget)
     try:
-        balanced = balance(base, options.budget)
+        balanced = make(balanced_spec)
     except BudgetError as error:
         if options.budget is None:
             return f"nothing to balance: {base.name} is as full on every stage; it runs as it is"
         abort(
             f"--bpipe-budget {quantity(options.budget)} is too small for {p} stages"
             f"{f' of {chunks} chunks' if chunks > 1 else ''}: the least is "
-            f"{quantity(error.least)}; raise it or leave the flag out (default {_default(base)})"
+            f"{quantity(error.least)}; raise it or leave the flag out (default {_default(spec)})"
         )
     if _evicts(balanced):
         return None
     why = f"--bpipe-budget is {quantity(options.budget)}" if options.budget else f"p = {p}"
-    name = "1F1B" if chunks == 1 else f"interleaved 1F1B of {chunks} chunks"
+    stock = "1F1B" if chunks == 1 else f"interleaved 1F1B of {chunks} chunks"
+    runs = "the stock schedule runs" if options.schedule is None else "it runs as it is"
     return (
-        f"nothing to balance: {why} and {name} never holds more than {quantity(held)} "
-        "micro-batches; the stock schedule runs"
+        f"nothing to balance: {why} and {options.schedule or stock} never holds more than "
+        f"{quantity(held)} micro-batches; {runs}"
     )
 
 
@@ -84,8 +87,8 @@ def _check_name(chosen: str | None, chunks: int) -> None:
         )
 
 
-def _default(base: Schedule) -> str:
-    budget = balance(base).budget
+def _default(spec: ScheduleSpec) -> str:
+    budget = make(replace(spec, balanced=True)).budget
     assert budget is not None
     return quantity(budget)
 

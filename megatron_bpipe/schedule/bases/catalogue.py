@@ -94,6 +94,12 @@ def _v_entry(name: str, note: str) -> Entry:
     )
 
 
+def _zb_h1(spec: ScheduleSpec) -> Schedule:
+    if not spec.balanced:
+        return zb_h1(spec.p, spec.m)
+    return zb_h1(spec.p, spec.m, default_budget(spec.p) if spec.budget is None else spec.budget)
+
+
 CATALOGUE = {
     "1f1b": Entry(_of(one_f_one_b), "1F1B (DAPPLE), Megatron-LM's default", executed=True),
     "bpipe": Entry(
@@ -118,7 +124,7 @@ CATALOGUE = {
     ),
     "chimera": Entry(_of(chimera), "Chimera: two pipelines in opposite directions"),
     "zb-h1": Entry(
-        _of(zb_h1),
+        _zb_h1,
         "zero-bubble H1: 1F1B's memory, W fills the bubble",
         executed=True,
         splits_backward=True,

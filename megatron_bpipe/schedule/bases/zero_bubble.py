@@ -3,6 +3,12 @@
 B computes the input's gradient only, so that the stage before can go on; W is put off as long as
 1F1B's memory (p micro-batches on a stage) allows.  Bubble (p-1)(F + B - W) instead of 1F1B's
 (p-1)(F + B + W).  Source: Qi et al. 2023, "Zero Bubble Pipeline Parallelism".
+
+What waits for W is there as well, so all stages are about as full: the last ones, which hold few
+micro-batches between F and B, hold the most between B and W.  For a pair to share its memory the
+acceptor must not put its W off as far.  `zb_h1` with a budget gives it what the budget leaves beside
+the slots it lends: from 1F1B's bubble less its W part at the least budget, 2(p-1), to ZB-H1's p-1 at
+a budget of p.
 """
 
 from __future__ import annotations
@@ -11,13 +17,17 @@ from collections import deque
 from dataclasses import replace
 
 from megatron_bpipe.schedule.base import one_f_one_b
-from megatron_bpipe.schedule.ops import Kind, Op, Schedule
+from megatron_bpipe.schedule.ops import Kind, Op, Schedule, is_evictor
 
 
-def zb_h1(p: int, m: int) -> Schedule:
-    """ZB-H1 of ``m`` micro-batches on ``p`` stages, placed with F = B = W = 1."""
+def zb_h1(p: int, m: int, budget: float | None = None) -> Schedule:
+    """ZB-H1 of ``m`` micro-batches on ``p`` stages, placed with F = B = W = 1.
+
+    With ``budget`` (micro-batches) W comes early enough that `balance` can keep it.
+    """
     base = one_f_one_b(p, m)
-    stages = [_Stage(list(line), p) for line in base.stages]
+    most = [p if budget is None else _most(stage, p, min(p, int(budget))) for stage in range(p)]
+    stages = [_Stage(list(line), most[stage]) for stage, line in enumerate(base.stages)]
     over: dict[tuple[int, Kind, int], int] = {}
     time = 0
     while any(stage.busy for stage in stages):
@@ -27,6 +37,16 @@ def zb_h1(p: int, m: int) -> Schedule:
             if op is not None:
                 over[x, op.kind, op.microbatch] = time
     return Schedule("zb-h1", m, tuple(tuple(stage.out) for stage in stages))
+
+
+def _most(stage: int, p: int, budget: int) -> int:
+    """Micro-batches between F and W that this stage may have, wherever they are."""
+    ahead = p - stage  # what 1F1B needs
+    if is_evictor(stage, p):
+        return max(ahead, budget)
+    away = max(0, stage + 1 - budget)  # of the partner, which is p - 1 - stage
+    lent = away + 1 if away else 0  # one more while one comes and another goes
+    return max(ahead, budget - lent)
 
 
 class _Stage:
