@@ -194,6 +194,7 @@ class Session:
             static_bytes=self._static_bytes(),
             device_bytes=device_bytes(),
             transport=pools.transport if pools is not None else "",
+            left_for_weight_bytes=seen.left_for_weight_bytes,
             forward=seen.audit.document() if seen.audit is not None else None,
         )
         return RankReport(

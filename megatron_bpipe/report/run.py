@@ -43,6 +43,7 @@ class StageReport:
     device_bytes: int | None = None
     transport: str = ""
     stock_microbatches: float | None = None
+    left_for_weight_bytes: int | None = None
     forward: dict[str, Any] | None = None
 
     @property

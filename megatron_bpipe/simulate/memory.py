@@ -27,7 +27,8 @@ class StageBytes:
     """One stage's sizes.
 
     ``activation`` by chunk (one entry: the same for all); ``moved`` what of it an eviction takes
-    away (None: all); ``kept_for_weight`` the share that W still needs after B.  For Chimera give
+    away (None: all); ``kept_for_weight`` what W needs after B, as a share of it
+    (above 1 where the layers are recomputed: B makes more than F kept).  For Chimera give
     the sizes of one direction's layers.
     """
 

@@ -7,6 +7,15 @@ from __future__ import annotations
 
 import pytest
 
+from megatron_bpipe.schedule import lower
+from megatron_bpipe.schedule.bases.catalogue import ScheduleSpec, make
+from megatron_bpipe.simulate.engine import simulate
+from megatron_bpipe.simulate.memory import memory_steps
+from megatron_bpipe.simulate.recorded.recording import (
+    measured_bytes,
+    measured_costs,
+    read_report,
+)
 from tests.harness import Megatron
 from tests.harness.compare import difference, evicted
 from tests.harness.models import TAMPER, gpt
@@ -117,3 +126,21 @@ def test_a_weight_gradient_left_out_is_seen(megatron: Megatron) -> None:
     lost = {"call": "tests.harness.rank:lose_one_weight_gradient", "with": {}}
     stock = megatron.train(four())
     assert difference(stock, megatron.train([*four(), *ZB_H1], hooks=[lost])) is not None
+
+
+def test_bytes_between_b_and_w(megatron: Megatron) -> None:
+    """16 elements of s b h a layer wait for W: by hand 7 of inputs, 9 of gradients, fp32 here.
+
+    The simulation with the recorded sizes foretells every stage's peak.
+    """
+    per_layer = 16 * 4 * (64 * 2 * 64)
+    plain = megatron.train([*four(), *ZB_H1])
+    for stage in plain.memory["stages"][1:3]:
+        assert stage["left_for_weight_bytes"] == per_layer
+    for run, balanced in ((plain, False), (megatron.train([*four(), *ZB_H1, "--bpipe"]), True)):
+        recording = read_report(run.out / "report")
+        schedule = lower(make(ScheduleSpec("zb-h1", 4, 8, balanced=balanced)))
+        simulation = simulate(schedule, measured_costs(recording))
+        steps = memory_steps(simulation, measured_bytes(recording))
+        for stage, (found, seen) in enumerate(zip(steps, run.memory["stages"], strict=True)):
+            assert found.peak == pytest.approx(seen["peak_activation_bytes"], rel=0.05), stage

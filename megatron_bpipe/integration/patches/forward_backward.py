@@ -96,7 +96,9 @@ def _iteration(
     if plan.slots_borrowed or plan.slots_lent:
         waits = host_waits(group, clocked=session.options.clocked)
         call = replace(call, communicator=StreamWaits(call.communicator, host=waits))
-    weights = WeightGradients() if plan.splits_backward else None
+    recorder = session.recorder
+    on_left = recorder.left_for_weight if recorder is not None else None
+    weights = WeightGradients(on_left) if plan.splits_backward else None
     stage = ChunkedStage(call, plan.ops, weights) if plan.labelled else MegatronStage(call)
     store = session.store if plan.slots_borrowed else None
     lent = session.acceptor_end if plan.slots_lent else None

@@ -49,8 +49,13 @@ _Waiting = tuple[_Layer, torch.Tensor, torch.Tensor]  # layer, its local input, 
 
 @dataclass
 class WeightGradients:
-    """The weight gradients of one stage that wait for their W, by activation."""
+    """The weight gradients of one stage that wait for their W, by activation.
 
+    Args:
+        on_left: told after each B which tensors wait for its W, for the memory books.
+    """
+
+    on_left: Callable[[ActivationKey, list[torch.Tensor]], None] | None = None
     _waiting: dict[ActivationKey, list[_Waiting]] = field(default_factory=dict)
     _current: list[_Waiting] | None = None
 
@@ -62,6 +67,8 @@ class WeightGradients:
             yield
         finally:
             self._current = None
+        if self.on_left is not None:
+            self.on_left(key, [part for _, *parts in self._waiting[key] for part in parts])
 
     def compute(self, key: ActivationKey) -> None:
         """W: all that the B of this activation left; frees what was kept for it."""
@@ -90,13 +97,6 @@ class WeightGradients:
         """B has passed a layer."""
         assert self._current is not None
         self._current.append((layer, local_input, gradient))
-
-    def held(self) -> Iterator[tuple[ActivationKey, torch.Tensor]]:
-        """Every tensor that waits, with the activation that it belongs to."""
-        for key, waiting in self._waiting.items():
-            for _, local_input, gradient in waiting:
-                yield key, local_input
-                yield key, gradient
 
     @contextmanager
     def deferred(self) -> Iterator[None]:

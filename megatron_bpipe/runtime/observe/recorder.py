@@ -21,12 +21,16 @@ from megatron_bpipe.report.timeline import Event, Timeline
 from megatron_bpipe.runtime.graph import nodes_below, roots_of
 from megatron_bpipe.runtime.observe.audit import Audit, audit_forward
 from megatron_bpipe.runtime.observe.memory import LiveActivations
+from megatron_bpipe.runtime.torch_internals import storage_id
 from megatron_bpipe.runtime.transport import TransferHandle
 from megatron_bpipe.schedule.ops import ActivationKey, Kind, Op, microbatches
 
 TIMELINE_ITERATIONS = 8
 CHANGES_MEMORY = frozenset(
-    (Kind.FORWARD, Kind.BACKWARD, Kind.EVICT, Kind.EVICT_WAIT, Kind.LOAD, Kind.LOAD_WAIT)
+    (
+        *(Kind.FORWARD, Kind.BACKWARD, Kind.WEIGHT),
+        *(Kind.EVICT, Kind.EVICT_WAIT, Kind.LOAD, Kind.LOAD_WAIT),
+    )
 )
 FEW = 16  # floats of one tensor that are kept one by one
 KEPT = 1000  # iterations whose times and losses are kept
@@ -68,6 +72,7 @@ class Recorder:
     losses: deque[list[str]] = field(default_factory=lambda: deque(maxlen=KEPT))
     timeline: deque[list[Event]] = field(default_factory=lambda: deque(maxlen=TIMELINE_ITERATIONS))
     audit: Audit | None = None
+    left_for_weight_bytes: int | None = None  # most that one activation kept between B and W
     _before_forward: int | None = None
     _live: LiveActivations = field(default_factory=LiveActivations)
     _excluded: Collection[int] = ()
@@ -151,6 +156,14 @@ class Recorder:
 
     def loaded(self, key: ActivationKey, storages: list[torch.UntypedStorage]) -> None:
         """A load allocated ``storages``."""
+        self._live.track(key, storages)
+
+    def left_for_weight(self, key: ActivationKey, tensors: Iterable[torch.Tensor]) -> None:
+        """The B of an activation is over; ``tensors`` wait for its W, some of them new."""
+        left = {storage_id(one): one for one in (t.untyped_storage() for t in tensors)}
+        storages = [one for number, one in left.items() if number not in self._excluded]
+        size = sum(one.nbytes() for one in storages)
+        self.left_for_weight_bytes = max(self.left_for_weight_bytes or 0, size)
         self._live.track(key, storages)
 
     def transfer_done(self, op: Op, transfer: TransferHandle) -> None:

@@ -6,9 +6,9 @@ B computes the input's gradient only, so that the stage before can go on; W is p
 
 What waits for W is there as well, so all stages are about as full: the last ones, which hold few
 micro-batches between F and B, hold the most between B and W.  For a pair to share its memory the
-acceptor must not put its W off as far.  `zb_h1` with a budget gives it what the budget leaves beside
-the slots it lends: from 1F1B's bubble less its W part at the least budget, 2(p-1), to ZB-H1's p-1 at
-a budget of p.
+acceptor must not put its W off as far.  `zb_h1` with a budget gives it what the budget leaves
+beside the slots it lends: from a bubble of 2(p-1) at the least budget (1F1B's without W) to ZB-H1's
+p-1 at a budget of p.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What occupies a stage: the counts that the bound is about.
 
-Step t of a stage is its t-th computation (F, B or W).  While a computation runs, a stage holds every
-micro-batch whose forward has started and whose backward has not ended; on an evictor those are
-not counted whose copy has left and whose return has not begun.  A slot of the acceptor is
+Step t of a stage is its t-th computation (F, B or W).  While a computation runs, a stage holds
+every micro-batch whose forward has started and whose backward has not ended; on an evictor those
+are not counted whose copy has left and whose return has not begun.  A slot of the acceptor is
 occupied from the start of the computation beside which E runs to the end of the one beside which
 L runs.  Where a schedule splits the
 backward, an activation is held until its weight gradients (W) are computed.

@@ -150,6 +150,7 @@ def measured_costs(recording: Recording) -> Costs:
             StageCosts(
                 forward=_by_chunk(computed, Kind.FORWARD),
                 backward=_by_chunk(computed, Kind.BACKWARD),
+                weight=_by_chunk(computed, Kind.WEIGHT) or (0.0,),
                 evict=statistics.fmean(copies.get(Kind.EVICT_WAIT, [0.0])),
                 load=statistics.fmean(copies.get(Kind.LOAD_WAIT, [0.0])),
             )
@@ -166,16 +167,25 @@ def _by_chunk(
 
 
 def measured_bytes(recording: Recording) -> tuple[StageBytes, ...]:
-    """Bytes of one chunk on each stage: the highest live bytes over the chunks then alive."""
+    """Bytes of one chunk on each stage: the highest live bytes over the chunks then alive.
+
+    Where the backward is split, this is taken before the first one: later some of those alive are
+    what waits for W.
+    """
     p, v = len(recording.stages), recording.run.v
     out = []
     for stage, events in enumerate(recording.stages):
-        top = max(events, key=lambda event: event.live_bytes)
+        split = any(event.op.kind is Kind.WEIGHT for event in events)
+        first = next(n for n, event in enumerate(events) if event.op.kind is Kind.BACKWARD)
+        top = max(events[:first] if split else events, key=lambda event: event.live_bytes)
         activation = round(top.live_bytes / max(1, top.live * v))
         other = partner(stage, p)
         slots = recording.run.stages[other].pool_slots if other is not None else 0
         pool = recording.pool_bytes[other] if other is not None else 0
-        out.append(StageBytes((activation,), moved=round(pool / (slots * v)) if slots else None))
+        moved = round(pool / (slots * v)) if slots else None
+        left = recording.run.stages[stage].left_for_weight_bytes
+        kept = left / activation if left is not None and activation else 1.0
+        out.append(StageBytes((activation,), moved=moved, kept_for_weight=kept))
     return tuple(out)
 
 
