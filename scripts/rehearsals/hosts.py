@@ -33,7 +33,7 @@ from scripts.rehearsals.network import WIRE, Host, connect
 ITERATIONS = 5
 LONG = 400  # what is interrupted must not be over before
 RANKS = range(4)
-GOES_DOWN = 45  # seconds that ranks and torchrun may take to end once they have noticed
+GOES_DOWN = 90  # seconds that ranks and torchrun may take to end, once they have noticed
 MEGATRON = ("--bpipe-placement", "megatron")
 MEETS_STAGE = re.compile(r"bpipe: rank (\d) \(stage \d of 4\) failed at ([^\n]*)")
 

@@ -59,6 +59,9 @@ def test_a_slow_link_is_named_with_what_it_cost() -> None:
     assert said.startswith("evictions were waited for 300.0 of 2000.0 ms of an iteration; ")
     assert "1024.0 MiB a micro-batch at 10.0 GiB/s take 100.0 ms, a forward 50.0 ms" in said
     assert "--bpipe-budget" in said
+    slower = iteration(evict=20.0, evict_waits=1.0).verdict()
+    assert slower is not None
+    assert "1024.0 MiB a micro-batch at 51.2 MiB/s take 20000.0 ms" in slower
 
 
 def test_each_direction_is_judged_by_itself() -> None:

@@ -162,10 +162,17 @@ def too_slow(size: int, copy: float, forward: float) -> str | None:
         return None
     return (
         f"the link is too slow to hide the copies: {size / MIB:.1f} MiB a micro-batch at "
-        f"{size / max(copy, 1e-9) / GIB:.1f} GiB/s take {copy * 1e3:.1f} ms, a forward "
+        f"{_rate(size / max(copy, 1e-9))} take {copy * 1e3:.1f} ms, a forward "
         f"{forward * 1e3:.1f} ms. BPipe will cost time here (11-17 % were seen without NVLink): "
         "bring the pairs onto faster links, or raise --bpipe-budget"
     )
+
+
+def _rate(bandwidth: float) -> str:
+    """Bytes a second, as people read them."""
+    if bandwidth < GIB / 10:
+        return f"{bandwidth / MIB:.1f} MiB/s"
+    return f"{bandwidth / GIB:.1f} GiB/s"
 
 
 def _event() -> object:
