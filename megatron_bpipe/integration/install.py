@@ -34,6 +34,7 @@ from megatron_bpipe.integration.checks.hook_points import (
 )
 from megatron_bpipe.integration.log import log_rank0
 from megatron_bpipe.integration.options import Options, add_flags
+from megatron_bpipe.integration.patches.flush_free.run import flushed_before
 from megatron_bpipe.integration.patches.forward_backward import make_schedule
 from megatron_bpipe.integration.patches.import_hook import after_import
 from megatron_bpipe.integration.patches.observed import make_observed
@@ -52,6 +53,7 @@ from megatron_bpipe.integration.single_gpu.launch import (
 )
 from megatron_bpipe.integration.single_gpu.uncoalesced_collectives import REPLACEMENTS
 from megatron_bpipe.runtime.torch_internals import HOOKS_ARE_SET_BY, SHOWS_HOOKS, let_hooks_be_seen
+from megatron_bpipe.schedule.bases.catalogue import CATALOGUE
 
 
 @dataclass
@@ -248,6 +250,13 @@ def _activate(options: Options) -> None:
     if is_v_placed(options.schedule):
         place_as_v(patches, lambda mirror: setattr(current, "mirror", mirror))
     patches.when_imported(SCHEDULES, replace_schedule)
+    if options.schedule is not None and CATALOGUE[options.schedule].without_flush is not None:
+        patches.when_imported(
+            TRAINING,
+            lambda training: patches.replace(
+                training, "save_checkpoint", lambda save: flushed_before(save, current)
+            ),
+        )
     patches.when_imported(TRAINING, log_throughput)
     if options.bpipe:
         patches.when_imported(PARALLEL_STATE, verify_placement)

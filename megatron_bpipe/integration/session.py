@@ -17,6 +17,7 @@ from megatron_bpipe.integration.checks.forced_transport import check_forced_tran
 from megatron_bpipe.integration.checks.versions import package_versions
 from megatron_bpipe.integration.log import log_rank, log_rank0
 from megatron_bpipe.integration.options import Options
+from megatron_bpipe.integration.patches.flush_free.pipeline import Pipeline
 from megatron_bpipe.integration.patches.v_placement.mirror import Mirror
 from megatron_bpipe.integration.rank_mapping.launcher import identify
 from megatron_bpipe.integration.rank_mapping.mapping import RankMap, verify
@@ -67,6 +68,7 @@ class Session:
     ranks: RankMap | None = None
     pools: StagePools | None = None
     mirror: Mirror | None = None
+    pipeline: Pipeline | None = None  # what a schedule without a flush keeps between iterations
     _group: weakref.ReferenceType[Any] | None = None
     _closing: threading.Thread | None = None
     _links: LinkSampler = field(default_factory=LinkSampler)
@@ -80,10 +82,7 @@ class Session:
         """
         self._written = False
         self._stage = group.rank()
-        if self._group is None or self._group() is not group:
-            self.drop()  # the process groups were made anew: other stages, other partners
-            self.recorder = None
-            self._group = weakref.ref(group)
+        self.follow(group)
         if self.options.report is None:
             return
         if self.recorder is None:
@@ -91,7 +90,18 @@ class Session:
             self.recorder = Recorder(
                 group.rank(), dist.get_rank(), lambda: allocated_bytes(device), peak_watch(device)
             )
-        self.recorder.begin(set().union(*map(storage_ids, models)), len(models))
+        kept, pipeline = set().union(*map(storage_ids, models)), self.pipeline
+        if pipeline is not None:
+            kept |= pipeline.versions.storages()
+        goes_on = pipeline is not None and pipeline.carries
+        self.recorder.begin(kept, len(models), goes_on=goes_on)
+
+    def follow(self, group: Any) -> None:
+        """Keep what belongs to this pipeline's process group, drop what belongs to another."""
+        if self._group is None or self._group() is not group:
+            self.drop()  # the process groups were made anew: other stages, other partners
+            self.recorder = None
+            self._group = weakref.ref(group)
 
     def begin(
         self,
@@ -149,6 +159,11 @@ class Session:
                 if said is not None:
                     log_rank(f"pair {self.pools.pair}: {said}")
 
+    def flush(self) -> None:
+        """Forget what forwards of the next iterations have done, if any have run."""
+        if self.pipeline is not None:
+            self.pipeline.discard()
+
     def failed(self, error: BaseException) -> None:
         """The iteration has failed: forget all of it, so that training can be started again."""
         why = self.acceptor_end.failure if self.acceptor_end is not None else None
@@ -161,6 +176,9 @@ class Session:
     def drop(self) -> None:
         """Give pools and threads back, without waiting for the partner to do so too."""
         pools, self.pools = self.pools, None
+        pipeline, self.pipeline = self.pipeline, None
+        if pipeline is not None:
+            pipeline.versions.forget()
         self._links = LinkSampler()
         if pools is not None:
             self._closing = threading.Thread(target=pools.close, name="bpipe-close", daemon=True)

@@ -85,8 +85,20 @@ class ScheduleExecutor:
         observers: Sequence[Observer] = (),
         name: str = "this stage",
         range_of: Callable[[str], AbstractContextManager[object]] | None = None,
+        ends_empty: bool = True,
     ) -> None:
-        """``range_of`` gets the text of each op and is around it: for a profiler's ranges."""
+        """Of one iteration.
+
+        Args:
+            ops: what to run.
+            stage: runs messages and computations.
+            store: runs transfers, if there are any.
+            acceptor_end: lends memory, if this stage does.
+            observers: told of every op.
+            name: of this stage, for messages.
+            range_of: gets the text of each op and is around it: for a profiler's ranges.
+            ends_empty: nothing is left when the ops have run; not so without a flush.
+        """
         self._ops = ops
         self._range_of = range_of
         self._stage = stage
@@ -94,6 +106,7 @@ class ScheduleExecutor:
         self._acceptor_end = acceptor_end
         self._observers = observers
         self._name = name
+        self._ends_empty = ends_empty
         self._leaving = {op.key for op in ops if op.kind is Kind.EVICT}
         self._last_chunk = max((op.chunk for op in ops), default=0)
         self._moved = 0
@@ -128,9 +141,9 @@ class ScheduleExecutor:
             for observer in self._observers:
                 for op in group:
                     observer.op_done(op, start, end, self._moved)
-        if self._store is not None:
+        if self._ends_empty and self._store is not None:
             self._store.check_empty()
-        if self._acceptor_end is not None:
+        if self._ends_empty and self._acceptor_end is not None:
             self._acceptor_end.finish()
 
     def _range(self, group: Sequence[Op]) -> AbstractContextManager[object]:

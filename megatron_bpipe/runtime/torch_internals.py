@@ -10,6 +10,7 @@ a torch that changed one is found by ``doctor`` and before training, not by a wr
     SavedTensor.unpack_hook    whose hooks a slot has (torch 2.10)
     SavedTensor.data           what a slot holds, without unpacking it (torch 2.10)
     _push_saved_tensors_default_hooks   where hooks come from, for older torch
+    _unsafe_set_version_counter         a write that autograd is not to see (two signatures so far)
     _construct_storage_from_data_pointer, _foreach_copy_, ProcessGroup._shutdown   for transports
 """
 
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, cast
 from weakref import WeakKeyDictionary
 
@@ -163,6 +164,16 @@ def version(tensor: torch.Tensor) -> int:
     return int(tensor._version)
 
 
+def set_versions(tensors: Sequence[torch.Tensor], versions: Sequence[int]) -> None:
+    """Let autograd take these tensors for unchanged since `version` gave these numbers."""
+    setter = torch._C._autograd._unsafe_set_version_counter
+    try:
+        setter(tuple(tensors), tuple(versions))
+    except TypeError:  # one by one before torch 2.7
+        for tensor, number in zip(tensors, versions, strict=True):
+            setter(tensor, number)  # type: ignore[arg-type]
+
+
 def base_of(tensor: torch.Tensor) -> torch.Tensor | None:
     """The tensor that a view was made from, and that it keeps."""
     return tensor._base
@@ -259,6 +270,10 @@ def probe() -> list[str]:
                 "SavedTensor.unpack_hook or _push_saved_tensors_default_hooks",
                 SHOWS_HOOKS or hasattr(*HOOKS_ARE_SET_BY),
             ),
+            (
+                "torch._C._autograd._unsafe_set_version_counter",
+                hasattr(torch._C._autograd, "_unsafe_set_version_counter"),
+            ),
         )
         if not there
     ]
@@ -307,3 +322,5 @@ def _behaviour() -> Iterator[tuple[str, bool]]:
         exponential.add_(1)
     yield "aliases share a version", version(packed[0]) == version(saved_input) == 1
     yield "a change in place is seen", all(r.changed for r in read_slots(exponential.grad_fn))
+    set_versions([saved_input, exponential], [0, 0])
+    yield "a version can be set", version(saved_input) == version(exponential) == 0

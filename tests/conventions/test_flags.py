@@ -43,7 +43,15 @@ OTHER_TOOLS = {
     },
 }
 # set by Megatron's validate_args, by torchrun's environment, or attributes of our own commands
-DERIVED = {"params_dtype", "padded_vocab_size", "world_size", "rank", "encoder_num_layers"}
+DERIVED = {
+    "params_dtype",
+    "padded_vocab_size",
+    "world_size",
+    "rank",
+    "encoder_num_layers",
+    "curr_iteration",
+    "do_valid",
+}
 CONFIG_ONLY = {"cpu_offloading"}
 
 

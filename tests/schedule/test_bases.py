@@ -229,12 +229,12 @@ def test_weight_versions():
         assert [weight_versions(line) for line in pipedream(p, 4 * p).stages] == [
             p - x for x in range(p)
         ]
-        for group in (p, p + 3):
+        for group in (p - 1, p, p + 3):
             lines = pipedream_2bw(p, 5 * group, group).stages
             assert max(map(weight_versions, lines)) == 2
     assert weight_versions(one_f_one_b(4, 8).stages[0]) == 1
-    with pytest.raises(ValueError, match="group is 3: two weight versions need p = 4 or more"):
-        pipedream_2bw(4, 8, 3)
+    with pytest.raises(ValueError, match="group is 2: two weight versions need p-1 = 3 or more"):
+        pipedream_2bw(4, 8, 2)
 
 
 @pytest.mark.parametrize(("p", "m"), [(4, 8), (8, 16), (8, 32)])

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from megatron_bpipe.integration.checks.flush_free import check_flush_free
 from megatron_bpipe.integration.checks.hook_points import KNOWN_RELEASES
 from megatron_bpipe.integration.checks.probe import missing, release
 from megatron_bpipe.integration.checks.schedule import check_schedule
@@ -51,6 +52,7 @@ def check_arguments(args: Any, options: Options) -> str | None:
     _check_data_paths(args)
     for flag, given, remedy in incompatible_flags(args):
         abort(f"--bpipe cannot run with {flag} {given}; {remedy}")
+    check_flush_free(args, options, _microbatches(args))
     notice = check_schedule(args, options, _microbatches(args))
     if notice is None and options.timed and torch.cuda.is_available():
         log_rank0(

@@ -234,6 +234,7 @@ _TRAINING = tuple(
         (TRAINING, "get_current_global_batch_size", ()),
         (TRAINING, "get_tensorboard_writer", ()),
         (TRAINING, "get_wandb_writer", ()),
+        (TRAINING, "save_checkpoint", ()),
         (TRAINING, "print_rank_last", ()),
         (TRAINING_UTILS, "print_rank_0", ()),
         (DATASET_UTILS, "compile_helpers", ()),

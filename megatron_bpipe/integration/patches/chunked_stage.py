@@ -130,8 +130,8 @@ class ChunkedStage:
                 cp_group_size=call.groups.cp.size(),
                 collect_non_loss_data=call.collect_non_loss_data,
                 checkpoint_activations_microbatch=self._checkpoint_all(),
-                is_first_microbatch=op.microbatch == 0,
-                current_microbatch=op.microbatch,
+                is_first_microbatch=call.within(op) == 0,
+                current_microbatch=call.within(op),
                 vp_stage=chunk if len(call.models) > 1 else None,
                 is_last_stage=call.has_head and chunk == len(call.models) - 1,
             )
@@ -185,6 +185,11 @@ class ChunkedStage:
         tensor = output[0] if isinstance(output, list) else output
         self._inputs[key] = tensor.detach().requires_grad_(tensor.requires_grad)
         self._release(tensor)
+
+    def go_on_from(self, earlier: ChunkedStage) -> None:
+        """Take over the micro-batches of an earlier call that have not had their backward."""
+        self._inputs, self._outputs = earlier._inputs, earlier._outputs
+        self._gradients = earlier._gradients
 
     def finish(self) -> None:
         """All ops have run: no message is under way, all gradients are reduced."""

@@ -26,6 +26,8 @@ from megatron_bpipe.integration.checks.schedule import schedule_name
 from megatron_bpipe.integration.link_forecast import forward_flops
 from megatron_bpipe.integration.options import Options
 from megatron_bpipe.integration.patches.chunked_stage import ChunkedStage
+from megatron_bpipe.integration.patches.flush_free.pipeline import Pipeline
+from megatron_bpipe.integration.patches.flush_free.run import pipeline_of
 from megatron_bpipe.integration.patches.p2p_sync import StreamWaits, host_waits
 from megatron_bpipe.integration.patches.process_groups import GROUPS_NAMES, default_groups
 from megatron_bpipe.integration.patches.stage import MegatronStage, StageCall
@@ -56,16 +58,22 @@ def make_schedule(
         bound.apply_defaults()
         arguments = bound.arguments
         if arguments["forward_only"] and session.mirror is None:
+            session.flush()
             return stock(**named)
         call = _stage_call(schedules, arguments, session.mirror)
         group = call.communicator.pp_group
+        spec = _spec(call, session.options)
         if arguments["forward_only"]:
-            return _evaluated(call, forward_ops(_spec(call, session.options), group.rank()))
-        plan = stage_plan(_spec(call, session.options), group.rank())
+            return _evaluated(call, forward_ops(spec, group.rank()))
         try:
+            pipeline = pipeline_of(session, spec, group, call.models)
+            if pipeline is None:
+                plan = stage_plan(spec, group.rank())
+            else:
+                plan, call = pipeline.stage_plan, pipeline.given(call)
             flops, vary = _flops_of(call, arguments), sizes_vary(call.config)
             session.begin(plan, group, call.models, flops, vary)
-            losses = _iteration(call, plan, session, arguments)
+            losses = _iteration(call, plan, session, arguments, pipeline)
             session.end(losses)
         except BaseException as error:
             session.failed(error)
@@ -84,7 +92,11 @@ def _evaluated(call: StageCall, ops: Sequence[Op]) -> list[Any]:
 
 
 def _iteration(
-    call: StageCall, plan: StagePlan, session: Session, arguments: dict[str, Any]
+    call: StageCall,
+    plan: StagePlan,
+    session: Session,
+    arguments: dict[str, Any],
+    pipeline: Pipeline | None,
 ) -> list[Any]:
     group = call.communicator.pp_group
     _timer(call.config, start=True)
@@ -99,20 +111,26 @@ def _iteration(
     recorder = session.recorder
     on_left = recorder.left_for_weight if recorder is not None else None
     weights = WeightGradients(on_left) if plan.splits_backward else None
-    stage = ChunkedStage(call, plan.ops, weights) if plan.labelled else MegatronStage(call)
+    plain = ChunkedStage(call, plan.ops, weights) if plan.labelled else MegatronStage(call)
+    stage = plain if pipeline is None else pipeline.wrapped(plain)
     store = session.store if plan.slots_borrowed else None
     lent = session.acceptor_end if plan.slots_lent else None
     name = f"rank {torch.distributed.get_rank()} (stage {group.rank()} of {group.size()})"
     ranges = torch.cuda.nvtx.range if torch.cuda.is_available() else None
-    executor = ScheduleExecutor(plan.ops, stage, store, lent, session.observers(), name, ranges)
+    executor = ScheduleExecutor(
+        *(plan.ops, stage, store, lent, session.observers(), name, ranges),
+        ends_empty=pipeline is None or pipeline.flushes,
+    )
     with weights.deferred() if weights is not None else nullcontext():
         executor.run()
-    stage.finish()
-    losses = stage.losses
+    plain.finish()
+    losses = plain.losses
     if call.mirror is not None:
         losses = at_the_last_stage(losses, group)
-        tokens_everywhere(stage.tokens, group)
-    _finish_gradients(call, stage.tokens, embedding, arguments)
+        tokens_everywhere(plain.tokens, group)
+    _finish_gradients(call, plain.tokens, embedding, arguments)
+    if pipeline is not None:
+        pipeline.end()
     _timer(call.config, start=False)
     return losses
 

@@ -44,6 +44,7 @@ class StageCall:
     shapes: tuple[Any, Any]  # of what is received and of what is sent, forward
     collect_non_loss_data: bool
     mirror: Mirror | None = None  # under the V placement
+    first: int = 0  # number of the iteration's first micro-batch: iterations go on without a flush
 
     @property
     def has_head(self) -> bool:
@@ -53,6 +54,10 @@ class StageCall:
     def seen_by(self, chunk: int) -> contextlib.AbstractContextManager[None]:
         """Within this, Megatron's questions about the stage are answered for this chunk."""
         return contextlib.nullcontext() if self.mirror is None else self.mirror.seen_by(chunk)
+
+    def within(self, op: Op) -> int:
+        """The place of an op's micro-batch in its own iteration."""
+        return (op.microbatch - self.first) % self.microbatches
 
     @property
     def model(self) -> Any:
@@ -134,8 +139,8 @@ class MegatronStage:
             cp_group_size=call.groups.cp.size(),
             collect_non_loss_data=call.collect_non_loss_data,
             checkpoint_activations_microbatch=self._checkpoint_all(i),
-            is_first_microbatch=i == 0,
-            current_microbatch=i,
+            is_first_microbatch=call.within(op) == 0,
+            current_microbatch=call.within(op),
             is_last_stage=call.is_last,
         )
         self.tokens += tokens
@@ -147,7 +152,8 @@ class MegatronStage:
     def backward(self, op: Op) -> None:
         """B."""
         call, i = self.call, op.microbatch
-        if i == call.microbatches - 1 and (call.config.grad_sync_func is None or call.is_first):
+        last = call.within(op) == call.microbatches - 1
+        if last and (call.config.grad_sync_func is None or call.is_first):
             self._enable_grad_sync()
         if call.is_last:
             self._gradients[i] = call.communicator.recv_backward(call.shapes[1], call.is_last)
@@ -166,6 +172,11 @@ class MegatronStage:
     def weight(self, op: Op) -> None:
         """W: no schedule in 1F1B's order has one, those that do have time labels."""
         raise NotImplementedError
+
+    def go_on_from(self, earlier: MegatronStage) -> None:
+        """Take over the micro-batches of an earlier call that have not had their backward."""
+        self._inputs, self._outputs = earlier._inputs, earlier._outputs
+        self._gradients = earlier._gradients
 
     def finish(self) -> None:
         """All ops have run: reduce all gradients."""

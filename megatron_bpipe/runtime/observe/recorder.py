@@ -90,15 +90,17 @@ class Recorder:
         """The allocator's bytes when the last iteration began; None if it cannot say."""
         return self._baseline
 
-    def begin(self, excluded: Collection[int], chunks: int = 1) -> None:
+    def begin(self, excluded: Collection[int], chunks: int = 1, *, goes_on: bool = False) -> None:
         """A training iteration begins; ``excluded`` storages are not activations.
 
         ``chunks`` are the stage's model chunks (v): one activation counts 1/v micro-batches.
+        ``goes_on``: the stage holds activations of the iteration before.
         """
         self._chunks = chunks
         if len(self.iterations) == 1:
             self.peaks = Peaks()
-        self._live.clear()
+        if not goes_on:
+            self._live.clear()
         self._excluded = excluded
         self._transfers.clear()
         self._baseline = self.allocated()

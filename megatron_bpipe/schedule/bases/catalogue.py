@@ -17,7 +17,15 @@ from megatron_bpipe.schedule.base import one_f_one_b
 from megatron_bpipe.schedule.bases.chimera import chimera
 from megatron_bpipe.schedule.bases.gpipe import gpipe
 from megatron_bpipe.schedule.bases.interleaved import interleaved
-from megatron_bpipe.schedule.bases.pipedream import continuous_pipe, pipedream, pipedream_2bw
+from megatron_bpipe.schedule.bases.pipedream import (
+    CONTINUOUS,
+    PIPEDREAM,
+    PIPEDREAM_2BW,
+    WithoutFlush,
+    continuous_pipe,
+    pipedream,
+    pipedream_2bw,
+)
 from megatron_bpipe.schedule.bases.v_shape import v_shape
 from megatron_bpipe.schedule.bases.zero_bubble import zb_h1
 from megatron_bpipe.schedule.ops import Schedule, default_budget
@@ -60,6 +68,7 @@ class Entry:
         chunks: model chunks a stage that it is made of; None: any number from 2.
         splits_backward: weight gradients (W) are computed apart from B.
         v_placed: chunk 1 of stage x is part 2p-1-x of the model, so stage 0 has both of its ends.
+        without_flush: how it runs on over the optimizer steps; None if every iteration ends empty.
     """
 
     make: Callable[[ScheduleSpec], Schedule]
@@ -68,6 +77,7 @@ class Entry:
     splits_backward: bool = False
     chunks: int | None = 1
     v_placed: bool = False
+    without_flush: WithoutFlush | None = None
 
     def build(self, p: int, m: int) -> Schedule:
         """The schedule at its default settings, not validated."""
@@ -111,9 +121,24 @@ CATALOGUE = {
     "gpipe-lifo": Entry(
         _of(partial(gpipe, lifo=True)), "GPipe with backwards last in, first out", executed=True
     ),
-    "pipedream": Entry(_of(pipedream), "PipeDream: no flush, p - x weight versions"),
-    "pipedream-2bw": Entry(_of(pipedream_2bw), "PipeDream-2BW: no flush, two weight versions"),
-    "continuous": Entry(_of(continuous_pipe), "ContinuousPipe: PipeDream over mini-batches"),
+    "pipedream": Entry(
+        _of(pipedream),
+        "PipeDream: no flush, p - x weight versions",
+        executed=True,
+        without_flush=PIPEDREAM,
+    ),
+    "pipedream-2bw": Entry(
+        _of(pipedream_2bw),
+        "PipeDream-2BW: no flush, two weight versions",
+        executed=True,
+        without_flush=PIPEDREAM_2BW,
+    ),
+    "continuous": Entry(
+        _of(continuous_pipe),
+        "ContinuousPipe: PipeDream over mini-batches",
+        executed=True,
+        without_flush=CONTINUOUS,
+    ),
     "interleaved": Entry(
         _interleaved, "interleaved 1F1B, several chunks a stage", executed=True, chunks=None
     ),

@@ -1,0 +1,1 @@
+"""Schedules without a flush, cut into the iterations of a training loop."""

@@ -1,0 +1,190 @@
+r"""A schedule without a flush, cut into calls: what each stage runs in one training iteration.
+
+Megatron's loop calls for the forwards and backwards of one iteration, then for the optimizer step.
+Call t ends on every stage with the last backward of iteration t, so gradients are those of its
+micro-batches alone, and everything that stands before that backward belongs to it: stage x, which
+is p-1-x forwards ahead, runs some forwards of the next iteration.  2BW, p = 2, m = 2, stage 0::
+
+    call 0   F0@0 F1@0 B0@0 F2@0 B1@0      batch 0, and the first forward of batch 1
+    call 1   F3@0 B2@0 F4@1 B3@0           the rest of batch 1, and the first forward of batch 2
+    call 2   F5@1 B4@1 B5@1                the last call before a flush runs nothing ahead
+
+Between two calls a loop may gather all ranks (a gradient norm, a timer).  So a message belongs to
+the call in which it is sent: the receiver takes it in the same call, even if it needs it in the
+next only.  With Megatron's messages that means a cut behind the batch (SB, RF) that follows the
+last backward; with time labels, messages are sorted by (sender's call, label).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+
+from megatron_bpipe.schedule.errors import ScheduleError
+from megatron_bpipe.schedule.handshake import first_message, run_handshake
+from megatron_bpipe.schedule.lowering.batches import batch_size
+from megatron_bpipe.schedule.lowering.exchanges import exchanges, merge
+from megatron_bpipe.schedule.lowering.lower import in_1f1b_order, lower
+from megatron_bpipe.schedule.lowering.routes import known_activations, peer
+from megatron_bpipe.schedule.ops import MESSAGES, Kind, Op, Schedule
+from megatron_bpipe.schedule.programs import times
+from megatron_bpipe.schedule.validation.validate import validate
+
+Calls = tuple[tuple[tuple[Op, ...], ...], ...]  # call -> stage -> its ops
+
+
+def lowered_calls(schedule: Schedule, m: int) -> Calls:
+    """The lowered ops of each call and stage, proved.
+
+    Args:
+        schedule: logical, of whole iterations from one flush to the next.
+        m: micro-batches of an iteration.
+
+    Raises:
+        ScheduleError: it cannot run call by call.
+    """
+    plain = in_1f1b_order(schedule)
+    lines = _cut_as_megatron(schedule, m) if plain else _cut_by_label(schedule, m)
+    _prove(schedule, lines)
+    return tuple(tuple(line[call] for line in lines) for call in range(len(lines[0])))
+
+
+def cut_points(line: Sequence[Op], m: int) -> list[int]:
+    """Where each call of a line ends: behind the last backward of its iteration.
+
+    Raises ValueError for a line that begins an iteration's backwards before the one before ends.
+    """
+    backwards = [(i, op.microbatch // m) for i, op in enumerate(line) if op.kind is Kind.BACKWARD]
+    calls = [call for _, call in backwards]
+    if calls != sorted(calls):
+        raise ValueError("backwards of two iterations are mixed: a call has those of one only")
+    last = {call: i for i, call in backwards}
+    return [last[call] + 1 for call in sorted(last)]
+
+
+def _cut_as_megatron(schedule: Schedule, m: int) -> list[list[tuple[Op, ...]]]:
+    """Megatron's messages; a cut stands behind those that follow a call's last backward."""
+    lines = []
+    for line in lower(schedule).stages:
+        cuts = []
+        for cut in cut_points(line, m):
+            at = cut
+            while at < len(line) and line[at].kind in (Kind.EVICT_WAIT, Kind.LOAD_WAIT):
+                at += 1
+            while at < len(line) and line[at].kind in (Kind.ACCEPT, Kind.RETURN):
+                at += 1
+            if at < len(line) and line[at].kind is Kind.SEND_BACKWARD:
+                at += batch_size(line, at)
+            cuts.append(at)
+        lines.append(_pieces(line, cuts))
+    return lines
+
+
+def _cut_by_label(schedule: Schedule, m: int) -> list[list[tuple[Op, ...]]]:
+    """Messages sorted by (sender's call, label), each label made one of its call."""
+    ends = times(schedule)
+    late = 1 + max(map(max, ends))
+    calls = [_calls_of(line, cut_points(line, m)) for line in schedule.stages]
+    sent = {
+        (stage, op.kind, op.activation): call
+        for stage, (line, of) in enumerate(zip(schedule.stages, calls, strict=True))
+        for op, call in zip(line, of, strict=True)
+    }
+    known = known_activations(schedule)
+    lines = []
+    posted = exchanges(schedule, ends)
+    for stage, (line, over, of) in enumerate(zip(schedule.stages, ends, calls, strict=True)):
+        by_call: dict[int, list[Op]] = defaultdict(list)
+        for message in posted[stage]:
+            call = sent[_producer(message, stage, schedule.p, known)]
+            assert message.label is not None
+            by_call[call].append(replace(message, label=message.label + call * late))
+        pieces = []
+        for call in range(max(of) + 1):
+            here = [i for i, c in enumerate(of) if c == call]
+            shifted = [over[i] + call * late for i in here]
+            pieces.append(merge([line[i] for i in here], shifted, by_call[call]))
+        lines.append(pieces)
+    return lines
+
+
+def _calls_of(line: Sequence[Op], cuts: Sequence[int]) -> list[int]:
+    """The call of each op of a line."""
+    return [sum(cut <= i for cut in cuts) for i in range(len(line))]
+
+
+def _producer(
+    message: Op, stage: int, p: int, known: set[tuple[int, int, bool]]
+) -> tuple[int, Kind, tuple[int, int, bool]]:
+    """The computation that makes what a message carries; chunks have no flush-free schedule."""
+    forward = message.kind in (Kind.SEND_FORWARD, Kind.RECV_FORWARD)
+    receives = message.kind in (Kind.RECV_FORWARD, Kind.RECV_BACKWARD)
+    other = peer(message, stage, p, known)
+    assert other is not None, "a message has another side"
+    source = other if receives else stage
+    return source, Kind.FORWARD if forward else Kind.BACKWARD, message.activation
+
+
+def _pieces(line: Sequence[Op], cuts: Sequence[int]) -> list[tuple[Op, ...]]:
+    begins = [0, *cuts[:-1]]
+    ends = [*cuts[:-1], len(line)]
+    return [tuple(line[begin:end]) for begin, end in zip(begins, ends, strict=True)]
+
+
+def _prove(schedule: Schedule, lines: Sequence[Sequence[tuple[Op, ...]]]) -> None:
+    """Raise ScheduleError unless the calls together are a valid schedule that never gets stuck.
+
+    Also with a gathering of all stages before each call and at each stage's first message, and no
+    message may be sent in one call and received in another.
+    """
+    whole = tuple(tuple(op for piece in line for op in piece) for line in lines)
+    lowered = replace(schedule, stages=whole, lowered=True)
+    validate(lowered)
+    _check_calls_of_messages(lowered, lines)
+    gatherings = []
+    for pieces, line in zip(lines, whole, strict=True):
+        starts = [0]
+        for piece in pieces[:-1]:
+            starts.append(starts[-1] + len(piece))
+        gatherings.append(sorted([first_message(line), *starts]))
+    stuck = run_handshake(lowered, gatherings)
+    if stuck:
+        stage = min(stuck)
+        raise ScheduleError(
+            "deadlock: the marked ops wait for a stage that is gathered with all others between "
+            "two calls",
+            lowered,
+            stage,
+            stuck[stage],
+            stuck,
+        )
+
+
+def _check_calls_of_messages(lowered: Schedule, lines: Sequence[Sequence[tuple[Op, ...]]]) -> None:
+    """What is sent in a call is received in it."""
+    known = known_activations(lowered)
+    # (from, to, forward, micro-batch) -> call
+    sent: dict[tuple[int, int, bool, int], int] = {}
+    received: dict[tuple[int, int, bool, int], int] = {}
+    for stage, pieces in enumerate(lines):
+        for call, piece in enumerate(pieces):
+            for op in piece:
+                if op.kind not in MESSAGES:
+                    continue
+                other = peer(op, stage, lowered.p, known)
+                assert other is not None, "validated"
+                forward = op.kind in (Kind.SEND_FORWARD, Kind.RECV_FORWARD)
+                if op.kind in (Kind.SEND_FORWARD, Kind.SEND_BACKWARD):
+                    sent[stage, other, forward, op.microbatch] = call
+                else:
+                    received[other, stage, forward, op.microbatch] = call
+    for message, call in sent.items():
+        if received[message] != call:
+            source, target, _, microbatch = message
+            raise ScheduleError(
+                f"micro-batch {microbatch} is sent by stage {source} in call {call} and received "
+                f"by stage {target} in call {received[message]}: one call has both sides",
+                lowered,
+                target,
+            )

@@ -1,0 +1,142 @@
+"""Training without a flush is bitwise stock 1F1B whose weights were delayed by hand.
+
+The reference (`tests/harness/delayed.py`) knows no versions and no calls. Every case has a control
+without the delay, which must differ: a run that did not lag would prove nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.harness import Megatron, Result
+from tests.harness.compare import difference
+from tests.harness.models import gpt
+from tests.training.combinations import FUSION, LLAMA
+
+ONCE = ["--rerun-mode", "disabled"]
+DROPOUT = ["--attention-dropout", "0.1", "--hidden-dropout", "0.1"]
+UNTIED = ["--untie-embeddings-and-output-weights"]
+SGD = ["--optimizer", "sgd"]
+EVALUATION = ["--eval-iters", "2", "--eval-interval", "3"]
+
+
+def delay(lags: list[int], flushes: tuple[int, ...] = ()) -> dict[str, Any]:
+    return {
+        "call": "tests.harness.delayed:delay_weights",
+        "with": {"lags": lags, "flushes": list(flushes)},
+    }
+
+
+@dataclass(frozen=True)
+class Case:
+    """Flags, the lag of each stage, after which iterations the pipeline is flushed."""
+
+    schedule: str
+    flags: list[str]
+    lags: list[int]
+    flushes: tuple[int, ...] = ()
+    world: int = 4
+    hooks: list[dict[str, Any]] = field(default_factory=list)
+    quick: bool = False
+
+
+def two(*extra: str, m: int = 8, **more: Any) -> Case:
+    """PipeDream-2BW on four stages."""
+    return Case("pipedream-2bw", gpt(4, m, None, *ONCE, *extra), [1] * 4, **more)
+
+
+CASES = {
+    "2bw, untied, SGD": two(*UNTIED, *SGD, m=5),
+    "2bw, tied, dropout": two(*DROPOUT, quick=True),
+    "2bw, m = p - 1": two(m=3),
+    "2bw, no clipping": two("--clip-grad", "0"),
+    "2bw, bf16, all timers": two("--bf16", "--timing-log-level", "2"),
+    "2bw, weight decay and a learning rate that changes": two(
+        *("--lr-warmup-iters", "4", "--lr-decay-style", "cosine", "--min-lr", "1e-5"),
+        *("--weight-decay", "0.1", "--lr-decay-iters", "9"),
+    ),
+    "2bw, gradient-accumulation fusion": two(hooks=[FUSION]),
+    "2bw, selective recompute with dropout": two("--recompute-granularity", "selective", *DROPOUT),
+    "2bw, full recompute with dropout": two(
+        *("--recompute-granularity", "full", "--recompute-method", "uniform"),
+        *("--recompute-num-layers", "1", *DROPOUT),
+    ),
+    "2bw, evaluation between steps": two(*EVALUATION, *DROPOUT, flushes=(3, 6, 9)),
+    "2bw, per-token loss": two("--calculate-per-token-loss"),
+    "2bw, ramp-up of the batch size": two(
+        *("--rampup-batch-size", "6", "2", "40"), flushes=(1, 2, 3, 4, 5), m=8
+    ),
+    "2bw, tp2 with sequence parallelism": two(
+        *("--tensor-model-parallel-size", "2", "--sequence-parallel", *DROPOUT), world=8
+    ),
+    "2bw, dp2, overlapped reduction": two("--overlap-grad-reduce", m=16, world=8),
+    "2bw, LLaMA-like, tp2, sequence parallelism, bf16": two(
+        *(*LLAMA, "--bf16", "--tensor-model-parallel-size", "2", "--sequence-parallel"), world=8
+    ),
+    "2bw, pp8": Case("pipedream-2bw", gpt(8, 9, None, *ONCE), [1] * 8, world=8),
+    "2bw, odd p": Case("pipedream-2bw", gpt(5, 7, None, *ONCE), [1] * 5, world=5),
+    "pipedream, dropout": Case(
+        "pipedream", gpt(4, 1, None, *ONCE, *DROPOUT), [3, 2, 1, 0], quick=True
+    ),
+    "pipedream, evaluation between steps": Case(
+        "pipedream", gpt(4, 1, None, *ONCE, *EVALUATION, *DROPOUT), [3, 2, 1, 0], (3, 6, 9)
+    ),
+    "pipedream, bf16, untied": Case(
+        "pipedream", gpt(4, 1, None, *ONCE, *UNTIED, "--bf16"), [3, 2, 1, 0]
+    ),
+    "continuous, m = 3, dropout": Case(
+        "continuous", gpt(4, 3, None, *ONCE, *DROPOUT), [3, 2, 1, 0]
+    ),
+    "continuous, evaluation between steps": Case(
+        "continuous", gpt(4, 2, None, *ONCE, *EVALUATION), [3, 2, 1, 0], (3, 6, 9)
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if c.quick else pytest.mark.long) for n, c in CASES.items()]
+)
+def test_bitwise_equal_to_delayed_weights(megatron: Megatron, name: str) -> None:
+    case = CASES[name]
+    ours = megatron.train(
+        [*case.flags, "--bpipe-schedule", case.schedule], world=case.world, hooks=case.hooks
+    )
+    hooks = [*case.hooks, delay(case.lags, case.flushes)]
+    reference = megatron.train(case.flags, world=case.world, hooks=hooks)
+    control = megatron.train(case.flags, world=case.world, hooks=case.hooks)
+    assert difference(ours, reference) is None
+    assert difference(ours, control) is not None
+
+
+def run_ahead(megatron: Megatron, *extra: str, **more: Any) -> Result:
+    """With dropout in attention only: on the CPU the default generator, which other dropout draws
+    from, is also the data loader's, and stock runs do not resume bitwise."""
+    flags = [*gpt(4, 4, None, *ONCE, "--attention-dropout", "0.1"), *extra]
+    flags += ["--bpipe-schedule", "pipedream-2bw"]
+    return megatron.train(flags, **more)
+
+
+def assert_continues(whole: Result, resumed: Result) -> None:
+    assert whole.ok, whole.logs
+    assert resumed.ok, resumed.logs
+    for one, another in zip(whole.states, resumed.states, strict=True):
+        for what in ("params", "grads"):
+            assert one[what].keys() == another[what].keys()
+            assert all(map(torch.equal, one[what].values(), another[what].values()))
+    losses = [step["lm loss"] for step in whole.states[-1]["losses"]]
+    after = [step["lm loss"] for step in resumed.states[-1]["losses"]]
+    assert all(map(torch.equal, losses[-len(after) :], after))
+
+
+def test_a_resumed_run_equals_one_that_goes_on(megatron: Megatron, tmp_path: Path) -> None:
+    whole = run_ahead(megatron, "--save", str(tmp_path / "whole"), "--save-interval", "4", steps=8)
+    save = ["--save", str(tmp_path / "part"), "--save-interval", "4", "--exit-interval", "4"]
+    begun = run_ahead(megatron, *save, steps=8, dump_at=4)
+    assert begun.ok, begun.logs
+    resumed = run_ahead(megatron, "--load", str(tmp_path / "part"), steps=8, dump_at=4)
+    assert_continues(whole, resumed)
