@@ -26,6 +26,7 @@ from megatron_bpipe.integration.checks.arguments import check_arguments, check_m
 from megatron_bpipe.integration.checks.hook_points import (
     ARGUMENTS,
     CHECKPOINTING,
+    CONFIG,
     FORWARD_BACKWARD,
     FORWARD_BACKWARD_INTERLEAVED,
     PARALLEL_STATE,
@@ -39,6 +40,7 @@ from megatron_bpipe.integration.patches.forward_backward import make_schedule
 from megatron_bpipe.integration.patches.import_hook import after_import
 from megatron_bpipe.integration.patches.observed import make_observed
 from megatron_bpipe.integration.patches.training_log import make_logging
+from megatron_bpipe.integration.patches.transformer_engine import without_combined_1f1b
 from megatron_bpipe.integration.patches.v_placement.checkpoints import (
     is_v_placed,
     with_placement_checked,
@@ -235,6 +237,10 @@ def _activate(options: Options) -> None:
 
         patches.replace(parallel_state, "initialize_model_parallel", wrap)
 
+    def delay_weight_gradients(configuration: ModuleType) -> None:
+        config = configuration.TransformerConfig
+        patches.replace(config, "__post_init__", without_combined_1f1b)
+
     def log_throughput(training: ModuleType) -> None:
         patches.replace(training, "training_log", lambda log: make_logging(log, training, current))
 
@@ -258,6 +264,8 @@ def _activate(options: Options) -> None:
             ),
         )
     patches.when_imported(TRAINING, log_throughput)
+    if options.schedule is not None and CATALOGUE[options.schedule].splits_backward:
+        patches.when_imported(CONFIG, delay_weight_gradients)
     if options.bpipe:
         patches.when_imported(PARALLEL_STATE, verify_placement)
     patches.when_imported(TRAINING, end_with_training)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from megatron_bpipe.integration.checks.split_backward import check_split_backward
 from megatron_bpipe.integration.checks.v_placement import check_v_placement
 from megatron_bpipe.integration.log import abort
 from megatron_bpipe.integration.options import Options
@@ -39,6 +40,8 @@ def check_schedule(args: Any, options: Options, count: int | None) -> str | None
     _check_name(options.schedule, chunks)
     if options.schedule is not None and CATALOGUE[options.schedule].v_placed:
         check_v_placement(args, options.schedule)
+    if options.schedule is not None and CATALOGUE[options.schedule].splits_backward:
+        check_split_backward(args, options.schedule)
     if not options.bpipe:
         return None
     p = args.pipeline_model_parallel_size

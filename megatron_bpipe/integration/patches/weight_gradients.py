@@ -11,6 +11,8 @@
 Every product has the same operands in the same order as in stock, and a weight's gradients are
 added in the order of the micro-batches, as W comes in the order of B: bitwise stock.
 
+Transformer Engine's layers put theirs off themselves (`transformer_engine`).
+
 What stays in B: biases, norms, embeddings, the router; and a linear layer whose input needs no
 gradient. With sequence parallelism the local shard of the input waits, and is gathered again at W:
 the buffer into which Megatron gathers is shared by all layers.
@@ -20,7 +22,7 @@ from __future__ import annotations
 
 import importlib
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,6 +30,7 @@ from typing import Any
 import torch
 
 from megatron_bpipe.integration.checks.hook_points import LAYERS
+from megatron_bpipe.integration.patches.transformer_engine import compute_oldest, delayed_layers
 from megatron_bpipe.schedule.ops import ActivationKey
 
 KERNELS = "fused_weight_gradient_mlp_cuda"
@@ -52,12 +55,18 @@ class WeightGradients:
     """The weight gradients of one stage that wait for their W, by activation.
 
     Args:
+        chunks: the stage's model chunks.
         on_left: told after each B which tensors wait for its W, for the memory books.
     """
 
+    chunks: Sequence[torch.nn.Module]
     on_left: Callable[[ActivationKey, list[torch.Tensor]], None] | None = None
     _waiting: dict[ActivationKey, list[_Waiting]] = field(default_factory=dict)
     _current: list[_Waiting] | None = None
+    _delayed: list[list[Any]] = field(default_factory=list)  # by Transformer Engine, by chunk
+
+    def __post_init__(self) -> None:
+        self._delayed = [delayed_layers(chunk) for chunk in self.chunks]
 
     @contextmanager
     def left_by(self, key: ActivationKey) -> Iterator[None]:
@@ -92,6 +101,7 @@ class WeightGradients:
                 sums[name] = product
             else:
                 torch.autograd.backward(layer.weight, product)
+        compute_oldest(self._delayed[key.chunk])
 
     def add(self, layer: _Layer, local_input: torch.Tensor, gradient: torch.Tensor) -> None:
         """B has passed a layer."""
