@@ -110,14 +110,9 @@ def _iteration(
         call = replace(call, communicator=StreamWaits(call.communicator, host=waits))
     recorder = session.recorder
     on_left = recorder.left_for_weight if recorder is not None else None
-<<<<<<< HEAD
     weights = WeightGradients(call.models, on_left) if plan.splits_backward else None
     plain = ChunkedStage(call, plan.ops, weights) if plan.labelled else MegatronStage(call)
     stage = plain if pipeline is None else pipeline.wrapped(plain)
-=======
-    weights = WeightGradients(call.models, on_left) if plan.splits_backward else None
-    stage = ChunkedStage(call, plan.ops, weights) if plan.labelled else MegatronStage(call)
->>>>>>> aa922f6 (W of Transformer Engine's layers through their own backward_dw (stand-in only); what W cannot run with is refused by name)
     store = session.store if plan.slots_borrowed else None
     lent = session.acceptor_end if plan.slots_lent else None
     name = f"rank {torch.distributed.get_rank()} (stage {group.rank()} of {group.size()})"
