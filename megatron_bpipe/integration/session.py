@@ -35,7 +35,7 @@ from megatron_bpipe.runtime.observe.memory import (
 from megatron_bpipe.runtime.observe.recorder import Recorder
 from megatron_bpipe.runtime.observe.report import table, write_whole
 from megatron_bpipe.runtime.store import ActivationStore
-from megatron_bpipe.runtime.transport.pair.handshake import LentPool
+from megatron_bpipe.runtime.transport.pair.several import LentPools
 from megatron_bpipe.schedule.ops import microbatches
 from megatron_bpipe.schedule.stage_plan import StagePlan
 
@@ -141,8 +141,8 @@ class Session:
         return self.pools.store if self.pools is not None else None
 
     @property
-    def acceptor_end(self) -> LentPool | None:
-        """The pool that this rank lends."""
+    def acceptor_end(self) -> LentPools | None:
+        """What this rank lends."""
         return self.pools.lent if self.pools is not None else None
 
     def observers(self) -> list[Observer]:

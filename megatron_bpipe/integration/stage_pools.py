@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import threading
 import weakref
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,6 +26,13 @@ from megatron_bpipe.runtime.transport.pair.handshake import (
     end_of_pair,
 )
 from megatron_bpipe.runtime.transport.pair.negotiate import Pair
+from megatron_bpipe.runtime.transport.pair.several import (
+    LentPools,
+    OwnPool,
+    RoutedTransport,
+    named,
+)
+from megatron_bpipe.schedule.ops import HOST, Loan
 from megatron_bpipe.schedule.stage_plan import StagePlan
 
 Flops = Callable[[], float | None]
@@ -45,17 +52,18 @@ class StagePools:
         store: what evicts, once a plan has evicted something.
         lent: the pool that this rank lends, once a plan has lent something.
         peak_slots_lent: the most micro-batches that the partner has kept here.
-        pair: the pair's name, once it is known.
+        pair: the names of its pairs, once they are known.
     """
 
     options: Options
     group: weakref.ReferenceType[Any]
     store: ActivationStore | None = None
-    lent: LentPool | None = None
+    lent: LentPools | None = None
     peak_slots_lent: int = 0
     pair: str = ""
     _transport: str = ""
-    _borrowed: BorrowedPool | None = None
+    _borrowed: list[BorrowedPool | OwnPool] = field(default_factory=list)
+    _routed: RoutedTransport | None = None
     _announced: bool = False
     _spill_told: bool = False
 
@@ -66,6 +74,7 @@ class StagePools:
         recorder: Recorder | None,
         flops: Flops,
         sizes_vary: bool = False,
+        sizes: Mapping[int, int] | None = None,
     ) -> None:
         """An iteration begins; waits for nobody.
 
@@ -75,24 +84,60 @@ class StagePools:
             recorder: that is told which storages a load allocated.
             flops: gives those of one micro-batch's forward, if they are known.
             sizes_vary: micro-batches differ in how much they save.
+            sizes: bytes that leave with one activation of each chunk, if they are known.
         """
         self.peak_slots_lent = max(self.peak_slots_lent, plan.slots_lent)
-        if plan.slots_lent and self.lent is None:
-            self.lent = LentPool(self._end(plan, previous))
-        if plan.slots_borrowed and self.store is None:
-            headroom = HEADROOM if sizes_vary else 0.0
-            pool = BorrowedPool(self._end(plan, previous), plan.slots_borrowed, headroom)
-            self._borrowed = pool
-            self.store = ActivationStore(
-                lambda size: self._connect(pool, plan, size, flops),
-                request=pool.request,
-                pool_of=plan.pool_bytes,
-                chunks=plan.chunks,
-                keep_local=self.options.keep_local,
-                on_load=recorder.loaded if recorder is not None else None,
+        if plan.lends and self.lent is None:
+            early = plan.loans is not None
+            self.lent = LentPools(
+                {loan.evictor: LentPool(self._end(loan, previous), early) for loan in plan.lends}
             )
-        if not plan.slots_borrowed:  # rank 0 evicts in every schedule that evicts at all
+        if plan.borrows and self.store is None:
+            headroom = HEADROOM if sizes_vary else 0.0
+            self.store = self._borrow(plan, previous, recorder, flops, headroom, sizes or {})
+        if self._routed is not None:
+            self._routed.follow(plan.lender_of)
+        if not plan.borrows:  # where it has no loans of its own rank 0 evicts if anybody does
             self._announce(plan, "")
+
+    def _borrow(
+        self,
+        plan: StagePlan,
+        previous: threading.Thread | None,
+        recorder: Recorder | None,
+        flops: Flops,
+        headroom: float,
+        sizes: Mapping[int, int],
+    ) -> ActivationStore:
+        """Begin to borrow from each lender; the store waits for them before its first eviction."""
+        pools: dict[int, BorrowedPool | OwnPool] = {}
+        for loan in plan.borrows:
+            total = plan.pool_bytes(sizes, loan.lender) if sizes else 0
+            if loan.lender == HOST:
+                options, device = self.options, torch.device(torch.cuda.current_device())
+                size = int(total * (1 + headroom))
+                pools[HOST] = OwnPool("host memory", size, device, options.deadline)
+                continue
+            pool = BorrowedPool(self._end(loan, previous), loan.slots, headroom)
+            if sizes:
+                pool.request(max(sizes.values()), total)
+            pools[loan.lender] = pool
+        self._borrowed = list(pools.values())
+
+        def request(size: int, total: int | None) -> None:
+            for pool in pools.values():
+                if isinstance(pool, BorrowedPool):
+                    pool.request(size, total)
+
+        return ActivationStore(
+            lambda size: self._connect(pools, plan, size, flops),
+            request=request,
+            pool_of=plan.pool_bytes,
+            chunks=plan.chunks,
+            keep_local=self.options.keep_local,
+            on_load=recorder.loaded if recorder is not None else None,
+            sizes=dict(sizes),
+        )
 
     def first_spill(self) -> str | None:
         """What to tell the user once, when evicted bytes have found no room in the pool."""
@@ -111,51 +156,74 @@ class StagePools:
 
     @property
     def transport(self) -> str:
-        """The pair's transport; "" before both ends have agreed."""
+        """Its pairs' transport; "" before both ends have agreed."""
         return self.lent.transport if self.lent is not None else self._transport
 
     def close(self) -> None:
         """Give pools and threads back; may wait until the partner has unmapped its own."""
-        ends = (self.store, self._borrowed, self.lent)
-        self.store = self._borrowed = self.lent = None
+        ends = (self.store, *self._borrowed, self.lent)
+        self.store = self.lent = self._routed = None
+        self._borrowed = []
         for end in ends:
             if end is not None:
                 # the job may be going down: a store or a driver that is gone is no news then
                 with contextlib.suppress(OSError, RuntimeError):
                     end.close()
 
-    def _connect(self, pool: BorrowedPool, plan: StagePlan, size: int, flops: Flops) -> Transport:
-        """Before the first eviction: wait for the pool, and tell the user about it."""
-        pair, transport = pool.open()
-        self._transport = pair.transport
-        asked = self.options
-        chosen = "chosen by auto: " if asked.transport == AUTO else ""
-        self._announce(plan, f", transport {pair.transport} ({chosen}{pair.why})")
+    def _connect(
+        self,
+        pools: Mapping[int, BorrowedPool | OwnPool],
+        plan: StagePlan,
+        size: int,
+        flops: Flops,
+    ) -> Transport:
+        """Before the first eviction: wait for the pools, and tell the user about them."""
+        opened: dict[int, Transport] = {}
+        pairs: list[Pair] = []
+        for lender, pool in pools.items():
+            if isinstance(pool, OwnPool):
+                opened[lender] = pool.open()
+                continue
+            pair, opened[lender] = pool.open()
+            pairs.append(pair)
+            self._look_at(pair, opened[lender], size, flops)
+        self._transport = named([*(p.transport for p in pairs), "host" if HOST in pools else ""])
+        how = f", transport {self._transport}"
+        if pairs:
+            chosen = "chosen by auto: " if self.options.transport == AUTO else ""
+            how += f" ({chosen}{'; '.join(dict.fromkeys(pair.why for pair in pairs))})"
+        self._announce(plan, how)
+        if plan.loans is None:
+            return next(iter(opened.values()))
+        self._routed = RoutedTransport(opened)
+        self._routed.follow(plan.lender_of)
+        return self._routed
+
+    def _look_at(self, pair: Pair, transport: Transport, size: int, flops: Flops) -> None:
+        """Say how fast a pair's link is or will be."""
         speed = None
-        if asked.measure_links and pair.spec.one_ended:
+        if self.options.measure_links and pair.spec.one_ended:
             speed = measure(transport, size, pair.device)
         lines = [
-            _measured(pair, speed) if asked.measure_links else None,
+            _measured(pair, speed) if self.options.measure_links else None,
             forecast(pair.transport, pair.link, size, flops(), speed),
         ]
         for line in lines:
             if line is not None:
-                log_rank(f"pair {self.pair}: {line}")
-        return transport
+                log_rank(f"pair {pair.rendezvous.pair}: {line}")
 
     def _announce(self, plan: StagePlan, transport: str) -> None:
         if not self._announced:
             self._announced = True
             log_rank0(f"{plan.described}{transport}")
 
-    def _end(self, plan: StagePlan, previous: threading.Thread | None) -> PairEnd:
+    def _end(self, loan: Loan, previous: threading.Thread | None) -> PairEnd:
         options, group = self.options, self.group()
         assert group is not None
-        assert plan.partner is not None
-        evictor = group.rank() if plan.slots_borrowed else plan.partner
         device = torch.device(torch.cuda.current_device())
-        end = end_of_pair(group, evictor, options.transport, device, options.deadline, previous)
-        self.pair = end.pair
+        pair = loan.evictor, loan.lender
+        end = end_of_pair(group, pair, options.transport, device, options.deadline, previous)
+        self.pair = f"{self.pair}, {end.pair}" if self.pair else end.pair
         return end
 
 

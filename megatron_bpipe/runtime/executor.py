@@ -47,8 +47,18 @@ class Stage(Protocol):
         """Compute the weight gradients that the B of this activation left."""
 
 
-class Acceptor(AcceptorEnd, Protocol):
+class Acceptor(Protocol):
     """What an acceptor lends."""
+
+    @property
+    def early(self) -> bool:
+        """Whether every forward waits for the pool, not only those of the last chunk."""
+
+    def of(self, evictor: int | None) -> AcceptorEnd:
+        """What it lends to this stage; None where there is one evictor, the paper's partner."""
+
+    def finish(self) -> None:
+        """See `AcceptorEnd`."""
 
     def open(self) -> None:
         """A forward of the last chunk is next: wait until the pool is there; later do nothing."""
@@ -158,8 +168,9 @@ class ScheduleExecutor:
             self._handlers[group[0].kind](group[0])
 
     def _forward(self, op: Op) -> None:
-        if self._acceptor_end is not None and op.chunk == self._last_chunk:
-            self._acceptor_end.open()
+        end = self._acceptor_end
+        if end is not None and (op.chunk == self._last_chunk or end.early):
+            end.open()
         for observer in self._observers:
             observer.forward_begins(op)
         output = self._stage.forward(op)
@@ -196,11 +207,11 @@ class ScheduleExecutor:
 
     def _accept(self, op: Op) -> None:
         assert self._acceptor_end is not None
-        self._acceptor_end.accept(op.key)
+        self._acceptor_end.of(op.other).accept(op.key)
 
     def _give_back(self, op: Op) -> None:
         assert self._acceptor_end is not None
-        self._acceptor_end.give_back(op.key)
+        self._acceptor_end.of(op.other).give_back(op.key)
 
     def _transfer_over(self, op: Op, transfer: TransferHandle) -> None:
         for observer in self._observers:

@@ -42,6 +42,8 @@ class ActivationStore:
         chunks: model chunks of this stage.
         keep_local: do everything but drop the local copy (``--bpipe-keep-local``).
         on_load: told which storages a load allocated, for the memory books.
+        sizes: bytes that one activation of each chunk may send away, where they are known before
+            the first forward; else they are learned from it.
     """
 
     connect: Callable[[int], Transport]
@@ -52,7 +54,7 @@ class ActivationStore:
     on_load: Callable[[ActivationKey, list[torch.UntypedStorage]], None] | None = None
     totals: Totals = field(default_factory=Totals)
     transport: Transport | None = None
-    _sizes: dict[int, int] = field(default_factory=dict)  # of one activation of each chunk
+    sizes: dict[int, int] = field(default_factory=dict)
     _held: dict[ActivationKey, Activation] = field(default_factory=dict)
     _transfers: dict[ActivationKey, TransferHandle] = field(default_factory=dict)
 
@@ -63,12 +65,12 @@ class ActivationStore:
         asked for; that is before the first eviction, which comes later than any chunk's start.
         """
         chunk = key.chunk if self.chunks > 1 else 0
-        if len(self._sizes) < self.chunks and chunk not in self._sizes:
-            self._sizes[chunk] = _saved_bytes(output)
-            if len(self._sizes) == self.chunks:
-                each = {chunk: (size,) for chunk, size in self._sizes.items()}
+        if len(self.sizes) < self.chunks and chunk not in self.sizes:
+            self.sizes[chunk] = saved_bytes(output)
+            if len(self.sizes) == self.chunks:
+                each = {chunk: (size,) for chunk, size in self.sizes.items()}
                 total = self.pool_of(each) if self.pool_of is not None else None
-                self.request(max(self._sizes.values()), total)
+                self.request(max(self.sizes.values()), total)
 
     def capture(self, key: ActivationKey, output: object) -> None:
         """The forward of an activation that will be evicted has just ended.
@@ -85,8 +87,8 @@ class ActivationStore:
         activation = self._held[key]
         activation.move(State.EVICTING)
         if self.transport is None:
-            assert len(self._sizes) == self.chunks, "no chunk evicts before all have started"
-            self.transport = self.connect(max(self._sizes.values()))
+            assert len(self.sizes) == self.chunks, "no chunk evicts before all have started"
+            self.transport = self.connect(max(self.sizes.values()))
         pieces = activation.choose_leaving()
         self._transfers[key] = self.transport.evict(key, pieces)
         size = sum(piece.numel() for piece in pieces)
@@ -160,7 +162,7 @@ class ActivationStore:
             self.transport = None
 
 
-def _saved_bytes(output: object) -> int:
+def saved_bytes(output: object) -> int:
     """Bytes that one micro-batch may send away, room for alignment included."""
     leaving = (entry for entry in saved_storages(roots_of(output)) if entry.kept is None)
     return sum(padded(entry.storage.nbytes()) for entry in leaving)

@@ -6,13 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from megatron_bpipe.schedule.balancing.balance import slots
 from megatron_bpipe.schedule.bases.catalogue import ScheduleSpec, make
 from megatron_bpipe.schedule.handshake import check_handshake
 from megatron_bpipe.schedule.lowering.lower import lower
-from megatron_bpipe.schedule.ops import Kind, Op, is_evictor, partner, quantity
+from megatron_bpipe.schedule.ops import ActivationKey, Kind, Loan, Op, quantity
 from megatron_bpipe.schedule.programs import check_deadlock
-from megatron_bpipe.schedule.validation.occupancy import remote_bytes
+from megatron_bpipe.schedule.validation.occupancy import loans_of, remote_bytes
 from megatron_bpipe.schedule.validation.validate import validate
 
 
@@ -26,10 +25,10 @@ class StagePlan:
         chunks: model chunks a stage (v).
         budget: the bound in micro-batches of a whole stage; None where nothing is balanced.
         labelled: whether messages have time labels, see ``lowering.exchanges``.
-        partner: the paired stage, or None.
-        slots_borrowed: units that this stage keeps on its partner at most: activations of one
-            chunk, or parts of them.
-        slots_lent: units that its partner keeps here at most.
+        borrows: who keeps how many units of this stage at most: activations of one chunk, or parts
+            of them.
+        lends: whose units this stage keeps at most.
+        loans: of the whole schedule where it has its own, see `Schedule`; None: the paper's pairs.
         parts: in how many an activation leaves and returns (u); 1: whole.
     """
 
@@ -38,15 +37,25 @@ class StagePlan:
     chunks: int
     budget: float | None
     labelled: bool
-    partner: int | None
-    slots_borrowed: int
-    slots_lent: int
+    borrows: tuple[Loan, ...]
+    lends: tuple[Loan, ...]
+    loans: tuple[Loan, ...] | None = None
     parts: int = 1
 
     @property
     def grain(self) -> int:
         """How many units one micro-batch of a whole stage is."""
         return self.chunks * self.parts
+
+    @property
+    def slots_borrowed(self) -> int:
+        """Units of this stage that are kept elsewhere at most."""
+        return sum(loan.slots for loan in self.borrows)
+
+    @property
+    def slots_lent(self) -> int:
+        """Units of others that are kept here at most."""
+        return sum(loan.slots for loan in self.lends)
 
     @property
     def splits_backward(self) -> bool:
@@ -59,19 +68,31 @@ class StagePlan:
         name = "1F1B" if self.name == "1f1b" else self.name
         if self.chunks > 1:
             name = f"{name} 1F1B of {self.chunks} chunks"
+        if self.loans:
+            return f"{name} with activations balanced by measured peaks"
         if self.budget is None:
             return f"schedule {name}"
         bound = f"budget {quantity(self.budget)} micro-batches a stage"
         how = f", in {self.parts} parts" if self.parts > 1 else ""
         return f"{name} with activations balanced: {bound}{how}"
 
-    def pool_bytes(self, sizes: Mapping[int, Sequence[int]]) -> int:
-        """Most bytes that this stage keeps on its partner at a time.
+    def pool_bytes(self, sizes: Mapping[int, Sequence[int]], lender: int | None = None) -> int:
+        """Most bytes that this stage keeps elsewhere at a time.
 
         Args:
             sizes: for each chunk, of the parts of one of its activations.
+            lender: on this stage only; None: on whoever lends.
         """
-        return remote_bytes(self.ops, sizes)
+        moves = Kind.EVICT, Kind.LOAD
+        ops = [op for op in self.ops if op.kind not in moves or lender in (None, op.other)]
+        return remote_bytes(ops, sizes)
+
+    @property
+    def lender_of(self) -> Mapping[ActivationKey, int]:
+        """Who keeps each activation that leaves, where the schedule has loans of its own."""
+        return {
+            op.key: op.other for op in self.ops if op.kind is Kind.EVICT and op.other is not None
+        }
 
 
 @lru_cache(maxsize=64)
@@ -96,17 +117,15 @@ def stage_plan(spec: ScheduleSpec, stage: int) -> StagePlan:
     lowered = lower(logical)
     validate(lowered)
     check_handshake(lowered)
-    other = partner(stage, spec.p)
+    loans = loans_of(logical)
     return StagePlan(
         name=spec.name,
         ops=lowered.stages[stage],
         chunks=logical.chunks,
         budget=logical.budget,
         labelled=lowered.labelled,
-        partner=other,
-        slots_borrowed=slots(logical, stage) if is_evictor(stage, spec.p) else 0,
-        slots_lent=(
-            slots(logical, other) if other is not None and is_evictor(other, spec.p) else 0
-        ),
+        borrows=tuple(loan for loan in loans if loan.evictor == stage),
+        lends=tuple(loan for loan in loans if loan.lender == stage),
+        loans=logical.loans,
         parts=logical.parts,
     )

@@ -13,6 +13,7 @@ from functools import partial
 
 from megatron_bpipe.schedule.balancing.balance import balance
 from megatron_bpipe.schedule.balancing.offload import offload
+from megatron_bpipe.schedule.balancing.ways import Arrangement, lend
 from megatron_bpipe.schedule.base import one_f_one_b
 from megatron_bpipe.schedule.bases.chimera import chimera
 from megatron_bpipe.schedule.bases.gpipe import gpipe
@@ -45,6 +46,7 @@ class ScheduleSpec:
         balanced: whether evictions and loads keep every stage within ``budget``.
         budget: micro-batches of a whole stage, decimals allowed; None: the default of `balance`.
         parts: in how many an activation leaves and returns; 1: whole, as the paper has it.
+        arrangement: who lends to whom, in place of the paper's rule; with it ``balanced`` is False.
     """
 
     name: str
@@ -55,6 +57,7 @@ class ScheduleSpec:
     balanced: bool = False
     budget: float | None = None
     parts: int = 1
+    arrangement: Arrangement | None = None
 
 
 @dataclass(frozen=True)
@@ -182,4 +185,6 @@ def make(spec: ScheduleSpec) -> Schedule:
     if spec.name not in CATALOGUE:
         raise ValueError(f"schedule {spec.name!r} is not known: use {', '.join(CATALOGUE)}")
     schedule = CATALOGUE[spec.name].make(spec)
+    if spec.arrangement is not None:
+        return lend(schedule, spec.arrangement)
     return balance(schedule, spec.budget, spec.parts) if spec.balanced else schedule

@@ -118,18 +118,21 @@ def lent(schedule: Schedule, lender: int) -> int:
     return sum(borrowed(schedule, x, lender) for x in borrowers(schedule, lender))
 
 
-def with_own_loans(schedule: Schedule) -> Schedule:
-    """The schedule with the loans that its transfers name, and what each stage then keeps."""
+def loans_of(schedule: Schedule) -> tuple[Loan, ...]:
+    """Who really keeps how much of whom, whatever the schedule's rule for that is."""
     pairs = {
         (stage, other_end(schedule, stage, op)): None
         for stage, line in enumerate(schedule.stages)
         for op in line
         if op.kind is Kind.EVICT
     }
-    loans = tuple(Loan(x, y, borrowed(schedule, x, y)) for x, y in pairs)
-    return replace(
-        schedule, loans=loans, keeps=tuple(peak(line, schedule.parts) for line in schedule.stages)
-    )
+    return tuple(Loan(x, y, borrowed(schedule, x, y)) for x, y in pairs)
+
+
+def with_own_loans(schedule: Schedule) -> Schedule:
+    """The schedule with the loans that its transfers name, and what each stage then keeps."""
+    keeps = tuple(peak(line, schedule.parts) for line in schedule.stages)
+    return replace(schedule, loans=loans_of(schedule), keeps=keeps, budget=None)
 
 
 def peak(line: Sequence[Op], parts: int = 1) -> int:

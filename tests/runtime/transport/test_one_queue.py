@@ -42,7 +42,7 @@ def issue(device: Device, plan: StagePlan, stage: int, stages: int, ops: Sequenc
     """What the host of one stage gives its GPU in an iteration."""
     with on(device) as computing:
         pipeline = Group("the pipeline", stage)
-        pair = min(stage, plan.partner) if plan.partner is not None else -1
+        pair = min(stage, stages - 1 - stage)
         request = PoolRequest(SLOT, max(plan.slots_borrowed, plan.slots_lent, 1))
         evictor = acceptor = None
         if plan.slots_borrowed:

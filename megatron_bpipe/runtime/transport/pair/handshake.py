@@ -123,7 +123,7 @@ class PairEnd:
 
 def end_of_pair(
     group: Any,
-    evictor: int,
+    pair: tuple[int, int],
     asked: str,
     device: torch.device,
     deadline: float,
@@ -133,15 +133,14 @@ def end_of_pair(
 
     Args:
         group: the pipeline's process group.
-        evictor: stage of the pair's evictor.
+        pair: stages of its evictor and its acceptor.
         asked: one of `options.TRANSPORTS`.
         device: where this rank computes.
         deadline: seconds that any wait for the other end may take.
         previous: see `PairEnd`.
     """
-    stages = (evictor, group.size() - 1 - evictor)
-    first, second = (dist.get_global_rank(group, stage) for stage in stages)
-    end = "evictor" if group.rank() == evictor else "acceptor"
+    first, second = (dist.get_global_rank(group, stage) for stage in pair)
+    end = "evictor" if group.rank() == pair[0] else "acceptor"
     base: Any = dist.distributed_c10d._get_default_store()
     # its own connection: a wait here must not hold up c10d's own requests
     store = dist.PrefixStore("megatron_bpipe", base.clone())
@@ -214,13 +213,14 @@ class BorrowedPool:
 class LentPool:
     """The acceptor's end, from ``begin`` on; see `AcceptorEnd`.
 
-    What comes before there is a pool is kept and done, in order, when there is.
+    What comes before there is a pool is kept and done, in order, when there is. An ``early`` one
+    waits instead: the evictor knew its bytes beforehand, so the pool waits for nobody's forward.
     """
 
     offer = ""
 
-    def __init__(self, end: PairEnd) -> None:
-        self._end = end
+    def __init__(self, end: PairEnd, early: bool = False) -> None:
+        self._end, self.early = end, early
         self.transport = ""  # before both ends have agreed
         self._opened: AcceptorEnd | None = None
         self._kept: list[tuple[Callable[[AcceptorEnd, ActivationKey], None], ActivationKey]] = []
@@ -243,6 +243,10 @@ class LentPool:
             for call, key in self._kept:
                 call(self._opened, key)
             self._kept.clear()
+
+    def of(self, evictor: int | None) -> AcceptorEnd:
+        """Itself: it has one evictor."""
+        return self
 
     def accept(self, key: ActivationKey) -> None:
         """See `AcceptorEnd`."""
@@ -274,6 +278,8 @@ class LentPool:
     def _now_or_later(
         self, call: Callable[[AcceptorEnd, ActivationKey], None], key: ActivationKey
     ) -> None:
+        if self.early:
+            self.open()
         if self._opened is None:
             self._kept.append((call, key))
         else:
