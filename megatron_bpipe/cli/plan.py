@@ -10,13 +10,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import get_args
 
-from megatron_bpipe.cli.quantities import UnitError, size
 from megatron_bpipe.estimate.errors import EstimateError
 from megatron_bpipe.estimate.memory.parameters import model_parameters
 from megatron_bpipe.estimate.models import Model, model_named
 from megatron_bpipe.estimate.paper.calibration import outside_calibration
 from megatron_bpipe.estimate.paper.tables import published_cases
 from megatron_bpipe.estimate.profile import read_profile
+from megatron_bpipe.estimate.quantities import UnitError, size
 from megatron_bpipe.estimate.runs import Attention
 from megatron_bpipe.estimate.time.kernels.fused_softmax_rules import softmax_trap
 from megatron_bpipe.placement import PlacementError

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_bpipe.cli.common.output import OutputError, check_output, written
-from megatron_bpipe.cli.quantities import UnitError, bandwidth, seconds, size
 from megatron_bpipe.estimate.errors import EstimateError
 from megatron_bpipe.estimate.hardware import gpu_named
 from megatron_bpipe.estimate.models import model_named
@@ -19,6 +18,7 @@ from megatron_bpipe.estimate.paper.op_costs import Inputs, inputs_for
 from megatron_bpipe.estimate.paper.published import EXPERIMENTS
 from megatron_bpipe.estimate.paper.refined import Measured
 from megatron_bpipe.estimate.paper.tables import published_cases, published_constants
+from megatron_bpipe.estimate.quantities import UnitError, bandwidth, seconds, size
 from megatron_bpipe.estimate.runs import Layout, Run
 from megatron_bpipe.report.fields import ReportError
 from megatron_bpipe.schedule.balancing.balance import BudgetError

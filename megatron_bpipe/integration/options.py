@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_bpipe.estimate.quantities import UnitError, size
 from megatron_bpipe.runtime.transport.pair.catalogue import AUTO, SPECS
 from megatron_bpipe.schedule.bases.catalogue import EXECUTED
 
 TRANSPORTS = (AUTO, *SPECS)
+PAPER, MEASURED = "paper", "measured"
 PLACEMENTS = ("pair-adjacent", "megatron")
 
 
@@ -22,6 +24,9 @@ class Options:
         bpipe: balance the activations of the pipeline schedule.
         budget: most micro-batches of a whole stage whose activations may occupy it, decimals
             allowed (a chunk of v counts 1/v); None: ceil((p+2)/2), with interleaving the least.
+        balance: `PAPER`: stages x and p-1-x are pairs, every stage within ``budget``; `MEASURED`:
+            the first iteration shows every stage's bytes, and they decide from the second on.
+        memory_limit: bytes that no GPU may exceed, for `MEASURED`; None: as few as can be.
         schedule: one of ``schedule.bases.catalogue.EXECUTED``; None: Megatron's own.
         transport: one of `TRANSPORTS`.
         placement: one of `PLACEMENTS`.
@@ -35,6 +40,8 @@ class Options:
 
     bpipe: bool = False
     budget: float | None = None
+    balance: str = PAPER
+    memory_limit: int | None = None
     schedule: str | None = None
     transport: str = AUTO
     placement: str = "pair-adjacent"
@@ -56,6 +63,8 @@ class Options:
         return cls(
             bpipe=args.bpipe,
             budget=args.bpipe_budget,
+            balance=args.bpipe_balance,
+            memory_limit=args.bpipe_memory_limit,
             schedule=args.bpipe_schedule,
             transport=args.bpipe_transport,
             placement=args.bpipe_placement,
@@ -66,6 +75,13 @@ class Options:
             timed=getattr(args, "timing_log_level", 0) >= 2,
             deadline=60.0 * getattr(args, "distributed_timeout_minutes", 10),
         )
+
+
+def _size(text: str) -> int:
+    try:
+        return size(text)
+    except UnitError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -84,6 +100,21 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help="Most micro-batches of a whole stage whose activations may occupy it; decimals are "
         "allowed, one chunk of v counts 1/v (default ceil((p+2)/2); with interleaving the least).",
+    )
+    group.add_argument(
+        "--bpipe-balance",
+        choices=(PAPER, MEASURED),
+        default=PAPER,
+        help="Who keeps whose activations: paper pairs stages x and p-1-x; measured looks at every "
+        "stage's bytes in the first iteration, and from the second on whoever has room lends to "
+        "whoever needs it, so that the fullest GPU is as empty as can be (docs/measured.md).",
+    )
+    group.add_argument(
+        "--bpipe-memory-limit",
+        type=_size,
+        metavar="SIZE",
+        help="With --bpipe-balance measured: move the fewest bytes with which every GPU stays "
+        "within SIZE (for example 76GiB); host memory takes what no GPU has room for.",
     )
     group.add_argument(
         "--bpipe-schedule",

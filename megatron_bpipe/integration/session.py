@@ -16,7 +16,8 @@ import torch.distributed as dist
 from megatron_bpipe.integration.checks.forced_transport import check_forced_transport
 from megatron_bpipe.integration.checks.versions import package_versions
 from megatron_bpipe.integration.log import log_rank, log_rank0
-from megatron_bpipe.integration.options import Options
+from megatron_bpipe.integration.measured_balance import MeasuredBalance, check_allocator
+from megatron_bpipe.integration.options import MEASURED, Options
 from megatron_bpipe.integration.patches.flush_free.pipeline import Pipeline
 from megatron_bpipe.integration.patches.v_placement.mirror import Mirror
 from megatron_bpipe.integration.rank_mapping.launcher import identify
@@ -36,6 +37,7 @@ from megatron_bpipe.runtime.observe.recorder import Recorder
 from megatron_bpipe.runtime.observe.report import table, write_whole
 from megatron_bpipe.runtime.store import ActivationStore
 from megatron_bpipe.runtime.transport.pair.several import LentPools
+from megatron_bpipe.schedule.bases.catalogue import ScheduleSpec
 from megatron_bpipe.schedule.ops import microbatches
 from megatron_bpipe.schedule.stage_plan import StagePlan
 
@@ -69,6 +71,7 @@ class Session:
     pools: StagePools | None = None
     mirror: Mirror | None = None
     pipeline: Pipeline | None = None  # what a schedule without a flush keeps between iterations
+    measured: MeasuredBalance | None = None
     _group: weakref.ReferenceType[Any] | None = None
     _closing: threading.Thread | None = None
     _links: LinkSampler = field(default_factory=LinkSampler)
@@ -83,7 +86,7 @@ class Session:
         self._written = False
         self._stage = group.rank()
         self.follow(group)
-        if self.options.report is None:
+        if self.options.report is None and not self._measures:
             return
         if self.recorder is None:
             device = torch.device(torch.cuda.current_device())
@@ -103,6 +106,31 @@ class Session:
             self.recorder = None
             self._group = weakref.ref(group)
 
+    def arranged(self, spec: ScheduleSpec, group: Any) -> ScheduleSpec:
+        """The schedule of the next iteration: as asked, or as measured in the first.
+
+        With ``--bpipe-balance measured`` the call before the second iteration is a collective of
+        all ranks.
+        """
+        if self.options.balance != MEASURED or not self.options.bpipe:
+            return spec
+        if self.measured is None or self._group is None or self._group() is not group:
+            self.measured = MeasuredBalance(self.options)
+        if self.measured.measuring:
+            return self.measured.first(spec)
+        if self.measured.stages is None:
+            self.drop()
+            if self._closing is not None:
+                self._closing.join()  # what was lent is no static memory
+            self.measured.share(group.rank())
+            if self.options.report is None:
+                self.recorder = None
+        return self.measured.arranged(spec)
+
+    @property
+    def _measures(self) -> bool:
+        return self.measured is not None and self.measured.measuring
+
     def begin(
         self,
         plan: StagePlan,
@@ -118,10 +146,20 @@ class Session:
         """
         self.observe(group, models)
         assert self._group is not None
+        if self.pools is not None and self.plan is not None and self.plan.loans != plan.loans:
+            self.drop()  # other pairs from here on
         self.plan = plan
+        if self._measures:
+            assert self.measured is not None
+            assert self.recorder is not None
+            self.measured.watch(self.recorder)
         if self.pools is None:
             self.pools = StagePools(self.options, self._group)
-        self.pools.begin(plan, self._closing, self.recorder, flops, sizes_vary)
+        sizes: dict[int, int] | None = None
+        if plan.loans is not None:
+            assert self.measured is not None
+            sizes = self.measured.leaving(group.rank())
+        self.pools.begin(plan, self._closing, self.recorder, flops, sizes_vary, sizes)
 
     def verify_placement(self, pipeline: Sequence[int], stage: int) -> None:
         """Check on all ranks that each runs where its placement says; rank 0 shows the table.
@@ -134,6 +172,7 @@ class Session:
             if self.ranks.moves_ranks:
                 log_rank0(f"ranks placed so that pairs share a node\n{shown}")
         check_forced_transport(self.options.transport, pipeline, stage)
+        check_allocator(self.options)
 
     @property
     def store(self) -> ActivationStore | None:
@@ -147,12 +186,16 @@ class Session:
 
     def observers(self) -> list[Observer]:
         """Who is told of the ops of this iteration."""
-        return [one for one in (self.recorder, self._links.watch) if one is not None]
+        meter = self.measured.meter if self.measured is not None else None
+        return [one for one in (self.recorder, meter, self._links.watch) if one is not None]
 
     def end(self, losses: list[Any]) -> None:
         """The iteration is over."""
         if self.recorder is not None:
             self.recorder.end(losses)
+            if self._measures:
+                assert self.measured is not None
+                self.measured.seen(self.recorder)
         if self.store is not None:
             assert self.pools is not None
             for said in (self._links.iteration_over(), self.pools.first_spill()):

@@ -68,7 +68,7 @@ def make_schedule(
         try:
             pipeline = pipeline_of(session, spec, group, call.models)
             if pipeline is None:
-                plan = stage_plan(spec, group.rank())
+                plan = stage_plan(session.arranged(spec, group), group.rank())
             else:
                 plan, call = pipeline.stage_plan, pipeline.given(call)
             flops, vary = _flops_of(call, arguments), sizes_vary(call.config)

@@ -142,6 +142,10 @@ class LiveActivations:
         present = sum(2 * size >= self._totals[i] for i, size in alive.items() if size)
         return sum(alive.values()), present
 
+    def bytes_of(self, key: ActivationKey) -> int:
+        """What `track_graph` found for this one, 0 for one that it has not seen."""
+        return self._totals.get(key, 0)
+
     def known(self) -> Collection[int]:
         """`storage_id` of all storages in the books."""
         return self._tracked.keys() | self._lasting.keys()

@@ -73,6 +73,7 @@ class Recorder:
     timeline: deque[list[Event]] = field(default_factory=lambda: deque(maxlen=TIMELINE_ITERATIONS))
     audit: Audit | None = None
     left_for_weight_bytes: int | None = None  # most that one activation kept between B and W
+    stayed: int = 0  # bytes of the last iteration that its end left with the allocator
     _before_forward: int | None = None
     _live: LiveActivations = field(default_factory=LiveActivations)
     _excluded: Collection[int] = ()
@@ -115,6 +116,9 @@ class Recorder:
         self.iterations.append(span)
         if self._peak is not None:
             self._allocator_is_at(self._peak())
+        now = self.allocated()
+        if now is not None and self._baseline is not None:
+            self.stayed = max(0, now - self._baseline)
         events = self.timeline[-1]
         for i, transfer in self._transfers:
             start, end = transfer.span
@@ -200,6 +204,10 @@ class Recorder:
         if now is not None and self._baseline is not None:
             above = now - self._baseline
             self.peaks.allocator_bytes = max(self.peaks.allocator_bytes or 0, above)
+
+    def activation_bytes(self, key: ActivationKey) -> int:
+        """What the forward of this activation has saved, of this iteration."""
+        return self._live.bytes_of(key)
 
     @property
     def microbatches(self) -> int:

@@ -27,8 +27,8 @@ from megatron_bpipe.schedule.balancing.lending import (
     within,
 )
 from megatron_bpipe.schedule.balancing.min_evictions import Stay
-from megatron_bpipe.schedule.ops import Kind, Loan, Op, Schedule
-from megatron_bpipe.schedule.validation.occupancy import live, spans, with_own_loans
+from megatron_bpipe.schedule.ops import HOST, Kind, Loan, Op, Schedule
+from megatron_bpipe.schedule.validation.occupancy import live, loans_of, spans, with_own_loans
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,38 @@ def ways(line: tuple[Op, ...], stage: MeasuredStage) -> tuple[Way, ...]:
         moved = sum(part[stay.span] for stay in stays)
         out.append(Way(_highest(here), _highest(slots), moved, number))
     return tuple(out)
+
+
+def worst_of(ranks: Sequence[MeasuredStage]) -> MeasuredStage:
+    """Of several ranks of one stage the most of everything."""
+    return MeasuredStage(
+        max(rank.fixed for rank in ranks),
+        tuple(map(max, zip(*(rank.held for rank in ranks), strict=True))),
+        tuple(map(max, zip(*(rank.leaving for rank in ranks), strict=True))),
+    )
+
+
+def foretold(schedule: Schedule, stages: Sequence[MeasuredStage]) -> tuple[int, ...]:
+    """The peak of each stage under a schedule, whoever lends: bytes of own and of lent slots."""
+    own = []
+    for line, stage in zip(schedule.stages, stages, strict=True):
+        here = most = 0
+        leaving = loading = 0
+        for op in line:
+            if op.kind is Kind.EVICT:
+                leaving += _of(stage.leaving, op)
+            elif op.kind is Kind.LOAD:
+                loading += _of(stage.leaving, op)
+            elif op.kind.computation:
+                here += loading + (_of(stage.held, op) if op.kind is Kind.FORWARD else 0)
+                most = max(most, here)
+                here -= leaving + (_of(stage.held, op) if op.kind is Kind.BACKWARD else 0)
+                leaving = loading = 0
+        own.append(stage.fixed + most)
+    for loan in loans_of(schedule):
+        if loan.lender != HOST:
+            own[loan.lender] += loan.slots * max(stages[loan.evictor].leaving)
+    return tuple(own)
 
 
 def needs(schedule: Schedule, stages: Sequence[MeasuredStage]) -> tuple[StageNeed, ...]:
