@@ -171,7 +171,8 @@ class Session:
             shown = verify(self.ranks, stage=stage)
             if self.ranks.moves_ranks:
                 log_rank0(f"ranks placed so that pairs share a node\n{shown}")
-        check_forced_transport(self.options.transport, pipeline, stage)
+        measured = self.options.balance == MEASURED
+        check_forced_transport(self.options.transport, pipeline, stage, any_pair=measured)
         check_allocator(self.options)
 
     @property

@@ -111,8 +111,9 @@ class StagePools:
     ) -> ActivationStore:
         """Begin to borrow from each lender; the store waits for them before its first eviction."""
         pools: dict[int, BorrowedPool | OwnPool] = {}
+        whole = {chunk: (size,) for chunk, size in sizes.items()}
         for loan in plan.borrows:
-            total = plan.pool_bytes(sizes, loan.lender) if sizes else 0
+            total = plan.pool_bytes(whole, loan.lender) if sizes else 0
             if loan.lender == HOST:
                 options, device = self.options, torch.device(torch.cuda.current_device())
                 size = int(total * (1 + headroom))

@@ -12,7 +12,7 @@ from megatron_bpipe.integration.checks.hook_points import KNOWN_RELEASES
 from megatron_bpipe.integration.checks.probe import missing, release
 from megatron_bpipe.integration.checks.schedule import check_schedule
 from megatron_bpipe.integration.log import abort, log_rank0
-from megatron_bpipe.integration.options import TRANSPORTS, Options
+from megatron_bpipe.integration.options import MEASURED, TRANSPORTS, Options
 from megatron_bpipe.runtime.torch_internals import probe
 from megatron_bpipe.runtime.transport.pair.catalogue import AUTO, spec_named
 from megatron_bpipe.runtime.transport.pair.links import one_machine
@@ -47,6 +47,11 @@ def check_arguments(args: Any, options: Options) -> str | None:
             + ", ".join(TRANSPORTS)
         )
     _check_transport(options.transport)
+    if options.memory_limit is not None and options.balance != MEASURED:
+        abort(
+            f"--bpipe-memory-limit {options.memory_limit} needs --bpipe-balance measured; add it, "
+            "or leave the limit out"
+        )
     check_torch()
     check_megatron()
     _check_data_paths(args)

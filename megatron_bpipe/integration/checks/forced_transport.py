@@ -25,8 +25,12 @@ class Seat:
     acceptor: int | None
 
 
-def check_forced_transport(transport: str, pipeline: Sequence[int], stage: int) -> None:
+def check_forced_transport(
+    transport: str, pipeline: Sequence[int], stage: int, any_pair: bool = False
+) -> None:
     """Stop every rank if ``transport`` needs one host and some pair is on two.
+
+    With ``any_pair`` any two stages of a pipeline may become one (``--bpipe-balance measured``).
 
     A pair finds this out by itself, but then the other ranks only see their connections close. Call
     it on all ranks, with the global ranks of this rank's pipeline and its stage in it.
@@ -38,11 +42,20 @@ def check_forced_transport(transport: str, pipeline: Sequence[int], stage: int) 
         return
     me, p = Identity.mine(), len(pipeline)
     acceptor = pipeline[p - 1 - stage] if is_evictor(stage, p) else None
+    if any_pair:
+        acceptor = pipeline[0]
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, Seat(me.host, me.namespace, stage, acceptor))
     apart = pairs_apart(everyone)
     if apart:
         evictor, acceptor = apart[0]
+        if any_pair:
+            abort(
+                f"--bpipe-transport {transport} with --bpipe-balance measured needs all stages of "
+                f"a pipeline on one host (and in one PID namespace), but ranks {evictor} and "
+                f"{acceptor} are not: leave the transport to auto, or use p2p",
+                on_every_rank=True,
+            )
         abort(
             f"--bpipe-transport {transport} needs both ranks of a pair on one host (and in one PID "
             f"namespace), but {len(apart)} pair(s) are not, the first ranks {evictor} and "

@@ -8,7 +8,7 @@ from typing import Any
 from megatron_bpipe.integration.checks.split_backward import check_split_backward
 from megatron_bpipe.integration.checks.v_placement import check_v_placement
 from megatron_bpipe.integration.log import abort
-from megatron_bpipe.integration.options import Options
+from megatron_bpipe.integration.options import MEASURED, Options
 from megatron_bpipe.schedule.balancing.balance import BudgetError
 from megatron_bpipe.schedule.bases.catalogue import CATALOGUE, EXECUTED, ScheduleSpec, make
 from megatron_bpipe.schedule.ops import Kind, Schedule, microbatches, quantity
@@ -44,6 +44,12 @@ def check_schedule(args: Any, options: Options, count: int | None) -> str | None
         check_split_backward(args, options.schedule)
     if not options.bpipe:
         return None
+    measured = options.balance == MEASURED
+    if measured and options.schedule is not None and CATALOGUE[options.schedule].v_placed:
+        abort(
+            f"--bpipe-balance measured does not run with --bpipe-schedule {options.schedule}, "
+            "whose stages are as full as each other; use --bpipe-balance paper"
+        )
     p = args.pipeline_model_parallel_size
     group = getattr(args, "microbatch_group_size_per_vp_stage", None) if chunks > 1 else None
     spec = ScheduleSpec(
@@ -58,6 +64,8 @@ def check_schedule(args: Any, options: Options, count: int | None) -> str | None
     try:
         balanced = make(balanced_spec)
     except BudgetError as error:
+        if options.budget is None and measured:
+            return None  # bytes may differ where counts do not
         if options.budget is None:
             return f"nothing to balance: {base.name} is as full on every stage; it runs as it is"
         abort(
@@ -65,7 +73,7 @@ def check_schedule(args: Any, options: Options, count: int | None) -> str | None
             f"{f' of {chunks} chunks' if chunks > 1 else ''}: the least is "
             f"{quantity(error.least)}; raise it or leave the flag out (default {_default(spec)})"
         )
-    if _evicts(balanced):
+    if measured or _evicts(balanced):
         return None
     why = f"--bpipe-budget is {quantity(options.budget)}" if options.budget else f"p = {p}"
     stock = "1F1B" if chunks == 1 else f"interleaved 1F1B of {chunks} chunks"
