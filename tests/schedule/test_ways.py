@@ -15,12 +15,14 @@ from megatron_bpipe.schedule.balancing.ways import (
     Arrangement,
     MeasuredStage,
     arrangement,
+    foretold,
     lend,
     needs,
     solve,
 )
 from megatron_bpipe.schedule.base import one_f_one_b
 from megatron_bpipe.schedule.bases.interleaved import interleaved
+from megatron_bpipe.schedule.bases.zero_bubble import zb_h1
 from megatron_bpipe.schedule.errors import ScheduleError
 from megatron_bpipe.schedule.handshake import check_handshake
 from megatron_bpipe.schedule.lowering.lower import lower
@@ -36,6 +38,7 @@ BASES = (
     interleaved(2, 4, 4, 2),
     interleaved(4, 8, 2, 4),
     interleaved(4, 9, 3, 5),
+    zb_h1(4, 8),
 )
 
 
@@ -58,6 +61,7 @@ def peaks(schedule: Schedule, stages: tuple[MeasuredStage, ...]) -> list[int]:
         here, most, lent = size.fixed, size.fixed, defaultdict(int)
         most_lent: dict[int, int] = defaultdict(int)
         leaving, loading = [], []
+        last = Kind.WEIGHT if any(op.kind is Kind.WEIGHT for op in line) else Kind.BACKWARD
         for op in line:
             if op.kind is Kind.EVICT:
                 leaving.append(op)
@@ -74,7 +78,7 @@ def peaks(schedule: Schedule, stages: tuple[MeasuredStage, ...]) -> list[int]:
                 here -= sum(size.leaving[one.chunk] for one in leaving)
                 for one in loading:
                     lent[one.other] -= 1
-                if op.kind is Kind.BACKWARD:
+                if op.kind is last:
                     here -= size.held[op.chunk]
                 leaving, loading = [], []
         assert here == size.fixed
@@ -102,6 +106,7 @@ def test_any_pair_graph_is_proved_and_accounted_for(case, way):
     check_handshake(lowered)
     assert from_csv(to_csv(lowered)).stages == lowered.stages
     counted = peaks(schedule, stages)
+    assert list(foretold(schedule, stages)) == counted
     assert all(a <= b for a, b in zip(counted, found.peaks, strict=True))
     assert max(counted) <= (stock if limit is None else limit)
     if not found.loans:
@@ -109,7 +114,7 @@ def test_any_pair_graph_is_proved_and_accounted_for(case, way):
 
 
 def test_even_stages_are_no_fuller_than_by_the_papers_rule():
-    for base in BASES:
+    for base in BASES[:-1]:  # ZB-H1 has its own way to save memory: W earlier
         stages = (MeasuredStage(0, (10,) * base.chunks, (10,) * base.chunks),) * base.p
         balanced = balance(base)
         assert max(solve(base, stages, None).peaks) <= 10 * base.chunks * balanced.budget

@@ -83,11 +83,11 @@ def ways(line: tuple[Op, ...], stage: MeasuredStage) -> tuple[Way, ...]:
     lives = spans(line)
     whole = [_of(stage.held, op) for op in forwards]
     part = [_of(stage.leaving, op) for op in forwards]
-    steps = 2 * len(lives)
+    steps = sum(op.kind.computation for op in line)
     change = [0] * (steps + 1)
     for span, size in zip(lives, whole, strict=True):
         change[span.start] += size
-        change[span.end + 1] -= size
+        change[1 + (span.end if span.last is None else span.last)] -= size
     out = []
     for number, stays in enumerate(plans(line)):
         here = list(change)
@@ -118,6 +118,7 @@ def foretold(schedule: Schedule, stages: Sequence[MeasuredStage]) -> tuple[int, 
     for line, stage in zip(schedule.stages, stages, strict=True):
         here = most = 0
         leaving = loading = 0
+        last = Kind.WEIGHT if any(op.kind is Kind.WEIGHT for op in line) else Kind.BACKWARD
         for op in line:
             if op.kind is Kind.EVICT:
                 leaving += _of(stage.leaving, op)
@@ -126,7 +127,7 @@ def foretold(schedule: Schedule, stages: Sequence[MeasuredStage]) -> tuple[int, 
             elif op.kind.computation:
                 here += loading + (_of(stage.held, op) if op.kind is Kind.FORWARD else 0)
                 most = max(most, here)
-                here -= leaving + (_of(stage.held, op) if op.kind is Kind.BACKWARD else 0)
+                here -= leaving + (_of(stage.held, op) if op.kind is last else 0)
                 leaving = loading = 0
         own.append(stage.fixed + most)
     for loan in loans_of(schedule):
