@@ -45,11 +45,8 @@ def check_schedule(args: Any, options: Options, count: int | None) -> str | None
     if not options.bpipe:
         return None
     measured = options.balance == MEASURED
-    if measured and options.schedule is not None and CATALOGUE[options.schedule].v_placed:
-        abort(
-            f"--bpipe-balance measured does not run with --bpipe-schedule {options.schedule}, "
-            "whose stages are as full as each other; use --bpipe-balance paper"
-        )
+    if measured:
+        _check_measured(options.schedule)
     p = args.pipeline_model_parallel_size
     group = getattr(args, "microbatch_group_size_per_vp_stage", None) if chunks > 1 else None
     spec = ScheduleSpec(
@@ -82,6 +79,17 @@ def check_schedule(args: Any, options: Options, count: int | None) -> str | None
         f"nothing to balance: {why} and {options.schedule or stock} never holds more than "
         f"{quantity(held)} micro-batches; {runs}"
     )
+
+
+def _check_measured(chosen: str | None) -> None:
+    """Whether loans can change after the first iteration of this schedule."""
+    entry = CATALOGUE[chosen] if chosen is not None else None
+    if entry is not None and (entry.v_placed or entry.without_flush is not None):
+        why = "balances by its placement" if entry.v_placed else "never empties its pools"
+        abort(
+            f"--bpipe-balance measured does not run with --bpipe-schedule {chosen}, which {why}; "
+            "use --bpipe-balance paper"
+        )
 
 
 def _check_name(chosen: str | None, chunks: int) -> None:

@@ -14,7 +14,7 @@ from functools import lru_cache
 from megatron_bpipe.schedule.bases.catalogue import CATALOGUE, ScheduleSpec
 from megatron_bpipe.schedule.bases.pipedream import WithoutFlush
 from megatron_bpipe.schedule.flush_free.calls import Calls, lowered_calls
-from megatron_bpipe.schedule.ops import ActivationKey, Kind, Op, Schedule, partner
+from megatron_bpipe.schedule.ops import ActivationKey, Kind, Op, Schedule
 from megatron_bpipe.schedule.stage_plan import StagePlan
 
 
@@ -83,9 +83,8 @@ def _call(spec: ScheduleSpec, stage: int, before: int, after: int) -> CallPlan:
         chunks=1,
         budget=schedule.budget,
         labelled=_labelled(calls),
-        partner=partner(stage, spec.p),
-        slots_borrowed=0,
-        slots_lent=0,
+        borrows=(),
+        lends=(),
     )
     return CallPlan(
         stage=plan,
