@@ -35,7 +35,7 @@ from megatron_bpipe.integration.checks.hook_points import (
 )
 from megatron_bpipe.integration.log import log_rank0
 from megatron_bpipe.integration.options import Options, add_flags
-from megatron_bpipe.integration.patches.flush_free.run import flushed_before
+from megatron_bpipe.integration.patches.flush_free.install import never_flushes, run_without_flush
 from megatron_bpipe.integration.patches.forward_backward import make_schedule
 from megatron_bpipe.integration.patches.import_hook import after_import
 from megatron_bpipe.integration.patches.observed import make_observed
@@ -55,7 +55,6 @@ from megatron_bpipe.integration.single_gpu.launch import (
 )
 from megatron_bpipe.integration.single_gpu.uncoalesced_collectives import REPLACEMENTS
 from megatron_bpipe.runtime.torch_internals import HOOKS_ARE_SET_BY, SHOWS_HOOKS, let_hooks_be_seen
-from megatron_bpipe.schedule.bases.catalogue import CATALOGUE
 
 
 @dataclass
@@ -256,13 +255,8 @@ def _activate(options: Options) -> None:
     if is_v_placed(options.schedule):
         place_as_v(patches, lambda mirror: setattr(current, "mirror", mirror))
     patches.when_imported(SCHEDULES, replace_schedule)
-    if options.schedule is not None and CATALOGUE[options.schedule].without_flush is not None:
-        patches.when_imported(
-            TRAINING,
-            lambda training: patches.replace(
-                training, "save_checkpoint", lambda save: flushed_before(save, current)
-            ),
-        )
+    if never_flushes(options.schedule):
+        run_without_flush(patches, current)
     patches.when_imported(TRAINING, log_throughput)
     if options.schedule is not None and CATALOGUE[options.schedule].splits_backward:
         patches.when_imported(CONFIG, delay_weight_gradients)

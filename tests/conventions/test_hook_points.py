@@ -40,6 +40,7 @@ MODULES = {
     "torch_norm": hook_points.TORCH_NORM,
     "tensor_parallel": hook_points.TENSOR_PARALLEL,
     "linear_layers": hook_points.LAYERS,
+    "optimizers": hook_points.OPTIMIZER,
 }
 # a variable or attribute of this name is an instance of these classes of Megatron
 CLASSES = {
@@ -55,6 +56,7 @@ CLASSES = {
     "submodules": ("TransformerLayerSubmodules", "SelfAttentionSubmodules"),
     "wrapped": ("WrappedTorchNorm",),
     "ProcessGroupCollection": ("ProcessGroupCollection",),
+    "ChainedOptimizer": ("ChainedOptimizer",),
     "AttnBackend": ("AttnBackend",),
     "AttnMaskType": ("AttnMaskType",),
 }

@@ -50,3 +50,89 @@ def delay_weights(job: dict[str, Any], lags: Sequence[int], flushes: Sequence[in
 def _write(parameters: Sequence[torch.nn.Parameter], values: Sequence[torch.Tensor]) -> None:
     for parameter, value in zip(parameters, values, strict=True):
         parameter.data.copy_(value)
+
+
+def flush_unexpectedly(job: dict[str, Any], after: int) -> None:
+    """Throw away what has run ahead after a step that nothing announced."""
+    from megatron_bpipe.integration.install import session
+    from tests.harness.rank import after_each_step
+
+    def flush(step: int, model: Any, result: Any) -> None:
+        current = session()
+        assert current is not None
+        if step == after:
+            assert current.pipeline is not None
+            assert current.pipeline.carries
+            current.flush()
+
+    after_each_step(flush)
+
+
+def signal_after(job: dict[str, Any], step: int) -> None:
+    """Ask this rank to end, as a scheduler does, after a step."""
+    import os
+    import signal
+
+    from tests.harness.rank import after_each_step
+
+    def kill(number: int, model: Any, result: Any) -> None:
+        if number == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    after_each_step(kill)
+
+
+def count_weight_buffers(job: dict[str, Any], size: int) -> None:
+    """Write, per step, how many live storages have as many bytes as a certain weight."""
+    import gc
+    import json
+    import os
+    from pathlib import Path
+
+    from tests.harness.rank import after_each_step
+
+    counts: list[int] = []
+
+    def count(step: int, model: Any, result: Any) -> None:
+        alive = set()
+        for thing in gc.get_objects():
+            if type(thing) in (torch.Tensor, torch.nn.Parameter):
+                storage = thing.untyped_storage()
+                if storage.nbytes() == size:
+                    alive.add(storage.data_ptr())
+        counts.append(len(alive))
+        Path(job["out"], f"buffers{os.environ['RANK']}.json").write_text(json.dumps(counts))
+
+    after_each_step(count)
+
+
+def count_gatherings(job: dict[str, Any]) -> None:
+    """Write, per step, which collectives of several ranks were called since the one before."""
+    import json
+    import os
+    from pathlib import Path
+
+    import torch.distributed as dist
+
+    from tests.harness.rank import after_each_step
+
+    steps: list[list[str]] = []
+    seen: list[str] = []
+
+    def watched(name: str, stock: Any) -> Any:
+        def call(*positional: Any, **named: Any) -> Any:
+            if dist.get_world_size(named.get("group")) > 1:
+                seen.append(name)
+            return stock(*positional, **named)
+
+        return call
+
+    for name in ("all_reduce", "all_gather", "all_gather_object", "barrier", "broadcast"):
+        setattr(dist, name, watched(name, getattr(dist, name)))
+
+    def note(step: int, model: Any, result: Any) -> None:
+        steps.append(seen.copy())
+        seen.clear()
+        Path(job["out"], f"gatherings{os.environ['RANK']}.json").write_text(json.dumps(steps))
+
+    after_each_step(note)

@@ -6,6 +6,7 @@ without the delay, which must differ: a run that did not lag would prove nothing
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -140,3 +141,105 @@ def test_a_resumed_run_equals_one_that_goes_on(megatron: Megatron, tmp_path: Pat
     assert begun.ok, begun.logs
     resumed = run_ahead(megatron, "--load", str(tmp_path / "part"), steps=8, dump_at=4)
     assert_continues(whole, resumed)
+
+
+@pytest.mark.parametrize("schedule", [*[pytest.param("pipedream", marks=pytest.mark.long)], "2bw"])
+def test_what_ran_ahead_of_an_unexpected_flush_has_never_run(
+    megatron: Megatron, schedule: str
+) -> None:
+    """Random state and data are as if the flush had been known: dropout draws the same numbers."""
+    name, m, lags = ("pipedream", 1, [3, 2, 1, 0]) if schedule == "pipedream" else (
+        "pipedream-2bw", 4, [1] * 4,
+    )  # fmt: skip
+    flags = [*gpt(4, m, None, *ONCE), *DROPOUT]
+    flush = {"call": "tests.harness.delayed:flush_unexpectedly", "with": {"after": 3}}
+    ours = megatron.train([*flags, "--bpipe-schedule", name], hooks=[flush], steps=7)
+    reference = megatron.train(flags, hooks=[delay(lags, (3,))], steps=7)
+    assert difference(ours, reference) is None
+
+
+@pytest.mark.long
+def test_a_run_that_a_signal_ended_resumes(megatron: Megatron, tmp_path: Path) -> None:
+    flush = {"call": "tests.harness.delayed:flush_unexpectedly", "with": {"after": 3}}
+    whole = run_ahead(megatron, hooks=[flush], steps=8)
+    signal = {"call": "tests.harness.delayed:signal_after", "with": {"step": 3}}
+    save = ["--save", str(tmp_path), "--exit-signal-handler"]
+    begun = run_ahead(megatron, *save, hooks=[signal], steps=8, dump_at=3)
+    assert begun.ok, begun.logs
+    assert "exiting program after receiving SIGTERM" in begun.log(0)
+    resumed = run_ahead(megatron, "--load", str(tmp_path), steps=8, dump_at=5)
+    assert_continues(whole, resumed)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("schedule", "m", "versions"),
+    [
+        (None, 4, [1, 1, 1, 1]),
+        ("pipedream-2bw", 4, [2, 2, 2, 2]),
+        ("pipedream", 1, [4, 3, 2, 1]),
+        ("continuous", 2, [4, 3, 2, 1]),
+    ],
+)
+def test_buffers_of_weights_on_live_storage(
+    megatron: Megatron, schedule: str | None, m: int, versions: list[int]
+) -> None:
+    """Both weights of an MLP have 64 KiB and nothing else has: counted are all storages alive."""
+    flags = [*gpt(4, m, None, *ONCE, *UNTIED), "--optimizer", "sgd", "--sgd-momentum", "0"]
+    flags += [] if schedule is None else ["--bpipe-schedule", schedule]
+    count = {"call": "tests.harness.delayed:count_weight_buffers", "with": {"size": 65536}}
+    result = megatron.train(flags, hooks=[count], steps=8)
+    assert result.ok, result.logs
+    for stage, kept in enumerate(versions):
+        seen = json.loads((result.out / f"buffers{stage}.json").read_text())
+        assert max(seen) == 2 * kept, (stage, seen)
+
+
+@pytest.mark.parametrize("clip", ["0", pytest.param("1.0", marks=pytest.mark.long)])
+def test_no_gathering_flushes_in_disguise(megatron: Megatron, clip: str) -> None:
+    """Without clipping and shared embeddings no collective holds the stages together; with
+    clipping one does, and so it does in the reference."""
+    flags = [*gpt(4, 4, None, *ONCE, *UNTIED), "--clip-grad", clip, "--log-interval", "100"]
+    count = {"call": "tests.harness.delayed:count_gatherings", "with": {}}
+    ours = megatron.train(
+        [*flags, "--bpipe-schedule", "pipedream-2bw"], hooks=[count], steps=6, report=False
+    )
+    assert ours.ok, ours.logs
+    for stage in range(4):
+        steps = json.loads((ours.out / f"gatherings{stage}.json").read_text())
+        steady = steps[2:]  # the first begins with barriers and what is said of the schedule
+        assert [bool(one) for one in steady] == [clip != "0"] * 4, (stage, steps)
+    reference = megatron.train(flags, hooks=[delay([1] * 4)], steps=6, report=False)
+    assert difference(ours, reference) is None
+
+
+REFUSALS = {
+    "distributed optimizer": (["--use-distributed-optimizer"], "writes new weights where older"),
+    "fp8": (["--fp8-format", "hybrid"], "quantised weights are cached"),
+    "fp16": (["--fp16"], "a skipped update is no version"),
+    "experts": (["--num-experts", "4"], "would be of two on stages that are ahead"),
+    "another optimizer": (["--optimizer", "muon"], "change each parameter in place"),
+    "iterations to skip": (["--iterations-to-skip", "3"], "is read ahead of it"),
+    "rerun": (["--rerun-mode", "validate_results"], "use --rerun-mode disabled"),
+    "m < p - 1": (["--global-batch-size", "2"], "two weight versions need p-1 = 3 or more"),
+    "interleaving": (["--num-virtual-stages-per-pipeline-rank", "2"], "does not fit a model of 2"),
+    "balanced": (["--bpipe"], "cannot be balanced yet"),
+}
+
+
+def test_refusals(megatron: Megatron, tmp_path: Path) -> None:
+    base = ["--pipeline-model-parallel-size", "4", "--global-batch-size", "16"]
+    base += [*ONCE, "--bpipe-schedule", "pipedream-2bw"]
+    cases = [{"flags": [*base, *flags]} for flags, _ in REFUSALS.values()]
+    one = ["--bpipe-schedule", "pipedream"]
+    cases.append({"flags": [*base, *one]})
+    path = tmp_path / "answers.json"
+    environment = {"ANSWERS": str(path)}
+    result = megatron.script("refusals.py", [json.dumps(cases)], world=1, env=environment)
+    assert result.ok, result.logs
+    answers = json.loads(path.read_text())
+    wanted = [*(why for _, why in REFUSALS.values()), "after each micro-batch, so an iteration"]
+    for answer, why in zip(answers, wanted, strict=True):
+        assert answer["code"] == 2, answer
+        assert "--bpipe-schedule" in answer["error"]
+        assert why in answer["error"], answer

@@ -36,6 +36,7 @@ MOE_UTILS = "megatron.core.transformer.moe.moe_utils"
 FUSED_KERNELS = "megatron.legacy.fused_kernels"
 ARGUMENTS = "megatron.training.arguments"
 TRAINING = "megatron.training.training"
+OPTIMIZER = "megatron.core.optimizer.optimizer"
 TRAINING_UTILS = "megatron.training.utils"
 CHECKPOINTING = "megatron.training.checkpointing"
 DIST_UTILS = "megatron.training.models.dist_utils"
@@ -237,6 +238,8 @@ _TRAINING = tuple(
         (TRAINING, "get_tensorboard_writer", ()),
         (TRAINING, "get_wandb_writer", ()),
         (TRAINING, "save_checkpoint", ()),
+        (TRAINING, "logical_and_across_model_parallel_group", ()),
+        (TRAINING, "reduce_max_stat_across_model_parallel_group", ()),
         (TRAINING, "print_rank_last", ()),
         (TRAINING_UTILS, "print_rank_0", ()),
         (DATASET_UTILS, "compile_helpers", ()),
@@ -267,6 +270,11 @@ _V_PLACEMENT = (
     ),
     HookPoint(FINALIZE, "_allreduce_word_embedding_grads", ("model",), feature="v_placement"),
     HookPoint(CHECKPOINTING, "check_checkpoint_args", ("checkpoint_args",), feature="training"),
+)
+
+# replaced for schedules without a flush; reasons in patches/flush_free/gatherings.py
+_FLUSH_FREE = (
+    HookPoint(OPTIMIZER, "ChainedOptimizer", attributes=("get_grad_norm",), feature="training"),
 )
 
 _CPU = (
@@ -343,6 +351,7 @@ HOOK_POINTS: tuple[HookPoint, ...] = (
     *_SCHEDULE,
     *_TRAINING,
     *_V_PLACEMENT,
+    *_FLUSH_FREE,
     *_CPU,
     *_PROFILE,
 )
