@@ -55,6 +55,7 @@ from megatron_bpipe.integration.single_gpu.launch import (
 )
 from megatron_bpipe.integration.single_gpu.uncoalesced_collectives import REPLACEMENTS
 from megatron_bpipe.runtime.torch_internals import HOOKS_ARE_SET_BY, SHOWS_HOOKS, let_hooks_be_seen
+from megatron_bpipe.schedule.bases.catalogue import CATALOGUE
 
 
 @dataclass
