@@ -42,6 +42,10 @@ def _build(args: argparse.Namespace) -> Schedule:
         )
     if args.chunks < 1:
         raise _UsageError(f"--chunks {args.chunks}: a stage has at least 1; use --chunks 1 or more")
+    if args.parts < 1:
+        raise _UsageError(
+            f"--parts {args.parts}: an activation has at least 1; use --parts 1 to move it whole"
+        )
     if args.base is not None:
         return _named(args)
     if args.stock and args.budget is not None:
@@ -50,7 +54,11 @@ def _build(args: argparse.Namespace) -> Schedule:
             "--stock or --budget"
         )
     name = "interleaved" if args.chunks > 1 else "1f1b"
-    spec = ScheduleSpec(name, p, m, args.chunks, args.group, not args.stock, args.budget)
+    spec = ScheduleSpec(
+        name, p, m, args.chunks, args.group, not args.stock, args.budget, args.parts
+    )
+    if args.stock and args.parts > 1:
+        raise _UsageError(f"--parts {args.parts}: nothing leaves; drop --stock or --parts")
     if args.group is not None and args.chunks == 1:
         raise _UsageError(f"--group {args.group}: only interleaving has groups; add --chunks 2")
     try:
@@ -58,7 +66,8 @@ def _build(args: argparse.Namespace) -> Schedule:
     except BudgetError as error:
         raise _UsageError(
             f"--budget {quantity(error.budget)} is too small for --pp {p} --microbatches {m}"
-            f"{f' --chunks {args.chunks}' if args.chunks > 1 else ''}; use "
+            f"{f' --chunks {args.chunks}' if args.chunks > 1 else ''}"
+            f"{f' --parts {args.parts}' if args.parts > 1 else ''}; use "
             f"--budget {quantity(error.least)} or more"
         ) from None
     except ValueError as error:
@@ -76,6 +85,7 @@ def _named(args: argparse.Namespace) -> Schedule:
         ("--budget", args.budget is not None),
         ("--chunks", args.chunks != 1),
         ("--group", args.group is not None),
+        ("--parts", args.parts != 1),
     )
     for flag, given in fixed:
         if given:

@@ -98,7 +98,8 @@ def _outputs(args: argparse.Namespace) -> list[tuple[str, Path | None, tuple[str
 
 def _recorded(args: argparse.Namespace) -> Picture:
     said = {
-        flag: getattr(args, flag) for flag in ("pp", "microbatches", "base", "budget", "chunks")
+        flag: getattr(args, flag)
+        for flag in ("pp", "microbatches", "base", "budget", "chunks", "parts")
     }
     for flag, value in said.items():
         if value is not None:
@@ -126,7 +127,7 @@ def _simulated(args: argparse.Namespace) -> Picture:
 def _schedules(args: argparse.Namespace) -> list[tuple[str, Schedule]]:
     """What is drawn: the schedule that is asked for, before it the one beside it."""
     stock: tuple[str, Schedule] | None
-    if (args.budget, args.chunks, args.group) != (None, None, None):
+    if (args.budget, args.chunks, args.group, args.parts) != (None, None, None, None):
         stock, asked = _balanced(args)
     else:
         base = args.base or "bpipe"
@@ -151,10 +152,14 @@ def _balanced(args: argparse.Namespace) -> tuple[tuple[str, Schedule], tuple[str
     """Megatron's schedule with so many chunks, and the same one balanced."""
     chunks = 1 if args.chunks is None else args.chunks
     if args.base is not None:
-        flag = "--budget" if args.budget is not None else "--chunks"
+        given = {"--budget": args.budget, "--chunks": args.chunks, "--parts": args.parts}
+        flag = next((flag for flag, value in given.items() if value is not None), "--group")
         raise _UsageError(f"--base {args.base}: drawn as it is; drop {flag} or --base")
     if chunks < 1:
         raise _UsageError(f"--chunks {chunks}: a stage has at least 1")
+    parts = 1 if args.parts is None else args.parts
+    if parts < 1:
+        raise _UsageError(f"--parts {parts}: an activation has at least 1; 1 moves it whole")
     if args.group is not None and chunks == 1:
         raise _UsageError(f"--group {args.group}: only interleaving has groups; add --chunks 2")
     try:
@@ -164,16 +169,18 @@ def _balanced(args: argparse.Namespace) -> tuple[tuple[str, Schedule], tuple[str
             name = f"interleaved 1F1B, {chunks} chunks a stage"
             spec = ScheduleSpec("interleaved", args.pp, args.microbatches, chunks, args.group)
         stock = make(spec)
-        balanced = make(replace(spec, balanced=True, budget=args.budget))
+        balanced = make(replace(spec, balanced=True, budget=args.budget, parts=parts))
     except BudgetError as error:
         raise _UsageError(
             f"--budget {quantity(error.budget)} is too small for --pp {args.pp} --microbatches "
-            f"{args.microbatches} --chunks {chunks}; use --budget {quantity(error.least)} or more"
+            f"{args.microbatches} --chunks {chunks} --parts {parts}; use --budget "
+            f"{quantity(error.least)} or more"
         ) from None
     except ValueError as error:
         raise _UsageError(f"--chunks {chunks}: {error}") from None
     assert balanced.budget is not None, "balance sets it"
-    title = f"BPipe on {name}, budget {quantity(balanced.budget)}"
+    how = f", in {parts} parts" if parts > 1 else ""
+    title = f"BPipe on {name}, budget {quantity(balanced.budget)}{how}"
     return (name, stock), (title, balanced)
 
 

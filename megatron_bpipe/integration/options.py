@@ -13,6 +13,7 @@ from megatron_bpipe.schedule.bases.catalogue import EXECUTED
 
 TRANSPORTS = (AUTO, *SPECS)
 PAPER, MEASURED = "paper", "measured"
+DEFAULT_PARTS = 1
 PLACEMENTS = ("pair-adjacent", "megatron")
 
 
@@ -27,6 +28,7 @@ class Options:
         balance: `PAPER`: stages x and p-1-x are pairs, every stage within ``budget``; `MEASURED`:
             the first iteration shows every stage's bytes, and they decide from the second on.
         memory_limit: bytes that no GPU may exceed, for `MEASURED`; None: as few as can be.
+        parts: in how many an activation leaves and returns; 1: whole.
         schedule: one of ``schedule.bases.catalogue.EXECUTED``; None: Megatron's own.
         transport: one of `TRANSPORTS`.
         placement: one of `PLACEMENTS`.
@@ -42,6 +44,7 @@ class Options:
     budget: float | None = None
     balance: str = PAPER
     memory_limit: int | None = None
+    parts: int = 1
     schedule: str | None = None
     transport: str = AUTO
     placement: str = "pair-adjacent"
@@ -65,6 +68,7 @@ class Options:
             budget=args.bpipe_budget,
             balance=args.bpipe_balance,
             memory_limit=args.bpipe_memory_limit,
+            parts=args.bpipe_parts,
             schedule=args.bpipe_schedule,
             transport=args.bpipe_transport,
             placement=args.bpipe_placement,
@@ -115,6 +119,15 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         help="With --bpipe-balance measured: move the fewest bytes with which every GPU stays "
         "within SIZE (for example 76GiB); host memory takes what no GPU has room for.",
+    )
+    group.add_argument(
+        "--bpipe-parts",
+        type=int,
+        default=DEFAULT_PARTS,
+        metavar="U",
+        help="In how many parts an activation leaves and returns, early layers first out and last "
+        "back: less travels at the same budget, smaller budgets can be kept; 1 moves it whole, as "
+        f"the paper does (default {DEFAULT_PARTS}).",
     )
     group.add_argument(
         "--bpipe-schedule",

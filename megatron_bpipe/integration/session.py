@@ -78,7 +78,7 @@ class Session:
     _written: bool = False
     _stage: int | None = None
 
-    def observe(self, group: Any, models: Sequence[torch.nn.Module]) -> None:
+    def observe(self, group: Any, models: Sequence[torch.nn.Module], parts: int = 1) -> None:
         """An iteration begins on the stage that this rank is in ``group``; let the recorder look.
 
         All there is to do where Megatron's own schedule runs.
@@ -97,7 +97,7 @@ class Session:
         if pipeline is not None:
             kept |= pipeline.versions.storages()
         goes_on = pipeline is not None and pipeline.carries
-        self.recorder.begin(kept, len(models), goes_on=goes_on)
+        self.recorder.begin(kept, len(models), parts, goes_on=goes_on)
 
     def follow(self, group: Any) -> None:
         """Keep what belongs to this pipeline's process group, drop what belongs to another."""
@@ -144,7 +144,7 @@ class Session:
         ``flops`` gives those of one micro-batch's forward, if they are known; ``sizes_vary`` says
         whether micro-batches may differ in how much they save.
         """
-        self.observe(group, models)
+        self.observe(group, models, plan.parts)
         assert self._group is not None
         if self.pools is not None and self.plan is not None and self.plan.loans != plan.loans:
             self.drop()  # other pairs from here on
@@ -236,6 +236,7 @@ class Session:
         totals = store.totals if store is not None else None
         transport = store.transport if store is not None else None
         pool = lent.pool_bytes if lent is not None else 0
+        grain = self.plan.grain if self.plan is not None else seen.chunks
         stage = StageReport(
             stage=seen.stage,
             rank=seen.rank,
@@ -243,9 +244,7 @@ class Session:
             own_microbatches=seen.peaks.microbatches,
             pool_bytes=pool,
             pool_slots=(
-                microbatches(pools.peak_slots_lent, seen.chunks)
-                if pools is not None and pool
-                else 0
+                microbatches(pools.peak_slots_lent, grain) if pools is not None and pool else 0
             ),
             hosted_bytes=transport.hosted_bytes if transport is not None else 0,
             spilled_bytes=transport.spilled_bytes if transport is not None else 0,
@@ -312,6 +311,7 @@ class Session:
                 bpipe=self.options.bpipe,
                 budget=self.plan.budget if self.plan is not None else None,
                 schedule=self.plan.name if self.plan is not None else None,
+                parts=self.plan.parts if self.plan is not None else 1,
                 written=datetime.now(UTC).isoformat(timespec="seconds"),
                 flags=sys.argv[1:],
                 packages=package_versions(),

@@ -135,6 +135,7 @@ class StagePools:
             request=request,
             pool_of=plan.pool_bytes,
             chunks=plan.chunks,
+            parts=plan.parts,
             keep_local=self.options.keep_local,
             on_load=recorder.loaded if recorder is not None else None,
             sizes=dict(sizes),

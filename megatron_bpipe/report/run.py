@@ -97,13 +97,14 @@ class RunReport:
     written: str = ""
     flags: Sequence[str] = ()
     packages: Mapping[str, str] = field(default_factory=dict)
+    parts: int = 1
     version: int = VERSION
 
     def text(self) -> str:
         """The JSON text: indented, each iteration's times and losses on one line."""
         document = asdict(self) | {"stages": [stage.document() for stage in self.stages]}
-        order = [*("version", "written", "bpipe", "budget", "p", "m", "v", "schedule", "flags")]
-        order += ["transport", "packages", "stages", "iterations", "losses"]
+        order = [*("version", "written", "bpipe", "budget", "parts", "p", "m", "v")]
+        order += ["schedule", "flags", "transport", "packages", "stages", "iterations", "losses"]
         parts = []
         for name in order:
             value = document[name]
@@ -145,13 +146,15 @@ def merge(
     bpipe: bool,
     budget: float | None,
     schedule: str | None = None,
+    parts: int = 1,
     written: str,
     flags: Sequence[str],
     packages: Mapping[str, str],
 ) -> RunReport:
     """One document from all ranks: of each stage the rank with the highest peak.
 
-    ``schedule`` is its name in the catalogue, None for Megatron's own.
+    ``schedule`` is its name in the catalogue, None for Megatron's own; ``parts`` in how many an
+    activation travelled.
     """
     m, v = max(rank.microbatches for rank in ranks), max(rank.chunks for rank in ranks)
     p = 1 + max(rank.stage.stage for rank in ranks)
@@ -176,4 +179,5 @@ def merge(
         written=written,
         flags=tuple(flags),
         packages=packages,
+        parts=parts,
     )

@@ -5,7 +5,7 @@ Views of one storage share one `Block`, and are rebuilt with their exact offset,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 from weakref import ReferenceType, ref
@@ -44,6 +44,7 @@ class Block:
     high: int
     shift: int = 0  # bytes cut off in front when the block came back smaller than it left
     nbytes: int = 0  # of a storage that is emptied in place
+    fetch: Callable[[], None] | None = None  # brings it back, while it is away
 
     def bytes_view(self) -> torch.Tensor:
         """The covered bytes as a flat uint8 tensor on the block's storage."""
@@ -130,13 +131,15 @@ def lay_out(blocks: Sequence[Block]) -> Layout:
 
 
 def unpack(view: View) -> torch.Tensor:
-    """The saved tensor, on the memory where its block is now.
+    """The saved tensor, on the memory where its block is now; waits for one on its way back.
 
     Raises:
         IllegalMoveError: it is not in local memory.
         ModifiedInPlaceError: it stayed, and was changed since it was captured.
     """
     block = view.block
+    if block.fetch is not None:
+        block.fetch()
     if not block.is_here:
         raise IllegalMoveError(
             f"the backward asked for a tensor saved by {view.node} that is not in local memory"

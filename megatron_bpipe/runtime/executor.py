@@ -11,19 +11,25 @@
 
 The list decides everything: order, overlap and what leaves. Messages that are posted together come
 as one group (`schedule.lowering.batches`); whichever schedule the list is of, it runs here.
+
+A backward that is written part by part is one call of the stage. What stands between its parts is
+done from within, when the backward reaches the next part (`steps`), or asks for something of it.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol
 
+from megatron_bpipe.runtime.graph import roots_of
+from megatron_bpipe.runtime.steps import on_reaching
 from megatron_bpipe.runtime.store import ActivationStore
 from megatron_bpipe.runtime.transport import AcceptorEnd, TransferHandle
 from megatron_bpipe.schedule.lowering.lower import batches
-from megatron_bpipe.schedule.ops import MESSAGES, Kind, Op
+from megatron_bpipe.schedule.ops import MESSAGES, ActivationKey, Kind, Op
 
 SHOWN_AROUND = 12  # ops before and after a failed one
 
@@ -117,7 +123,14 @@ class ScheduleExecutor:
         self._observers = observers
         self._name = name
         self._ends_empty = ends_empty
-        self._leaving = {op.key for op in ops if op.kind is Kind.EVICT}
+        self._leaving: dict[ActivationKey, set[int]] = {}
+        for op in ops:
+            if op.kind is Kind.EVICT:
+                self._leaving.setdefault(op.key, set()).add(op.moved[1])
+        self._stepped = {op.key for op in ops if op.kind is Kind.BACKWARD and op.part}
+        self._pending: deque[tuple[Op, ...]] = deque()  # inside a backward: what is still to come
+        self._at = 0  # the part it has come to
+        self._computing: tuple[Op, float] | None = None  # that part, since when
         self._last_chunk = max((op.chunk for op in ops), default=0)
         self._moved = 0
         self._handlers: Mapping[Kind, Callable[[Op], object]] = {
@@ -138,23 +151,72 @@ class ScheduleExecutor:
         Raises:
             Exception: whatever an op raised, with a note that names the op and shows the list.
         """
-        for group in batches(self._ops):
-            start = time.perf_counter()
-            self._moved = 0
-            try:
-                with self._range(group):
-                    self._do(group)
-            except Exception as error:
-                error.add_note(self._failure_note(group[0]))
-                raise
-            end = time.perf_counter()
-            for observer in self._observers:
-                for op in group:
-                    observer.op_done(op, start, end, self._moved)
+        if self._store is not None:
+            self._store.fetch_by(lambda key: self._reach(key.part or 0))
+        groups = batches(self._ops)
+        for group in groups:
+            first = group[0]
+            if first.kind is Kind.BACKWARD and first.part:
+                self._backward_in_parts(first, _until_its_end(groups))
+            else:
+                self._run_group(group)
         if self._ends_empty and self._store is not None:
             self._store.check_empty()
         if self._ends_empty and self._acceptor_end is not None:
             self._acceptor_end.finish()
+
+    def _run_group(self, group: Sequence[Op]) -> None:
+        start = time.perf_counter()
+        self._moved = 0
+        with self._noted(group):
+            self._do(group)
+        self._done(group, start)
+
+    def _done(self, group: Sequence[Op], start: float) -> None:
+        end = time.perf_counter()
+        for observer in self._observers:
+            for op in group:
+                observer.op_done(op, start, end, self._moved)
+
+    @contextmanager
+    def _noted(self, group: Sequence[Op]) -> Iterator[None]:
+        """Around an op: its range, and a note on what it raises."""
+        try:
+            with self._range(group):
+                yield
+        except Exception as error:
+            if not getattr(error, "__notes__", None):  # an op inside this one has told already
+                error.add_note(self._failure_note(group[0]))
+            raise
+
+    def _backward_in_parts(self, first: Op, rest: Iterator[tuple[Op, ...]]) -> None:
+        """One backward, and what stands between its parts from within it."""
+        self._pending.extend(rest)
+        self._at = first.moved[1]
+        self._computing = first, time.perf_counter()
+        with self._noted([first]):
+            self._stage.backward(first)
+        self._reach(0)
+        self._part_over()
+        if self._store is not None:
+            self._store.consume(first.key)
+
+    def _reach(self, part: int) -> None:
+        """The backward has come to this part: do what stands before it."""
+        while self._at > part:
+            group = self._pending.popleft()
+            self._part_over()
+            if group[0].kind is Kind.BACKWARD:
+                self._at = group[0].moved[1]
+                self._computing = group[0], time.perf_counter()
+            else:
+                self._run_group(group)
+
+    def _part_over(self) -> None:
+        computing, self._computing = self._computing, None
+        if computing is not None:
+            self._moved = 0
+            self._done([computing[0]], computing[1])
 
     def _range(self, group: Sequence[Op]) -> AbstractContextManager[object]:
         if self._range_of is None:
@@ -179,7 +241,10 @@ class ScheduleExecutor:
         if self._store is not None:
             self._store.measure(op.key, output)
             if op.key in self._leaving:
-                self._store.capture(op.key, output)
+                self._store.capture(op.key, output, self._leaving[op.key])
+            if op.key in self._stepped:
+                seen = self._store.measured[op.chunk if len(self._store.measured) > 1 else 0]
+                on_reaching(roots_of(output), seen.back, self._reach)
 
     def _backward(self, op: Op) -> None:
         self._stage.backward(op)
@@ -191,27 +256,27 @@ class ScheduleExecutor:
 
     def _evict(self, op: Op) -> None:
         assert self._store is not None
-        self._moved = self._store.evict(op.key)
+        self._moved = self._store.evict(*_moved_by(op))
 
     def _evict_wait(self, op: Op) -> None:
         assert self._store is not None
-        self._transfer_over(op, self._store.finish_evict(op.key))
+        self._transfer_over(op, self._store.finish_evict(*_moved_by(op)))
 
     def _load(self, op: Op) -> None:
         assert self._store is not None
-        self._moved = self._store.load(op.key)
+        self._moved = self._store.load(*_moved_by(op))
 
     def _load_wait(self, op: Op) -> None:
         assert self._store is not None
-        self._transfer_over(op, self._store.finish_load(op.key))
+        self._transfer_over(op, self._store.finish_load(*_moved_by(op)))
 
     def _accept(self, op: Op) -> None:
         assert self._acceptor_end is not None
-        self._acceptor_end.of(op.other).accept(op.key)
+        self._acceptor_end.of(op.other).accept(op.part_key)
 
     def _give_back(self, op: Op) -> None:
         assert self._acceptor_end is not None
-        self._acceptor_end.of(op.other).give_back(op.key)
+        self._acceptor_end.of(op.other).give_back(op.part_key)
 
     def _transfer_over(self, op: Op, transfer: TransferHandle) -> None:
         for observer in self._observers:
@@ -228,3 +293,16 @@ class ScheduleExecutor:
             f"bpipe: {self._name} failed at {failed} (micro-batch {failed.key}) of its "
             f"schedule: {before}{' '.join(around)}{after}"
         )
+
+
+def _moved_by(transfer: Op) -> tuple[ActivationKey, int]:
+    """Which part of which activation a transfer is of."""
+    return transfer.key, transfer.moved[1]
+
+
+def _until_its_end(groups: Iterator[tuple[Op, ...]]) -> Iterator[tuple[Op, ...]]:
+    """What comes up to the last part of a backward, that one included."""
+    for group in groups:
+        yield group
+        if group[0].kind is Kind.BACKWARD and group[0].part == 0:
+            return

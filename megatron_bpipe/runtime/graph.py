@@ -34,6 +34,7 @@ from megatron_bpipe.runtime.torch_internals import (
     is_plain,
     read_slots,
     references_of_unshared,
+    sequence_of,
     storage_holders,
     storage_id,
     storage_of,
@@ -62,6 +63,7 @@ class Saved(NamedTuple):
         node: that saved it.
         kept: why it must stay, from what it is alone.
         original: autograd holds this very tensor, not an alias of its own; only if asked for.
+        sequence: autograd's number of the node, the later in the forward the higher.
     """
 
     slot: Slot
@@ -69,6 +71,7 @@ class Saved(NamedTuple):
     node: str
     kept: Kept | None
     original: bool = False
+    sequence: int = 0
 
 
 @dataclass
@@ -82,6 +85,7 @@ class SavedStorage:
     dtype: torch.dtype
     slots: int = 0
     kept: Kept | None = None
+    sequence: int = 0  # the highest of the nodes that saved it
     _aliases: int = 0
     _bases: set[int] = field(default_factory=set)
     _originals: dict[int, list[torch.Tensor]] = field(default_factory=dict)
@@ -152,6 +156,7 @@ def saved_graph(roots: Sequence[Node], parameters: Collection[int] = ()) -> Save
                 found[storage_id(storage)] = entry
             entry.add(part, original=saved.original)
             entry.kept = entry.kept or saved.kept
+            entry.sequence = max(entry.sequence, saved.sequence)
     saved = part = storage = None  # type: ignore[assignment]  # they would count as holders
     for key, entry in found.items():
         if entry.kept is None and key in parameters:
@@ -185,14 +190,15 @@ def nodes_below(roots: Sequence[Node]) -> Iterator[Node]:
 def saved_tensors(roots: Sequence[Node], *, originals: bool = False) -> Iterator[Saved]:
     """Every tensor saved below ``roots``, each slot once, in a fixed order."""
     for node in nodes_below(roots):
-        name = node.name()
+        name, number = node.name(), sequence_of(node)
         for reading in read_slots(node, originals=originals):
             slot, value, hooked, changed, original = reading
             if hooked or changed:
                 tensor = value if isinstance(value, torch.Tensor) else None
-                yield Saved(slot, tensor, name, Kept.HOOKED if hooked else Kept.CHANGED)
+                kept = Kept.HOOKED if hooked else Kept.CHANGED
+                yield Saved(slot, tensor, name, kept, sequence=number)
             elif isinstance(value, torch.Tensor):
-                yield Saved(slot, value, name, why_kept(value), original)
+                yield Saved(slot, value, name, why_kept(value), original, number)
 
 
 def why_kept(tensor: torch.Tensor) -> Kept | None:

@@ -4,6 +4,7 @@ No other module touches such a name. `probe` tries each of them on small graphs 
 a torch that changed one is found by ``doctor`` and before training, not by a wrong gradient.
 
     _raw_saved_*, _saved_*     what a node of the autograd graph saved, slot by slot
+    _sequence_nr               how late in its forward a node was made
     _cdata                     identity of a tensor or storage, whatever Python object wraps it
     _storage_Use_Count         how many hold a storage
     _use_count                 how many hold a tensor from C++ (torch 2.9)
@@ -63,6 +64,11 @@ class _HookedError(Exception):
 # whatever its methods close over
 _names: WeakKeyDictionary[type, tuple[tuple[str, str], ...]] = WeakKeyDictionary()
 _looking = False
+
+
+def sequence_of(node: Node) -> int:
+    """How late in its forward a node was made: a backward runs them from high numbers to low."""
+    return int(node._sequence_nr())
 
 
 def storage_id(storage: torch.UntypedStorage) -> int:

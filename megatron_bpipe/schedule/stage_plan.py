@@ -9,7 +9,7 @@ from functools import lru_cache
 from megatron_bpipe.schedule.bases.catalogue import ScheduleSpec, make
 from megatron_bpipe.schedule.handshake import check_handshake
 from megatron_bpipe.schedule.lowering.lower import lower
-from megatron_bpipe.schedule.ops import ActivationKey, Kind, Loan, Op, quantity
+from megatron_bpipe.schedule.ops import Kind, Loan, Op, PartKey, quantity
 from megatron_bpipe.schedule.programs import check_deadlock
 from megatron_bpipe.schedule.validation.occupancy import loans_of, remote_bytes
 from megatron_bpipe.schedule.validation.validate import validate
@@ -88,10 +88,12 @@ class StagePlan:
         return remote_bytes(ops, sizes)
 
     @property
-    def lender_of(self) -> Mapping[ActivationKey, int]:
+    def lender_of(self) -> Mapping[PartKey, int]:
         """Who keeps each activation that leaves, where the schedule has loans of its own."""
         return {
-            op.key: op.other for op in self.ops if op.kind is Kind.EVICT and op.other is not None
+            op.part_key: op.other
+            for op in self.ops
+            if op.kind is Kind.EVICT and op.other is not None
         }
 
 

@@ -17,7 +17,8 @@ evictor's line what leaves (E) and what comes back (L) beside the computation ab
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby
 
 from megatron_bpipe.schedule.ops import Kind, Op, Schedule, microbatches, quantity
 from megatron_bpipe.schedule.programs import times
@@ -82,21 +83,22 @@ def draw(schedule: Schedule, width: int | None = None) -> str:
     """
     over = times(schedule)
     end = max((line[-1] for line in over if line), default=0)
-    rows = [_Row("time", {time: str(time) for time in range(end)}, "")]
+    columns = -(-end // schedule.parts)  # each as long as a whole computation
+    rows = [_Row("time", {time: str(time) for time in range(columns)}, "")]
     for stage, (line, line_over) in enumerate(zip(schedule.stages, over, strict=True)):
         most = quantity(microbatches(_most(schedule, stage), schedule.grain))
-        rows += _stage_rows(f"{stage}: max {most}", line, line_over)
+        rows += _stage_rows(f"{stage}: max {most}", line, line_over, schedule.parts)
     label = max(len(row.label) for row in rows)
     cell = 1 + max((len(text) for row in rows for text in row.cells.values()), default=0)
-    shown = end if width is None else max(1, min(end, (width - label) // cell))
+    shown = columns if width is None else max(1, min(columns, (width - label) // cell))
     lines = [_title(schedule)]
     for row in rows:
         texts = (row.cells.get(time, row.idle) for time in range(shown))
         lines.append((row.label.ljust(label) + "".join(t.rjust(cell) for t in texts)).rstrip())
     if len(rows) > 1 + schedule.p:
         lines.append("E evicts, L loads beside the computation above it")
-    if shown < end:
-        lines.append(f"(cut to fit: times 0 to {shown - 1} of 0 to {end - 1})")
+    if shown < columns:
+        lines.append(f"(cut to fit: times 0 to {shown - 1} of 0 to {columns - 1})")
     return "\n".join(lines)
 
 
@@ -109,21 +111,36 @@ class _Row:
     idle: str
 
 
-def _stage_rows(label: str, line: Sequence[Op], over: Sequence[int]) -> list[_Row]:
+def _stage_rows(label: str, line: Sequence[Op], over: Sequence[int], parts: int) -> list[_Row]:
     """A stage's computations, then its evictions and loads if it has any."""
-    cells: dict[Kind, dict[int, str]] = {Kind.FORWARD: {}, Kind.EVICT: {}, Kind.LOAD: {}}
+    computed: dict[int, str] = {}
+    moved: dict[Kind, dict[int, list[Op]]] = {Kind.EVICT: {}, Kind.LOAD: {}}
     waiting: list[Op] = []
     for op, end in zip(line, over, strict=True):
         if op.kind.computation:
-            cells[Kind.FORWARD][end - 1] = str(op)
+            column = (end - 1) // parts
+            computed[column] = str(replace(op, part=None))
             for transfer in waiting:
-                here = cells[transfer.kind]
-                here[end - 1] = here.get(end - 1, "") + str(transfer)
+                moved[transfer.kind].setdefault(column, []).append(transfer)
             waiting.clear()
         elif op.kind is Kind.EVICT or op.kind is Kind.LOAD:
             waiting.append(op)
-    transfers = [_Row("", cells[kind], "") for kind in (Kind.EVICT, Kind.LOAD) if cells[kind]]
-    return [_Row(label, cells[Kind.FORWARD], "."), *transfers]
+    transfers = [
+        _Row("", {column: _together(ops, parts) for column, ops in cells.items()}, "")
+        for cells in moved.values()
+        if cells
+    ]
+    return [_Row(label, computed, "."), *transfers]
+
+
+def _together(transfers: Sequence[Op], parts: int) -> str:
+    """Transfers of one cell: ``E1/0-2`` for parts 0, 1 and 2, ``E1`` for all."""
+    texts: list[str] = []
+    for whole, ops in groupby(transfers, lambda op: replace(op, part=None)):
+        numbers = [op.part for op in ops if op.part is not None]
+        named = "" if len(numbers) in (0, parts) else f"/{numbers[0]}"
+        texts.append(f"{whole}{named}" + (f"-{numbers[-1]}" if named and len(numbers) > 1 else ""))
+    return "".join(texts)
 
 
 def _most(schedule: Schedule, stage: int) -> int:
@@ -136,6 +153,9 @@ def _title(schedule: Schedule) -> str:
     if schedule.budget is not None:
         parts.append(f"budget {quantity(schedule.budget)}")
     evictions = sum(op.kind is Kind.EVICT for line in schedule.stages for op in line)
-    if evictions:
+    if evictions and schedule.parts == 1:
         parts.append(f"{evictions} evictions")
+    elif evictions:
+        moved = quantity(microbatches(evictions, schedule.grain))
+        parts.append(f"{moved} micro-batches evicted in {schedule.parts} parts each")
     return ", ".join(parts)

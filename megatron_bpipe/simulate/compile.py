@@ -134,7 +134,7 @@ def _line_steps(
 ) -> list[Step]:
     line = schedule.stages[stage]
     seconds = _compute_seconds(line, costs)
-    started: dict[tuple[Kind, Activation], int] = {}
+    started: dict[tuple[Kind, tuple[Activation, int]], int] = {}
     labelled = schedule.labelled
     needed = _receives_of(line) if labelled else {}
     out: list[Step] = []
@@ -145,10 +145,11 @@ def _line_steps(
         size = 1
         if kind in seconds:
             receive = needed.get((kind, op.activation))
-            if receive is not None:
+            if receive is not None and op.part in (None, schedule.parts - 1):
                 out.append((MESSAGE, receive, (numbers.number(line[receive], stage),)))
             table = seconds[kind]
-            out.append((COMPUTE, index, table[op.chunk if op.chunk < len(table) else -1]))
+            whole = table[op.chunk if op.chunk < len(table) else -1]
+            out.append((COMPUTE, index, whole if op.part is None else whole / schedule.parts))
         elif kind in MESSAGES:
             if labelled and kind in _RECEIVES:
                 out.append((NOTHING, index, None))
@@ -158,13 +159,13 @@ def _line_steps(
             ends = tuple(numbers.number(line[index + k], stage) for k in range(size))
             out.append((MESSAGE, index, ends))
         elif kind is Kind.EVICT or kind is Kind.LOAD:
-            started[kind, op.activation] = len(jobs)
+            started[kind, op.moved] = len(jobs)
             out.append((START, index, len(jobs)))
             jobs.append(_job(schedule, stage, index, op, costs, network))
         elif kind is Kind.EVICT_WAIT:
-            out.append((WAIT, index, started[Kind.EVICT, op.activation]))
+            out.append((WAIT, index, started[Kind.EVICT, op.moved]))
         elif kind is Kind.LOAD_WAIT:
-            out.append((WAIT, index, started[Kind.LOAD, op.activation]))
+            out.append((WAIT, index, started[Kind.LOAD, op.moved]))
         else:
             out.append((NOTHING, index, None))
         index += size
@@ -201,4 +202,5 @@ def _job(
         other = partner(stage, schedule.p)
         assert other is not None, "validate refuses E on a stage without partner"
         path = network.path(stage, other) if out else network.path(other, stage)
-    return Job(stage, index, op, path, costs.evict if out else costs.load, costs.moved)
+    fixed = costs.evict if out else costs.load
+    return Job(stage, index, op, path, fixed / schedule.parts, costs.moved // schedule.parts)

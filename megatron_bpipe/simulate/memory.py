@@ -5,8 +5,10 @@ that the schedule keeps and once for each direction whose layers the stage has. 
 is there all the time too, for the most activations its partner ever has in it.  An activation is
 allocated when its forward begins and freed when its backward ends (where the backward is split,
 what W needs of it stays until W is over); on an evictor it is freed when EW is over and allocated
-again when L begins.  While a transfer runs its bytes are counted as in flight, on the stage whose
-activation it is; the acceptor's side of it lies in the pool.
+again when L begins.  Where an activation travels in parts each of them is an equal share of it,
+and a backward that is written part by part frees one after the other.  While a transfer runs its
+bytes are counted as in flight, on the stage whose activation it is; the acceptor's side of it lies
+in the pool.
 
 Units: bytes; seconds from the start.
 """
@@ -88,7 +90,7 @@ def memory_steps(simulation: Simulation, sizes: Sequence[StageBytes]) -> list[St
         line = schedule.stages[stage]
         other = partner(stage, schedule.p)
         slots = lent_slots(schedule, stage)
-        pool = slots * _moved(sizes[other], 0) if other is not None else 0
+        pool = slots * _moved(sizes[other], 0) // schedule.parts if other is not None else 0
         copies = len({op.direction for op in line if op.chunk == 0 and op.kind is Kind.FORWARD})
         out.append(
             StageMemory(
@@ -103,17 +105,17 @@ def memory_steps(simulation: Simulation, sizes: Sequence[StageBytes]) -> list[St
 
 
 def lent_slots(schedule: Schedule, stage: int) -> int:
-    """Most activations of a chunk that this stage's partner ever keeps on it."""
+    """Most units (activations of a chunk, or parts) that this stage's partner ever keeps on it."""
     other = partner(stage, schedule.p)
     if other is None or schedule.to_host or other > stage:
         return 0
-    return max(occupancy(schedule.stages[other])[1], default=0)
+    return max(occupancy(schedule.stages[other], schedule.parts)[1], default=0)
 
 
 def _steps(
     simulation: Simulation, stage: int, size: StageBytes
 ) -> tuple[tuple[float, int, int], ...]:
-    line = simulation.schedule.stages[stage]
+    line, parts = simulation.schedule.stages[stage], simulation.schedule.parts
     split = any(op.kind is Kind.WEIGHT for op in line)
     resident = flying = 0
     steps = [(0.0, 0, 0)]
@@ -121,26 +123,30 @@ def _steps(
         kind, time = op.kind, end
         if kind is Kind.FORWARD:
             resident, time = resident + _whole(size, op), start
-        elif kind is Kind.BACKWARD and not split:
-            resident -= _whole(size, op)
         elif kind is Kind.BACKWARD:
-            resident -= _whole(size, op) - _for_weight(size, op)
+            freed = _whole(size, op) - (_for_weight(size, op) if split else 0)
+            resident -= freed if op.part is None else share(freed, op.part, parts)
         elif kind is Kind.WEIGHT:
             resident -= _for_weight(size, op)
         elif kind is Kind.EVICT:
-            moved = _moved(size, op.chunk)
+            moved = share(_moved(size, op.chunk), op.moved[1], parts)
             resident, flying = resident - moved, flying + moved
         elif kind is Kind.EVICT_WAIT:
-            flying -= _moved(size, op.chunk)
+            flying -= share(_moved(size, op.chunk), op.moved[1], parts)
         elif kind is Kind.LOAD:
-            flying += _moved(size, op.chunk)
+            flying += share(_moved(size, op.chunk), op.moved[1], parts)
         elif kind is Kind.LOAD_WAIT:
-            moved = _moved(size, op.chunk)
+            moved = share(_moved(size, op.chunk), op.moved[1], parts)
             resident, flying = resident + moved, flying - moved
         else:
             continue
         steps.append((time, resident, flying))
     return tuple(steps)
+
+
+def share(size: int, part: int, parts: int) -> int:
+    """The bytes of one of ``parts`` equal parts; all of them together are ``size``."""
+    return size * (part + 1) // parts - size * part // parts
 
 
 def _whole(size: StageBytes, op: Op) -> int:

@@ -77,5 +77,5 @@ def waiting_seconds(simulation: Simulation, stage: int) -> float:
 
 
 def live_microbatches(schedule: Schedule) -> list[int]:
-    """Most micro-batches (activations of a chunk, where there are several) on each stage."""
-    return [max(occupancy(line)[0], default=0) for line in schedule.stages]
+    """Most units on each stage: micro-batches, activations of a chunk, or parts of them."""
+    return [max(occupancy(line, schedule.parts)[0], default=0) for line in schedule.stages]

@@ -43,6 +43,14 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="micro-batches that go through a chunk together (default P)",
     )
     parser.add_argument(
+        "--parts",
+        type=int,
+        default=1,
+        metavar="U",
+        help="in how many parts an activation leaves and returns (default 1: whole); a part counts "
+        "1/U of a micro-batch or chunk",
+    )
+    parser.add_argument(
         "--base", metavar="NAME", help=f"another schedule, as it is: {', '.join(CATALOGUE)}"
     )
     parser.add_argument("--stock", action="store_true", help="Megatron's schedule, not balanced")

@@ -12,6 +12,7 @@ _BUDGET = (
     "chunk of V counts 1/V)"
 )
 _CHUNKS = "instead of --base: interleaved 1F1B with so many chunks a stage, balanced"
+_PARTS = "instead of --base: balanced, each activation leaves and returns in so many parts"
 _TP_SHARE = "share of a computation in which tensor-parallel traffic keeps the link busy (0..1)"
 _STAGE_MFU = "MFU of a single stage (default: the re-evaluation's table 5 where it has that run)"
 
@@ -39,6 +40,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add(
         "--group", type=int, metavar="N", help="with --chunks: micro-batches of a group (default P)"
     )
+    add("--parts", type=int, metavar="U", help=_PARTS)
     costs = parser.add_argument_group("costs of one micro-batch on one stage, with units (12ms)")
     costs.add_argument("--forward", metavar="TIME", help="a forward (default 1, without unit)")
     costs.add_argument("--backward", metavar="TIME", help="a backward, W included (default 2)")

@@ -47,6 +47,11 @@ def check_schedule(args: Any, options: Options, count: int | None) -> str | None
     measured = options.balance == MEASURED
     if measured:
         _check_measured(options.schedule)
+    if options.parts < 1:
+        abort(
+            f"--bpipe-parts {options.parts}: an activation has at least 1 part; use 1 to move it "
+            "whole, or leave the flag out"
+        )
     p = args.pipeline_model_parallel_size
     group = getattr(args, "microbatch_group_size_per_vp_stage", None) if chunks > 1 else None
     spec = ScheduleSpec(
@@ -57,7 +62,7 @@ def check_schedule(args: Any, options: Options, count: int | None) -> str | None
     except ValueError:
         return None  # sizes that Megatron itself refuses, in its own words
     held = microbatches(max(peak(line) for line in base.stages), chunks)
-    balanced_spec = replace(spec, balanced=True, budget=options.budget)
+    balanced_spec = replace(spec, balanced=True, budget=options.budget, parts=options.parts)
     try:
         balanced = make(balanced_spec)
     except BudgetError as error:
@@ -67,7 +72,8 @@ def check_schedule(args: Any, options: Options, count: int | None) -> str | None
             return f"nothing to balance: {base.name} is as full on every stage; it runs as it is"
         abort(
             f"--bpipe-budget {quantity(options.budget)} is too small for {p} stages"
-            f"{f' of {chunks} chunks' if chunks > 1 else ''}: the least is "
+            f"{f' of {chunks} chunks' if chunks > 1 else ''}"
+            f"{f', in {options.parts} parts' if options.parts > 1 else ''}: the least is "
             f"{quantity(error.least)}; raise it or leave the flag out (default {_default(spec)})"
         )
     if measured or _evicts(balanced):

@@ -130,8 +130,8 @@ class LiveActivations:
                 new += storage.nbytes()
         return new
 
-    def sample(self) -> tuple[int, int]:
-        """Live bytes, and how many micro-batches have at least half of their bytes alive."""
+    def sample(self, parts: int = 1) -> tuple[int, int]:
+        """Live bytes, and how many units: a unit of ``parts`` counts from half of its bytes on."""
         alive: dict[ActivationKey, int] = {}
         for number, entry in list(self._tracked.items()):
             storage = storage_behind(entry.reference)
@@ -139,7 +139,11 @@ class LiveActivations:
                 del self._tracked[number]
             else:  # what was emptied in place has no bytes now
                 alive[entry.key] = alive.get(entry.key, 0) + storage.nbytes()
-        present = sum(2 * size >= self._totals[i] for i, size in alive.items() if size)
+        present = sum(
+            min(parts, (2 * parts * size + total) // (2 * total))
+            for key, size in alive.items()
+            if size and (total := max(1, self._totals[key]))
+        )
         return sum(alive.values()), present
 
     def bytes_of(self, key: ActivationKey) -> int:

@@ -78,6 +78,7 @@ class Recorder:
     _live: LiveActivations = field(default_factory=LiveActivations)
     _excluded: Collection[int] = ()
     _chunks: int = 1
+    _parts: int = 1
     _baseline: int | None = None
     _peak: Callable[[], int] | None = None
     _begun: float = 0.0
@@ -91,13 +92,21 @@ class Recorder:
         """The allocator's bytes when the last iteration began; None if it cannot say."""
         return self._baseline
 
-    def begin(self, excluded: Collection[int], chunks: int = 1, *, goes_on: bool = False) -> None:
+    def begin(
+        self,
+        excluded: Collection[int],
+        chunks: int = 1,
+        parts: int = 1,
+        *,
+        goes_on: bool = False,
+    ) -> None:
         """A training iteration begins; ``excluded`` storages are not activations.
 
-        ``chunks`` are the stage's model chunks (v): one activation counts 1/v micro-batches.
+        ``chunks`` are the stage's model chunks (v): one activation counts 1/v micro-batches. Where
+        it travels in ``parts``, each of them counts its share of that.
         ``goes_on``: the stage holds activations of the iteration before.
         """
-        self._chunks = chunks
+        self._chunks, self._parts = chunks, parts
         if len(self.iterations) == 1:
             self.peaks = Peaks()
         if not goes_on:
@@ -180,8 +189,8 @@ class Recorder:
         """See `executor.Observer`."""
         present: float
         if op.kind in CHANGES_MEMORY or not self.timeline[-1]:
-            live, count = self._live.sample()
-            present = microbatches(count, self._chunks)
+            live, count = self._live.sample(self._parts)
+            present = microbatches(count, self._chunks * self._parts)
             self.peaks.activation_bytes = max(self.peaks.activation_bytes, live)
             self.peaks.microbatches = max(self.peaks.microbatches, present)
             now = self.allocated() if self._peak is None else None

@@ -13,7 +13,7 @@ from typing import Protocol
 
 import torch
 
-from megatron_bpipe.schedule.ops import ActivationKey
+from megatron_bpipe.schedule.ops import PartKey
 
 
 class TransportError(RuntimeError):
@@ -81,13 +81,13 @@ class NothingToMove:
 class Transport(Protocol):
     """The evictor's end. A micro-batch may have no pieces: nothing leaves, 0 bytes move."""
 
-    def evict(self, key: ActivationKey, pieces: Sequence[torch.Tensor]) -> TransferHandle:
+    def evict(self, key: PartKey, pieces: Sequence[torch.Tensor]) -> TransferHandle:
         """Start to copy ``pieces`` (flat uint8 tensors) out."""
 
-    def load(self, key: ActivationKey, pieces: Sequence[torch.Tensor]) -> TransferHandle:
+    def load(self, key: PartKey, pieces: Sequence[torch.Tensor]) -> TransferHandle:
         """Start to copy a micro-batch back into ``pieces``, same order and sizes as evicted."""
 
-    def release(self, key: ActivationKey) -> None:
+    def release(self, key: PartKey) -> None:
         """Give its room in the pool back; call when its load is over."""
 
     @property
@@ -119,10 +119,10 @@ class AcceptorEnd(Protocol):
     def pool_bytes(self) -> int:
         """Bytes lent now."""
 
-    def accept(self, key: ActivationKey) -> None:
+    def accept(self, key: PartKey) -> None:
         """AC: be ready for an evicted micro-batch; returns at once."""
 
-    def give_back(self, key: ActivationKey) -> None:
+    def give_back(self, key: PartKey) -> None:
         """RT: send it back; returns at once."""
 
     def finish(self) -> None:

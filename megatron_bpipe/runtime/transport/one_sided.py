@@ -18,7 +18,7 @@ from megatron_bpipe.runtime.block import ALIGNMENT, padded
 from megatron_bpipe.runtime.transport.base import NothingToMove, TransferHandle
 from megatron_bpipe.runtime.transport.copies import Copies, Part
 from megatron_bpipe.runtime.transport.pool_allocator import Extent, PoolAllocator
-from megatron_bpipe.schedule.ops import ActivationKey
+from megatron_bpipe.schedule.ops import PartKey
 
 LEAST_GROWTH, MOST_GROWTH = 2 * 2**20, 64 * 2**20
 
@@ -60,7 +60,7 @@ class OneSidedTransport:
         self._pool = PoolAllocator()
         self._spilled = 0
 
-    def evict(self, key: ActivationKey, pieces: Sequence[torch.Tensor]) -> TransferHandle:
+    def evict(self, key: PartKey, pieces: Sequence[torch.Tensor]) -> TransferHandle:
         """See `Transport`.
 
         Raises:
@@ -74,14 +74,14 @@ class OneSidedTransport:
         parts = self._parts(extents, pieces)
         return self._copies.start(f"E{key} to {self.pair}", parts, out=True)
 
-    def load(self, key: ActivationKey, pieces: Sequence[torch.Tensor]) -> TransferHandle:
+    def load(self, key: PartKey, pieces: Sequence[torch.Tensor]) -> TransferHandle:
         """See `Transport`."""
         if not pieces:
             return NothingToMove()
         parts = self._parts(self._pool.taken[key], pieces)
         return self._copies.start(f"L{key} from {self.pair}", parts, out=False)
 
-    def release(self, key: ActivationKey) -> None:
+    def release(self, key: PartKey) -> None:
         """See `Transport`.
 
         Whoever gets this room next is copied after this load: copies keep their order.
@@ -110,7 +110,7 @@ class OneSidedTransport:
         self._segments.clear()
         self._memory.close()
 
-    def _take(self, key: ActivationKey, size: int) -> list[Extent]:
+    def _take(self, key: PartKey, size: int) -> list[Extent]:
         if not self._segments:
             self._add(self._memory.map())
         missing = self._pool.missing(size)

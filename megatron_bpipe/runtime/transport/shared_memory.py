@@ -23,7 +23,7 @@ from megatron_bpipe.runtime.transport.host.limits import one_at_a_time
 from megatron_bpipe.runtime.transport.host.memory import check_available, no_memory
 from megatron_bpipe.runtime.transport.one_sided import OneSidedTransport
 from megatron_bpipe.runtime.transport.pair.rendezvous import PairRendezvous
-from megatron_bpipe.schedule.ops import ActivationKey
+from megatron_bpipe.schedule.ops import PartKey
 
 
 class SharedMemoryAcceptor:
@@ -52,10 +52,10 @@ class SharedMemoryAcceptor:
         """Bytes of the file now, the evictor's extensions included."""
         return os.fstat(self._descriptor).st_size
 
-    def accept(self, key: ActivationKey) -> None:
+    def accept(self, key: PartKey) -> None:
         """Nothing to do: the evictor writes by itself."""
 
-    def give_back(self, key: ActivationKey) -> None:
+    def give_back(self, key: PartKey) -> None:
         """Nothing to do: the evictor reads by itself."""
 
     def finish(self) -> None:

@@ -21,7 +21,7 @@ import torch
 
 from megatron_bpipe.runtime.transport.base import TransportError
 from megatron_bpipe.runtime.transport.worker import Job, Worker
-from megatron_bpipe.schedule.ops import ActivationKey
+from megatron_bpipe.schedule.ops import PartKey
 
 MOST_PIECES = 4096
 EVICTOR, ACCEPTOR = 0, 1  # ranks in the pair's group
@@ -40,9 +40,9 @@ class TwoSidedTransport:
     def __init__(self, group: Any, pair: str, deadline: float) -> None:
         self._group, self._pair = group, pair
         self._worker = Worker(deadline)
-        self._sizes: dict[ActivationKey, int] = {}
+        self._sizes: dict[PartKey, int] = {}
 
-    def evict(self, key: ActivationKey, pieces: Sequence[torch.Tensor]) -> Job:
+    def evict(self, key: PartKey, pieces: Sequence[torch.Tensor]) -> Job:
         """See `Transport`."""
         pieces = list(pieces)
         if len(pieces) > MOST_PIECES:
@@ -60,7 +60,7 @@ class TwoSidedTransport:
 
         return self._worker.start(f"E{key} to {self._pair}", send)
 
-    def load(self, key: ActivationKey, pieces: Sequence[torch.Tensor]) -> Job:
+    def load(self, key: PartKey, pieces: Sequence[torch.Tensor]) -> Job:
         """See `Transport`."""
         pieces = list(pieces)
 
@@ -69,7 +69,7 @@ class TwoSidedTransport:
 
         return self._worker.start(f"L{key} from {self._pair}", receive)
 
-    def release(self, key: ActivationKey) -> None:
+    def release(self, key: PartKey) -> None:
         """See `Transport`; the acceptor freed the memory when it had sent it back."""
         del self._sizes[key]
 
@@ -106,8 +106,8 @@ class TwoSidedAcceptor:
         self._device = device
         self._worker = Worker(deadline)
         self._free: list[torch.Tensor] = []
-        self._held: dict[ActivationKey, list[torch.Tensor]] = {}
-        self._memory: dict[ActivationKey, torch.Tensor] = {}
+        self._held: dict[PartKey, list[torch.Tensor]] = {}
+        self._memory: dict[PartKey, torch.Tensor] = {}
         self._jobs: list[Job] = []
 
     @property
@@ -115,7 +115,7 @@ class TwoSidedAcceptor:
         """All memory that lies here for the partner."""
         return sum(m.numel() for m in [*self._free, *self._memory.values()])
 
-    def accept(self, key: ActivationKey) -> None:
+    def accept(self, key: PartKey) -> None:
         """AC: be ready for an evicted micro-batch."""
 
         def receive() -> None:
@@ -129,7 +129,7 @@ class TwoSidedAcceptor:
 
         self._start(f"AC{key} of {self._pair}", receive)
 
-    def give_back(self, key: ActivationKey) -> None:
+    def give_back(self, key: PartKey) -> None:
         """RT: send it back."""
 
         def send() -> None:

@@ -10,11 +10,11 @@ are known.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from megatron_bpipe.schedule.ops import UP, Kind, Op, partner
-from megatron_bpipe.simulate.memory import StageBytes, lent_slots, memory_steps
+from megatron_bpipe.simulate.memory import StageBytes, lent_slots, memory_steps, share
 from megatron_bpipe.simulate.result import Simulation, bubble_ratio
 
 
@@ -144,17 +144,27 @@ def move_of(
     leaves = op.kind in (Kind.EVICT, Kind.EVICT_WAIT)
     source, target = (stage, other) if leaves else (other, stage)
     kind = Kind.EVICT if leaves else Kind.LOAD
-    name = str(Op(kind, op.microbatch, op.chunk, op.direction))
+    name = str(Op(kind, op.microbatch, op.chunk, op.direction, part=op.part))
     return Move(name, kind.value, op.microbatch, source, target, *span, size)
 
 
+def whole_boxes(stage: int, computed: Iterable[tuple[Op, float, float]]) -> Iterator[Box]:
+    """The boxes of a stage's computations; a backward that ran part by part is one box."""
+    begun: float | None = None
+    for op, start, end in computed:
+        if op.kind.computation:
+            begun = start if begun is None else begun
+            if not op.part:
+                yield box_of(replace(op, part=None), stage, begun, end)
+                begun = None
+
+
 def _boxes(simulation: Simulation) -> list[Box]:
-    return [
-        box_of(op, stage, simulation.starts[stage][n], simulation.ends[stage][n])
-        for stage, line in enumerate(simulation.schedule.stages)
-        for n, op in enumerate(line)
-        if op.kind.computation
-    ]
+    boxes: list[Box] = []
+    for stage, line in enumerate(simulation.schedule.stages):
+        times = zip(line, simulation.starts[stage], simulation.ends[stage], strict=True)
+        boxes += whole_boxes(stage, times)
+    return boxes
 
 
 def _moves(simulation: Simulation, sizes: Sequence[StageBytes] | None) -> list[Move]:
@@ -165,6 +175,7 @@ def _moves(simulation: Simulation, sizes: Sequence[StageBytes] | None) -> list[M
         if sizes is not None:
             here = sizes[stage]
             size = here.activation[0] if here.moved is None else here.moved
+            size = share(size, op.moved[1], schedule.parts)
         span = (transfer.start, transfer.end)
         out.append(move_of(op, stage, schedule.to_host, schedule.p, span, size))
     return out
@@ -173,8 +184,9 @@ def _moves(simulation: Simulation, sizes: Sequence[StageBytes] | None) -> list[M
 def _curves(simulation: Simulation, sizes: Sequence[StageBytes] | None) -> list[Curve]:
     schedule = simulation.schedule
     chunks = schedule.chunks
-    unit = 1 / chunks if sizes is None else 1.0
-    given = (StageBytes((1,)),) * schedule.p if sizes is None else tuple(sizes)
+    # without sizes a micro-batch of a whole stage is as many as there are units in it
+    unit = 1 / schedule.grain if sizes is None else 1.0
+    given = (StageBytes((schedule.parts,)),) * schedule.p if sizes is None else tuple(sizes)
     curves = []
     for stage, memory in enumerate(memory_steps(simulation, given)):
         constant = (
@@ -188,7 +200,7 @@ def _curves(simulation: Simulation, sizes: Sequence[StageBytes] | None) -> list[
         if schedule.budget is not None:
             activations = given[stage].activation
             whole = sum(activations[min(chunk, len(activations) - 1)] for chunk in range(chunks))
-            own = schedule.budget - lent_slots(schedule, stage) / chunks
+            own = schedule.budget - lent_slots(schedule, stage) / schedule.grain
             budget = unit * (memory.constant + own * whole)
         curves.append(Curve(stage, tuple((n, v) for n, v in constant if v), steps, budget))
     return curves

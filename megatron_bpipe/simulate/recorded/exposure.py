@@ -47,16 +47,16 @@ def exposures(recording: Recording) -> list[Exposure]:
 
 
 def _of(stage: int, line: Sequence[Seen], kind: Kind, wait: Kind) -> Exposure | None:
-    begun: dict[tuple[int, int, bool], tuple[float, float, int]] = {}  # end of E, computed, bytes
+    begun: dict[object, tuple[float, float, int]] = {}  # by what moves: end of E, computed, bytes
     computed = 0.0
     copies: list[tuple[float, float, float, int, str]] = []
     for seen in line:
         if seen.op.kind.computation:
             computed += seen.end - seen.start
         elif seen.op.kind is kind:
-            begun[seen.op.activation] = (seen.end, computed, seen.size)
-        elif seen.op.kind is wait and seen.copy is not None and seen.op.activation in begun:
-            asked, before, size = begun.pop(seen.op.activation)
+            begun[seen.op.moved] = (seen.end, computed, seen.size)
+        elif seen.op.kind is wait and seen.copy is not None and seen.op.moved in begun:
+            asked, before, size = begun.pop(seen.op.moved)
             beside, copy = computed - before, seen.copy[1] - seen.copy[0]
             exposed = max(0.0, seen.exposed or 0.0)
             copies.append((exposed, copy, beside, size, _why(seen, asked, copy, beside)))

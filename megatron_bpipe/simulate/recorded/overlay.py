@@ -48,5 +48,6 @@ def _schedule(recording: Recording) -> Schedule:
             group if run.v > 1 else None,
             balanced=run.budget is not None,
             budget=run.budget,
+            parts=run.parts,
         )
     )

@@ -20,10 +20,10 @@ from megatron_bpipe.simulate.draw.picture import (
     Curve,
     Move,
     Panel,
-    box_of,
     memory_text,
     move_of,
     time_text,
+    whole_boxes,
 )
 from megatron_bpipe.simulate.memory import StageBytes
 
@@ -97,14 +97,13 @@ def panel(recording: Recording, title: str) -> Panel:
     p = len(recording.stages)
     units = measured_bytes(recording)
     for stage, events in enumerate(recording.stages):
-        sizes = {event.op.activation: event.size for event in events if event.size}
+        sizes = {event.op.moved: event.size for event in events if event.size}
+        boxes += whole_boxes(stage, ((event.op, event.start, event.end) for event in events))
         to_host = recording.run.stages[stage].transport == "host"
         steps = [(0.0, 0.0, 0.0)]
         for event in events:
-            if event.op.kind.computation:
-                boxes.append(box_of(event.op, stage, event.start, event.end))
             if event.copy is not None:
-                size = sizes.get(event.op.activation, 0)
+                size = sizes.get(event.op.moved, 0)
                 moves.append(move_of(event.op, stage, to_host, p, event.copy, size))
             steps.append((event.end, float(event.live_bytes), 0.0))
         pool = recording.pool_bytes[stage]
@@ -133,13 +132,15 @@ def measured_costs(recording: Recording) -> Costs:
     A message's own time is what the shortest of them took, since all others also waited.
     """
     stages = []
+    parts = recording.run.parts  # costs are those of whole activations
     sends: list[float] = []
     for events in recording.stages:
         took: dict[Kind, list[float]] = {}
         computed: dict[tuple[Kind, int], list[float]] = {}
         for event in events:
             took.setdefault(event.op.kind, []).append(event.end - event.start)
-            computed.setdefault((event.op.kind, event.op.chunk), []).append(event.end - event.start)
+        for box in whole_boxes(0, ((event.op, event.start, event.end) for event in events)):
+            computed.setdefault((Kind(box.kind), box.chunk), []).append(box.end - box.start)
         copies: dict[Kind, list[float]] = {}
         for event in events:
             if event.copy is not None:
@@ -151,8 +152,8 @@ def measured_costs(recording: Recording) -> Costs:
                 forward=_by_chunk(computed, Kind.FORWARD),
                 backward=_by_chunk(computed, Kind.BACKWARD),
                 weight=_by_chunk(computed, Kind.WEIGHT) or (0.0,),
-                evict=statistics.fmean(copies.get(Kind.EVICT_WAIT, [0.0])),
-                load=statistics.fmean(copies.get(Kind.LOAD_WAIT, [0.0])),
+                evict=parts * statistics.fmean(copies.get(Kind.EVICT_WAIT, [0.0])),
+                load=parts * statistics.fmean(copies.get(Kind.LOAD_WAIT, [0.0])),
             )
         )
     return Costs(tuple(stages), send=min(sends, default=0.0))

@@ -26,7 +26,7 @@ from megatron_bpipe.runtime.transport.cuda.streams import StreamCopies
 from megatron_bpipe.runtime.transport.host.own import HostMemory
 from megatron_bpipe.runtime.transport.one_sided import OneSidedTransport
 from megatron_bpipe.runtime.transport.pair.rendezvous import PairRendezvous
-from megatron_bpipe.schedule.ops import ActivationKey
+from megatron_bpipe.schedule.ops import PartKey
 
 GRANULE = 2 * 2**20
 SECONDS_TO_UNMAP = 10.0
@@ -53,10 +53,10 @@ class IpcAcceptor:
         self._address = allocate(self.pool_bytes, device, rendezvous.pair)
         self.offer = json.dumps([driver.share(self._address).hex(), self.pool_bytes])
 
-    def accept(self, key: ActivationKey) -> None:
+    def accept(self, key: PartKey) -> None:
         """Nothing to do: the evictor writes by itself."""
 
-    def give_back(self, key: ActivationKey) -> None:
+    def give_back(self, key: PartKey) -> None:
         """Nothing to do: the evictor reads by itself."""
 
     def finish(self) -> None:

@@ -33,7 +33,7 @@ from megatron_bpipe.runtime.transport.cuda.streams import (
 )
 from megatron_bpipe.runtime.transport.host.own import HostMemory
 from megatron_bpipe.runtime.transport.one_sided import OneSidedTransport
-from megatron_bpipe.schedule.ops import ActivationKey
+from megatron_bpipe.schedule.ops import PartKey
 
 CHUNK = 32 * 2**20
 STAGES = 2  # chunks packed ahead of the one that is sent
@@ -71,10 +71,10 @@ class NcclTransport:
         self._staging = torch.empty(shape, dtype=torch.uint8, device=device)
         self._sending: list[Any] = [None] * STAGES
         self._spill = OneSidedTransport(pair, HostMemory(pair, 0, device), self._copies)
-        self._spilled: dict[ActivationKey, int] = {}
+        self._spilled: dict[PartKey, int] = {}
         self._spilled_bytes = 0
 
-    def evict(self, key: ActivationKey, pieces: Sequence[torch.Tensor]) -> StreamTransferHandle:
+    def evict(self, key: PartKey, pieces: Sequence[torch.Tensor]) -> StreamTransferHandle:
         """See `Transport`."""
         fitting, rest = divide(pieces, self._slot)
         start = self._copies.begin()
@@ -97,7 +97,7 @@ class NcclTransport:
             self._spill.evict(key, rest)
         return self._copies.end(start, pieces)
 
-    def load(self, key: ActivationKey, pieces: Sequence[torch.Tensor]) -> StreamTransferHandle:
+    def load(self, key: PartKey, pieces: Sequence[torch.Tensor]) -> StreamTransferHandle:
         """See `Transport`."""
         fitting, rest = divide(pieces, self._slot)
         start = self._copies.begin()
@@ -118,7 +118,7 @@ class NcclTransport:
         with torch.cuda.stream(self._copies.stream):
             return self._group.recv([self._staging[i % STAGES][: high - low]], ACCEPTOR, TAG)
 
-    def release(self, key: ActivationKey) -> None:
+    def release(self, key: PartKey) -> None:
         """See `Transport`; the acceptor's slot was free when it had sent it back."""
         if self._spilled.pop(key):
             self._spill.release(key)
@@ -163,7 +163,7 @@ class NcclAcceptor:
         for _ in range(slots):
             self._add_slot()
         self._free = list(range(slots))
-        self._held: dict[ActivationKey, int] = {}
+        self._held: dict[PartKey, int] = {}
         self._under_way: dict[int, list[Any]] = {}  # messages by slot
 
     @property
@@ -171,7 +171,7 @@ class NcclAcceptor:
         """Bytes lent."""
         return self._size * len(self._slots)
 
-    def accept(self, key: ActivationKey) -> None:
+    def accept(self, key: PartKey) -> None:
         """AC: queue the receives; on one communicator they come after earlier sends."""
         if not self._free:  # a later iteration with more micro-batches
             self._add_slot()
@@ -180,7 +180,7 @@ class NcclAcceptor:
         self._wait_for(index)  # what was sent from here
         self._under_way[index] = self._each_chunk(self._group.recv, index)
 
-    def give_back(self, key: ActivationKey) -> None:
+    def give_back(self, key: PartKey) -> None:
         """RT: queue the sends."""
         index = self._held.pop(key)
         self._wait_for(index)

@@ -14,7 +14,7 @@ import torch
 from megatron_bpipe.runtime.transport.copies import copies_on
 from megatron_bpipe.runtime.transport.host.memory import anonymous
 from megatron_bpipe.runtime.transport.one_sided import OneSidedTransport
-from megatron_bpipe.schedule.ops import ActivationKey
+from megatron_bpipe.schedule.ops import PartKey
 
 
 class HostMemory:
@@ -82,10 +82,10 @@ class NoPool:
     pool_bytes = 0
     offer = ""
 
-    def accept(self, key: ActivationKey) -> None:
+    def accept(self, key: PartKey) -> None:
         """Nothing comes."""
 
-    def give_back(self, key: ActivationKey) -> None:
+    def give_back(self, key: PartKey) -> None:
         """Nothing is here."""
 
     def finish(self) -> None:

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 
 from megatron_bpipe.runtime.transport.base import TransferHandle, Transport
-from megatron_bpipe.schedule.ops import ActivationKey
+from megatron_bpipe.schedule.ops import ActivationKey, PartKey
 
 LARGEST = 64 * 2**20
 REPEATS = 3
-SCRATCH = ActivationKey(-1)  # no micro-batch has this number
+SCRATCH = PartKey(ActivationKey(-1))  # no micro-batch has this number
 
 
 @dataclass(frozen=True)

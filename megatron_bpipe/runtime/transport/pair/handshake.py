@@ -47,7 +47,7 @@ from megatron_bpipe.runtime.transport.base import (
 )
 from megatron_bpipe.runtime.transport.pair.negotiate import Pair, open_pair
 from megatron_bpipe.runtime.transport.pair.rendezvous import PairRendezvous
-from megatron_bpipe.schedule.ops import ActivationKey
+from megatron_bpipe.schedule.ops import PartKey
 
 GRACE = 5.0  # seconds
 
@@ -223,7 +223,7 @@ class LentPool:
         self._end, self.early = end, early
         self.transport = ""  # before both ends have agreed
         self._opened: AcceptorEnd | None = None
-        self._kept: list[tuple[Callable[[AcceptorEnd, ActivationKey], None], ActivationKey]] = []
+        self._kept: list[tuple[Callable[[AcceptorEnd, PartKey], None], PartKey]] = []
         self._agent = end.start(self._work)
 
     @property
@@ -248,11 +248,11 @@ class LentPool:
         """Itself: it has one evictor."""
         return self
 
-    def accept(self, key: ActivationKey) -> None:
+    def accept(self, key: PartKey) -> None:
         """See `AcceptorEnd`."""
         self._now_or_later(lambda end, key: end.accept(key), key)
 
-    def give_back(self, key: ActivationKey) -> None:
+    def give_back(self, key: PartKey) -> None:
         """See `AcceptorEnd`."""
         self._now_or_later(lambda end, key: end.give_back(key), key)
 
@@ -275,9 +275,7 @@ class LentPool:
             self._end.closed.set()
             self._agent.add_done_callback(lambda agent: _close(agent, lambda found: found[1]))
 
-    def _now_or_later(
-        self, call: Callable[[AcceptorEnd, ActivationKey], None], key: ActivationKey
-    ) -> None:
+    def _now_or_later(self, call: Callable[[AcceptorEnd, PartKey], None], key: PartKey) -> None:
         if self.early:
             self.open()
         if self._opened is None:

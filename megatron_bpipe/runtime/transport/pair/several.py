@@ -12,7 +12,7 @@ import torch
 from megatron_bpipe.runtime.transport.base import AcceptorEnd, TransferHandle, Transport
 from megatron_bpipe.runtime.transport.host.own import host_transport
 from megatron_bpipe.runtime.transport.pair.handshake import LentPool
-from megatron_bpipe.schedule.ops import ActivationKey
+from megatron_bpipe.schedule.ops import PartKey
 
 
 class LentPools:
@@ -66,7 +66,7 @@ class LentPools:
 
 
 class RoutedTransport:
-    """The evictor's end of several pairs: each activation goes where the schedule says.
+    """The evictor's end of several pairs: each part of one goes where the schedule says.
 
     Args:
         transports: by the stage of the lender.
@@ -74,21 +74,21 @@ class RoutedTransport:
 
     def __init__(self, transports: Mapping[int, Transport]) -> None:
         self._transports = dict(transports)
-        self._lender_of: Mapping[ActivationKey, int] = {}
+        self._lender_of: Mapping[PartKey, int] = {}
 
-    def follow(self, lender_of: Mapping[ActivationKey, int]) -> None:
+    def follow(self, lender_of: Mapping[PartKey, int]) -> None:
         """An iteration begins; ``lender_of`` has everything that will leave in it."""
         self._lender_of = lender_of
 
-    def evict(self, key: ActivationKey, pieces: Sequence[torch.Tensor]) -> TransferHandle:
+    def evict(self, key: PartKey, pieces: Sequence[torch.Tensor]) -> TransferHandle:
         """See `Transport`."""
         return self._of(key).evict(key, pieces)
 
-    def load(self, key: ActivationKey, pieces: Sequence[torch.Tensor]) -> TransferHandle:
+    def load(self, key: PartKey, pieces: Sequence[torch.Tensor]) -> TransferHandle:
         """See `Transport`."""
         return self._of(key).load(key, pieces)
 
-    def release(self, key: ActivationKey) -> None:
+    def release(self, key: PartKey) -> None:
         """See `Transport`."""
         self._of(key).release(key)
 
@@ -112,7 +112,7 @@ class RoutedTransport:
         for one in self._transports.values():
             one.close()
 
-    def _of(self, key: ActivationKey) -> Transport:
+    def _of(self, key: PartKey) -> Transport:
         return self._transports[self._lender_of[key]]
 
 
