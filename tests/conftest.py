@@ -12,6 +12,7 @@ from tests.harness import Megatron
 
 HERE = Path(__file__).parent
 TRAINING = HERE / "training"
+QUICK_STEPS = 4  # where the long tests are left out; what differs does after the first update
 os.environ["OMP_NUM_THREADS"] = "1"
 
 pytest_plugins = ["tests.results_table"]
@@ -36,12 +37,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def megatron(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Megatron]:
+def megatron(
+    tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config
+) -> Iterator[Megatron]:
     """Runs of the real training loop on a dataset of real text."""
     from scripts.examples.prepare_data import write_dataset
 
     folder = tmp_path_factory.mktemp("megatron")
     data = write_dataset(folder / "text", max_bytes=512 * 2**10)
     runs = Megatron(folder, [*data.flags(), "--data-cache-path", str(folder / "cache")])
+    if "not long" in pytestconfig.getoption("markexpr"):
+        runs.steps = QUICK_STEPS
     yield runs
     runs.close()

@@ -77,6 +77,7 @@ class Megatron:
         also: folders with what that one needs and this environment lacks.
         core_only: do not import the training loop; only `script` can be used.
         training_script: what `train` runs.
+        steps: of a training that asks for no other number.
     """
 
     folder: Path
@@ -85,6 +86,7 @@ class Megatron:
     also: tuple[Path, ...] = ()
     core_only: bool = False
     training_script: Path = SCRIPT
+    steps: int = 10
     _fork_server: subprocess.Popen[str] | None = None
     _results: dict[str, Result] = field(default_factory=dict)
 
@@ -93,7 +95,7 @@ class Megatron:
         flags: list[str],
         *,
         world: int = 4,
-        steps: int = 10,
+        steps: int | None = None,
         hooks: list[dict[str, Any]] | None = None,
         timeout: float = 240,
         env: dict[str, str] | None = None,
@@ -108,6 +110,7 @@ class Megatron:
         With ``nodes`` the ranks' environment says that they run on so many. Without ``report``
         there is no memory.json, and nothing that slows a step down.
         """
+        steps = steps or self.steps
         request = {"world": world, "argv": flags, "hooks": hooks or [], "env": env or {}}
         request["nodes"] = nodes
         key = json.dumps(request | {"steps": steps, "report": report})

@@ -6,6 +6,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+
 from tests.harness import Megatron
 
 RANKS = 4
@@ -45,6 +47,14 @@ class Outcome:
     def good(self) -> bool:
         """Equal, and something moved."""
         return self.equal and self.evicted > 0
+
+
+def modes_of(request: pytest.FixtureRequest) -> tuple[str, ...]:
+    """Those that the selected tests of the requesting module ask for."""
+    items = (item for item in request.session.items if item.path == request.path)
+    calls = (getattr(item, "callspec", None) for item in items)
+    asked = {call.params.get("mode") for call in calls if call is not None}
+    return tuple(mode for mode in MODES if mode in asked)
 
 
 def core_loop(

@@ -51,6 +51,7 @@ def main() -> None:
     for line in sys.stdin:
         answers.write(json.dumps(_serve(json.loads(line))) + "\n")
         answers.flush()
+    os._exit(0)  # nothing is left to do but to take all of torch down
 
 
 def use_megatron_of(folder: Path) -> None:

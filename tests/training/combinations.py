@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from tests.harness.models import gpt
+from tests.harness.models import ALLOCATOR, gpt
 
 FUSION = {"call": "tests.harness.rank:gradient_accumulation_fusion", "with": {}}
 DEFERRAL = {"call": "tests.harness.rank:deferral_of_the_output_layer_alone", "with": {}}
@@ -44,7 +44,8 @@ COMBINATIONS = {
     # level 1 puts barriers of all ranks around the schedule
     "pp4 bf16, all timers": Combination(4, four("--bf16", "--timing-log-level", "2"), quick=True),
     "pp4 fp16 with loss scaling": Combination(4, four("--fp16", "--initial-loss-scale", "1024")),
-    "pp8": Combination(8, gpt(8, 9), quick=True),
+    # the runs of measured/test_memory.py too
+    "pp8": Combination(8, gpt(8, 16, hidden=128), [ALLOCATOR], quick=True),
     "pp8 bf16": Combination(8, gpt(8, 9, None, "--bf16")),
     "uneven layers": Combination(
         4,

@@ -117,7 +117,7 @@ def test_one_flipped_bit_is_seen(megatron: Megatron) -> None:
 def test_the_loss_falls(megatron: Megatron) -> None:
     states = megatron.train([*gpt(4), "--bpipe"]).states
     losses = [step["lm loss"] for step in states[-1]["losses"]]
-    assert losses[0] - losses[-1] > 0.5
+    assert losses[0] - losses[-1] > 0.4
 
 
 @pytest.mark.long

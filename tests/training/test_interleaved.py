@@ -54,7 +54,7 @@ COMBINATIONS = {
     "messages not overlapped": Combination(4, four(NO_OVERLAP)),
     "tp2 with sequence parallelism": Combination(8, four(*SEQUENCE_PARALLEL)),
     "dp2 distributed optimizer, both overlaps": Combination(
-        8, four(*DISTRIBUTED_OPTIMIZER, m=24), quick=True
+        8, four(*DISTRIBUTED_OPTIMIZER, m=16), quick=True
     ),
     "dp2, gradient reductions not aligned": Combination(
         8, four(*DISTRIBUTED_OPTIMIZER, "--no-align-grad-reduce", m=24)

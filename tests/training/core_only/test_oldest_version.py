@@ -7,9 +7,11 @@ from collections.abc import Iterator
 import pytest
 
 from tests.harness import Megatron
-from tests.harness.core import MODES, TRANSPORTS, Outcome, core_loop
+from tests.harness.core import MODES, TRANSPORTS, Outcome, core_loop, modes_of
 from tests.harness.overlays import RELEASES, NoOverlay, overlay
 
+# what calls functions that changed since; scripts/version_matrix.py runs all modes on all releases
+QUICK = ("plain", "gradients finalised", "own process groups", "interleaved")
 Outcomes = dict[tuple[str, str], Outcome]
 
 
@@ -25,12 +27,16 @@ def oldest(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Megatron]:
 
 
 @pytest.fixture(scope="module")
-def found(oldest: Megatron, tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
-    return core_loop(oldest, tmp_path_factory.mktemp("core"))
+def found(
+    oldest: Megatron, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Outcomes:
+    return core_loop(oldest, tmp_path_factory.mktemp("core"), modes_of(request))
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "mode", [m if m in QUICK else pytest.param(m, marks=pytest.mark.long) for m in MODES]
+)
 def test_bitwise_equal(found: Outcomes, mode: str, transport: str) -> None:
     assert found[mode, transport].equal
     assert found[mode, transport].evicted > 0

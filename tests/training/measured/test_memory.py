@@ -12,8 +12,8 @@ from tests.harness.models import ALLOCATOR, gpt
 
 def runs(megatron: Megatron, stages: int) -> tuple[Result, Result]:
     flags = gpt(stages, 2 * stages, hidden=128)
-    stock = megatron.train(flags, world=stages, steps=3, hooks=[ALLOCATOR])
-    bpipe = megatron.train([*flags, "--bpipe"], world=stages, steps=3, hooks=[ALLOCATOR])
+    stock = megatron.train(flags, world=stages, hooks=[ALLOCATOR])
+    bpipe = megatron.train([*flags, "--bpipe"], world=stages, hooks=[ALLOCATOR])
     assert stock.ok, stock.logs
     assert bpipe.ok, bpipe.logs
     return stock, bpipe
