@@ -26,6 +26,14 @@ SGD = ["--optimizer", "sgd"]
 EVALUATION = ["--eval-iters", "2", "--eval-interval", "3"]
 
 
+STEPS = ["--step-batch-size-schedule", "0:6 768:10 2560:16"]
+
+
+def without(flags: list[str], flag: str) -> list[str]:
+    at = flags.index(flag)
+    return flags[:at] + flags[at + 2 :]
+
+
 def delay(lags: list[int], flushes: tuple[int, ...] = ()) -> dict[str, Any]:
     return {
         "call": "tests.harness.delayed:delay_weights",
@@ -72,8 +80,12 @@ CASES = {
     ),
     "2bw, evaluation between steps": two(*EVALUATION, *DROPOUT, flushes=(3, 6, 9)),
     "2bw, per-token loss": two("--calculate-per-token-loss"),
-    "2bw, ramp-up of the batch size": two(
-        *("--rampup-batch-size", "6", "2", "40"), flushes=(1, 2, 3, 4, 5), m=8
+    # 6, 6, 10, 10, 10 and then 16 sequences of 64 tokens
+    "2bw, a batch size that grows": Case(
+        "pipedream-2bw",
+        [*without(gpt(4, 8, None, *ONCE), "--global-batch-size"), *STEPS],
+        [1] * 4,
+        (2, 5),
     ),
     "2bw, tp2 with sequence parallelism": two(
         *("--tensor-model-parallel-size", "2", "--sequence-parallel", *DROPOUT), world=8

@@ -53,10 +53,6 @@ REFUSED: dict[str, tuple[str, str]] = {
         "--iterations-to-skip",
         "the data of an iteration to skip is read ahead of it: drop it",
     ),
-    "step_batch_size_schedule": (
-        "--step-batch-size-schedule",
-        "forwards ahead need the batch size of the next iterations: use --rampup-batch-size",
-    ),
     "perform_rl_step": ("--perform-rl-step", "its data depends on the newest weights: drop it"),
     "hybrid_context_parallel": (
         "--hybrid-context-parallel",

@@ -238,6 +238,8 @@ _TRAINING = tuple(
         (TRAINING, "get_tensorboard_writer", ()),
         (TRAINING, "get_wandb_writer", ()),
         (TRAINING, "save_checkpoint", ()),
+        (TRAINING, "get_num_microbatches", ()),
+        (TRAINING, "update_num_microbatches", ("consumed_samples", "consistency_check")),
         (TRAINING, "logical_and_across_model_parallel_group", ()),
         (TRAINING, "reduce_max_stat_across_model_parallel_group", ()),
         (TRAINING, "print_rank_last", ()),

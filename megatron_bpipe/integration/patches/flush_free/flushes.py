@@ -1,8 +1,8 @@
 """When a pipeline without a flush is flushed all the same.
 
 Before whatever needs the training state as it stands after an iteration: evaluation, a checkpoint,
-an exit, the end of training; and after every iteration while the batch size ramps up.  These are
-known beforehand, and no forward runs ahead of them.  What is not known (a signal, an exit after so
+an exit, the end of training, an iteration with another number of micro-batches.  These are known
+beforehand, and no forward runs ahead of them.  What is not known (a signal, an exit after so
 many minutes) finds the pipeline full: then what has run ahead is thrown away (`Pipeline.discard`).
 Either way the state is the same, so that a resumed run equals one that was not interrupted.
 """
@@ -12,18 +12,33 @@ from __future__ import annotations
 from typing import Any
 
 
-def calls_left(args: Any, batch_size: int, far: int) -> int:
+def calls_left(training: Any, far: int) -> int:
     """How many iterations after the one that runs the pipeline is flushed; at most ``far``.
 
     Args:
-        args: Megatron's; ``curr_iteration`` iterations are over.
-        batch_size: of the iteration that runs.
+        training: Megatron's module of the loop; of its arguments ``curr_iteration`` says how many
+            iterations are over.
         far: more iterations than that make no difference.
     """
-    if batch_size != args.global_batch_size:  # it ramps up: the next one may be larger
-        return 0
+    args = training.get_args()
     following = args.curr_iteration + 1
-    return next((left for left in range(far) if _flushed_after(args, following + left)), far)
+    alike = _iterations_alike(training, args.consumed_train_samples, far)
+    return next((n for n in range(alike) if _flushed_after(args, following + n)), alike)
+
+
+def _iterations_alike(training: Any, consumed: int, far: int) -> int:
+    """How many iterations after this one have as many micro-batches; at most ``far``."""
+    count = training.get_num_microbatches()
+    ahead = consumed
+    try:
+        for iteration in range(far):
+            ahead += training.get_current_global_batch_size()
+            training.update_num_microbatches(ahead, consistency_check=False)
+            if training.get_num_microbatches() != count:
+                return iteration
+        return far
+    finally:
+        training.update_num_microbatches(consumed, consistency_check=False)
 
 
 def _flushed_after(args: Any, iteration: int) -> bool:

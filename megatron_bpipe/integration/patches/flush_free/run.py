@@ -42,8 +42,7 @@ def pipeline_of(
         if first:
             _tell(pipeline, group)
     training = importlib.import_module(TRAINING)
-    args = training.get_args()
-    pipeline.begin(calls_left(args, training.get_current_global_batch_size(), horizon(spec)))
+    pipeline.begin(calls_left(training, horizon(spec)))
     return pipeline
 
 
