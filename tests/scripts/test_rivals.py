@@ -1,0 +1,56 @@
+"""`benchmarks/rivals.py`: what it shows of its measurements; the runs themselves are its own."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from pathlib import Path
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from benchmarks.rivals import pace, rivals
+from benchmarks.rivals_rank import paced
+from benchmarks.rivals_report import Rival, Row, best, draw, table
+from megatron_bpipe.schedule.bases.catalogue import EXECUTED, ScheduleSpec, make
+
+
+def row(seconds: float, peak: int, name: str = "x") -> Row:
+    return Row(Rival(name, ()), (seconds, seconds), peak, 1, None, seconds, peak)
+
+
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=9))
+def test_the_best_are_those_that_nothing_beats(points: list[tuple[int, int]]) -> None:
+    rows = [row(a, b) for a, b in points]
+    wanted = {
+        (a, b)
+        for a, b in points
+        if not any(c <= a and d <= b and (c, d) != (a, b) for c, d in points)
+    }
+    assert {(r.median, r.peak) for r in best(rows)} == wanted
+
+
+def test_every_rival_can_run_and_has_its_time() -> None:
+    """A backward and its W last two forwards, on all chunks together."""
+    for rival in rivals(4, 128, 128):
+        assert rival.schedule in EXECUTED
+        spec = ScheduleSpec(rival.schedule, 4, 8, rival.chunks, balanced=rival.balanced)
+        assert make(spec).chunks == rival.chunks
+        times = pace(rival, 0.03)
+        total = rival.chunks * (times["backward"] + rival.splits * times["weight"])
+        assert abs(total - 0.06 - 0.03 * rival.recomputed) < 1e-9
+
+
+def test_a_paced_op_lasts() -> None:
+    start = time.perf_counter()
+    assert paced(lambda: 7, 0.05)() == 7
+    assert time.perf_counter() - start >= 0.05
+
+
+def test_table_and_figure(tmp_path: Path) -> None:
+    rows = [row(a, b, f"way {a}{b}") for a, b in itertools.product((1, 2), (2**20, 2**21))]
+    shown = table(rows).splitlines()
+    assert len(shown) == 2 + len(rows)
+    assert len({line.count("|") for line in shown}) == 1
+    draw(rows, tmp_path / "rivals.png", "four ways")
+    assert (tmp_path / "rivals.png").stat().st_size > 10_000
