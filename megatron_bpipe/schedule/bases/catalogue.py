@@ -157,6 +157,11 @@ CATALOGUE = {
         executed=True,
         splits_backward=True,
     ),
+    "zb-h1-bpipe": Entry(
+        lambda spec: balance(zb_h1(spec.p, spec.m, default_budget(spec.p))),
+        "BPipe on ZB-H1, the published budget",
+        splits_backward=True,
+    ),
     "v-min": _v_entry("v-min", "V-Min: a third of 1F1B's memory"),
     "v-half": _v_entry("v-half", "V-Half: half of 1F1B's memory"),
     "v-zb": _v_entry("v-zb", "V-ZB: no bubble, 1F1B's memory"),
