@@ -2,6 +2,7 @@
 """What BPipe costs on a CPU: stock and BPipe blocks of iterations, alternating in one training run.
 
     .venv/bin/python benchmarks/overhead.py [--pairs 12] [--block 3] [--stages 4] [--chunks 1]
+        [--parts 4]
 
 One run of Megatron's `pretrain()`; between blocks only the schedule function is exchanged, so both
 see the same processes, caches and neighbours. Prints medians and spread of wall seconds and of CPU
@@ -43,6 +44,7 @@ def main() -> int:
     parser.add_argument("--block", type=int, default=3, help="iterations a block")
     parser.add_argument("--stages", type=int, default=4)
     parser.add_argument("--chunks", type=int, default=1, help="model chunks a stage")
+    parser.add_argument("--parts", type=int, help="of an activation (default: the flag's own)")
     parser.add_argument("--output", type=Path, help="write the result as JSON")
     parser.add_argument("--rank-writes-to", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -54,6 +56,7 @@ def main() -> int:
         command += ["--log-dir", folder, "--nproc-per-node", str(arguments.stages), __file__]
         command += ["--pairs", str(arguments.pairs), "--block", str(arguments.block)]
         command += ["--stages", str(arguments.stages), "--chunks", str(arguments.chunks)]
+        command += ["--parts", str(arguments.parts)] if arguments.parts else []
         command += ["--rank-writes-to", folder]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         environment["TMPDIR"] = folder  # the data loader's workers leave sockets there
@@ -119,6 +122,7 @@ def _be_a_rank(arguments: argparse.Namespace) -> None:
     flags = [*MODEL, "--bpipe", "--pipeline-model-parallel-size", str(arguments.stages)]
     if arguments.chunks > 1:
         flags += ["--num-virtual-stages-per-pipeline-rank", str(arguments.chunks)]
+    flags += ["--bpipe-parts", str(arguments.parts)] if arguments.parts else []
     flags += ["--train-iters", str(steps), *cpu_flags()]
     run_script(str(ROOT / "scripts" / "examples" / "pretrain_gpt.py"), flags)
 
@@ -132,7 +136,8 @@ def _summarise(ranks: list[list[dict[str, Any]]], arguments: argparse.Namespace)
     result: dict[str, Any] = {
         "command": f"benchmarks/overhead.py --pairs {arguments.pairs} --block {block} "
         f"--stages {arguments.stages}"
-        + (f" --chunks {arguments.chunks}" if arguments.chunks > 1 else ""),
+        + (f" --chunks {arguments.chunks}" if arguments.chunks > 1 else "")
+        + (f" --parts {arguments.parts}" if arguments.parts else ""),
         "model": " ".join(MODEL),
         "environment": {
             "cpu": _cpu_name(),

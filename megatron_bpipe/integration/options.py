@@ -28,7 +28,7 @@ class Options:
         balance: `PAPER`: stages x and p-1-x are pairs, every stage within ``budget``; `MEASURED`:
             the first iteration shows every stage's bytes, and they decide from the second on.
         memory_limit: bytes that no GPU may exceed, for `MEASURED`; None: as few as can be.
-        parts: in how many an activation leaves and returns; 1: whole.
+        parts: in how many an activation leaves and returns; 1: whole; None: the default.
         schedule: one of ``schedule.bases.catalogue.EXECUTED``; None: Megatron's own.
         transport: one of `TRANSPORTS`.
         placement: one of `PLACEMENTS`.
@@ -44,7 +44,7 @@ class Options:
     budget: float | None = None
     balance: str = PAPER
     memory_limit: int | None = None
-    parts: int = 1
+    parts: int | None = None
     schedule: str | None = None
     transport: str = AUTO
     placement: str = "pair-adjacent"
@@ -59,6 +59,13 @@ class Options:
     def clocked(self) -> bool:
         """Whether somebody reads the host's clock before and after each op."""
         return self.report is not None or self.timed
+
+    @property
+    def in_parts(self) -> int:
+        """In how many parts an activation leaves and returns."""
+        if self.parts is not None:
+            return self.parts
+        return 1 if self.balance == MEASURED else DEFAULT_PARTS
 
     @classmethod
     def from_arguments(cls, args: Any) -> Options:
@@ -123,7 +130,6 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--bpipe-parts",
         type=int,
-        default=DEFAULT_PARTS,
         metavar="U",
         help="In how many parts an activation leaves and returns, early layers first out and last "
         "back: less travels at the same budget, smaller budgets can be kept; 1 moves it whole, as "

@@ -126,6 +126,92 @@ def least_cover(lives: Sequence[tuple[int, int]], budget: int) -> int | None:
     return len(used)
 
 
+def counts_in_parts(line: Sequence[Op], u: int) -> list[tuple[int, int]]:
+    """(units here, slots lent) in each step, from the definitions, unit by unit.
+
+    A step is a computation or one part of a backward.  A unit is here from its F on, until its part
+    of B is over, and not strictly between E's step and L's.
+    """
+    step = -1
+    begin: dict[tuple[int, int, bool], int] = {}
+    end: dict[tuple[tuple[int, int, bool], int], int] = {}
+    stays: list[list[object]] = []
+    for op in line:
+        if op.kind is F:
+            step += 1
+            begin[op.activation] = step
+        elif op.kind is B:
+            step += 1
+            for part in range(u) if op.part is None else [op.part]:
+                end[op.activation, part] = step
+        elif op.kind is E:
+            stays.append([(op.activation, op.part), step + 1, None])
+        elif op.kind is L:
+            unit = (op.activation, op.part)
+            next(s for s in stays if s[0] == unit and s[2] is None)[2] = step + 1
+    out = []
+    for t in range(step + 1):
+        alive = {unit for unit in end if begin[unit[0]] <= t <= end[unit]}
+        away = {s[0] for s in stays if s[1] < t < s[2]}
+        out.append((len(alive - away), sum(s[1] <= t <= s[2] for s in stays)))
+    return out
+
+
+def lives_in_parts(line: Sequence[Op], u: int) -> list[tuple[int, int]]:
+    """(step of F, first step of B) of each activation, a backward being u steps."""
+    step, begin, end = 0, {}, {}
+    for op in line:
+        (begin if op.kind is F else end)[op.activation] = step
+        step += 1 if op.kind is F else u
+    return [(first, end[activation]) for activation, first in begin.items()]
+
+
+def exhaustive_in_parts(
+    lives: Sequence[tuple[int, int]], u: int, budget: int, room: int
+) -> int | None:
+    """Fewest units to evict, by trying everything: Dijkstra over which units are remote.
+
+    Units of one activation are alike but for when they are needed, so what is remote of it are its
+    parts 0, 1, ...: those that are needed last.
+    """
+    steps = max(end for _, end in lives) + u
+    best: dict[tuple[int, ...], int] = {(0,) * len(lives): 0}
+    for t in range(steps):
+        new: dict[tuple[int, ...], int] = {}
+        begun = sum(
+            sum(first <= t <= end + u - 1 - part for part in range(u)) for first, end in lives
+        )
+        for remote, cost in best.items():
+            if any(n and t > end + u - 1 - n for n, (_, end) in zip(remote, lives, strict=True)):
+                continue  # the part needed next is away
+            choices = []
+            for n, (first, end) in zip(remote, lives, strict=True):
+                able = u if first < t < end else n
+                choices.append(
+                    [(out, back) for out in range(able - n + 1) for back in range(n + 1)]
+                )
+            for out, back in _together(choices, room - sum(remote)):
+                here = begun - sum(n - b for n, b in zip(remote, back, strict=True))
+                if here > budget:
+                    continue
+                after = tuple(n + o - b for n, o, b in zip(remote, out, back, strict=True))
+                new[after] = min(new.get(after, 10**9), cost + sum(out))
+        best = new
+    return best.get((0,) * len(lives))
+
+
+def _together(
+    choices: Sequence[Sequence[tuple[int, int]]], most: int
+) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """All choices of (leave, return) an activation in which no more than ``most`` leave."""
+    found: list[tuple[tuple[int, ...], tuple[int, ...]]] = [((), ())]
+    for each in choices:
+        found = [
+            ((*out, o), (*back, b)) for out, back in found for o, b in each if sum(out) + o <= most
+        ]
+    return found
+
+
 def evictions(line: Sequence[Op]) -> int:
     return sum(op.kind is E for op in line)
 

@@ -25,6 +25,7 @@ OPS = st.builds(
     COUNT,
     st.sampled_from(Direction),
     st.none() | COUNT,
+    part=st.none() | COUNT,
 )
 
 
@@ -38,6 +39,11 @@ OPS = st.builds(
         ("F3@0", Op(Kind.FORWARD, 3, 0, DOWN, 0)),
         ("EW12.1~@2", Op(Kind.EVICT_WAIT, 12, 1, UP, 2)),
         ("RT0", Op(Kind.RETURN, 0)),
+        ("E3/0", Op(Kind.EVICT, 3, part=0)),
+        ("L3.1/2", Op(Kind.LOAD, 3, 1, part=2)),
+        ("EW3.1~/12@2", Op(Kind.EVICT_WAIT, 3, 1, UP, 2, part=12)),
+        ("B3/1", Op(Kind.BACKWARD, 3, part=1)),
+        ("E3/0>5", Op(Kind.EVICT, 3, other=5, part=0)),
         ("E3>5", Op(Kind.EVICT, 3, other=5)),
         ("LW3.1<host", Op(Kind.LOAD_WAIT, 3, 1, other=HOST)),
         ("AC3<0", Op(Kind.ACCEPT, 3, other=0)),
@@ -56,7 +62,7 @@ def test_round_trip(op):
 
 
 @settings(deadline=None)
-@given(st.text("FBELSRWACT0123.~@-<> \n٣", max_size=8) | st.text(max_size=5))
+@given(st.text("FBELSRWACT0123.~/@-<> \n٣", max_size=8) | st.text(max_size=5))
 def test_one_op_has_one_text(text):
     try:
         op = Op.parse(text)
@@ -69,6 +75,7 @@ def test_one_op_has_one_text(text):
     "text",
     [
         *("F", "3", "f3", "F-1", "F03", "F3.0", "F3.", "F3@", "F3~~", "F3@1~", "F3.1.1", "F٣"),
+        *("E3/", "E3/00", "E3/-1", "E3@1/0", "E3/0~", "E3/0/1"),
         *("X3", "EF3", "F3,F4", "", "F3 ", " F3", "F3\n", "F" + "9" * 5000),
         *("F3>1", "E3<5", "L3>5", "E3>", "E3>05", "E3>-1", "E3>5@1"),
     ],

@@ -47,11 +47,7 @@ def check_schedule(args: Any, options: Options, count: int | None) -> str | None
     measured = options.balance == MEASURED
     if measured:
         _check_measured(options.schedule)
-    if options.parts < 1:
-        abort(
-            f"--bpipe-parts {options.parts}: an activation has at least 1 part; use 1 to move it "
-            "whole, or leave the flag out"
-        )
+    _check_parts(options)
     p = args.pipeline_model_parallel_size
     group = getattr(args, "microbatch_group_size_per_vp_stage", None) if chunks > 1 else None
     spec = ScheduleSpec(
@@ -62,7 +58,7 @@ def check_schedule(args: Any, options: Options, count: int | None) -> str | None
     except ValueError:
         return None  # sizes that Megatron itself refuses, in its own words
     held = microbatches(max(peak(line) for line in base.stages), chunks)
-    balanced_spec = replace(spec, balanced=True, budget=options.budget, parts=options.parts)
+    balanced_spec = replace(spec, balanced=True, budget=options.budget, parts=options.in_parts)
     try:
         balanced = make(balanced_spec)
     except BudgetError as error:
@@ -73,7 +69,7 @@ def check_schedule(args: Any, options: Options, count: int | None) -> str | None
         abort(
             f"--bpipe-budget {quantity(options.budget)} is too small for {p} stages"
             f"{f' of {chunks} chunks' if chunks > 1 else ''}"
-            f"{f', in {options.parts} parts' if options.parts > 1 else ''}: the least is "
+            f"{f', in {options.in_parts} parts' if options.in_parts > 1 else ''}: the least is "
             f"{quantity(error.least)}; raise it or leave the flag out (default {_default(spec)})"
         )
     if measured or _evicts(balanced):
@@ -85,6 +81,19 @@ def check_schedule(args: Any, options: Options, count: int | None) -> str | None
         f"nothing to balance: {why} and {options.schedule or stock} never holds more than "
         f"{quantity(held)} micro-batches; {runs}"
     )
+
+
+def _check_parts(options: Options) -> None:
+    if options.in_parts < 1:
+        abort(
+            f"--bpipe-parts {options.parts}: an activation has at least 1 part; use 1 to move it "
+            "whole, or leave the flag out"
+        )
+    if options.in_parts > 1 and options.balance == MEASURED:
+        abort(
+            f"--bpipe-parts {options.parts} does not run with --bpipe-balance measured, which "
+            "moves whole activations; leave --bpipe-parts out"
+        )
 
 
 def _check_measured(chosen: str | None) -> None:

@@ -146,7 +146,7 @@ def _spec(call: StageCall, options: Options) -> ScheduleSpec:
         group=call.config.microbatch_group_size_per_vp_stage if chunks > 1 else None,
         balanced=options.bpipe,
         budget=options.budget,
-        parts=options.parts,
+        parts=options.in_parts,
     )
 
 

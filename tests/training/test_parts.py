@@ -1,0 +1,121 @@
+"""Activations in parts: training is bitwise stock's, and less stays on the fullest stage.
+
+Every case asserts that something left in parts and that no stage exceeded its budget, which counts
+live storages.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.harness import Megatron
+from tests.harness.compare import difference, evicted
+from tests.harness.models import ALLOCATOR, TAMPER, gpt
+from tests.training.combinations import COMBINATIONS, FUSION
+from tests.training.test_interleaved import COMBINATIONS as INTERLEAVED
+from tests.training.test_interleaved import four as chunked
+
+FOUR = ["--bpipe", "--bpipe-parts", "4"]
+LEAST = [*FOUR, "--bpipe-budget", "2.75"]
+DEEP = gpt(4, 12, 16)  # four layers a stage, so that parts are layers
+
+
+def check(stock: Any, parts: Any) -> None:
+    """Equal, something left, and nothing above the bound."""
+    assert difference(stock, parts) is None
+    assert evicted(stock) == 0
+    assert evicted(parts) > 0
+    for stage in parts.memory["stages"]:
+        assert stage["evicted_bytes"] == stage["loaded_bytes"]
+        assert stage["spilled_bytes"] == 0 or parts.memory["transport"] != "shm"
+        assert stage["peak_microbatches"] <= parts.memory["budget"] + 1e-9
+
+
+def test_pp4_in_2_75_micro_batches(megatron: Megatron) -> None:
+    """Least memory, measured on live storages, within one block of units times a unit's bytes."""
+    stock = megatron.train(DEEP, steps=4)
+    least = megatron.train([*DEEP, *LEAST], steps=4)
+    check(stock, least)
+    memory = least.memory
+    assert (memory["budget"], memory["parts"]) == (2.75, 4)
+    before, after = stock.memory["stages"], memory["stages"]
+    for x in (0, 1):
+        micro_batch = before[x]["own_activation_bytes"] / (4 - x)
+        block = 64 * 2 * 256 * 4  # the largest storage: the MLP's 4h, fp32
+        assert after[x]["own_activation_bytes"] <= 2.75 * micro_batch + block
+        fall = before[x]["allocator_peak_bytes"] - after[x]["allocator_peak_bytes"]
+        assert fall > 0.7 * (before[x]["own_activation_bytes"] - after[x]["own_activation_bytes"])
+    names = {event["op"] for event in least.timeline(0)["iterations"][-1]}
+    assert {"E3/0", "EW3/0", "L3/0", "LW3/0", "B3/3", "B3/0"} <= names
+
+
+def test_less_travels_at_the_published_budget(megatron: Megatron) -> None:
+    stock = megatron.train(DEEP, steps=4)
+    whole = megatron.train([*DEEP, "--bpipe", "--bpipe-parts", "1"], steps=4)
+    parts = megatron.train([*DEEP, *FOUR], steps=4)
+    check(stock, parts)
+    assert parts.memory["budget"] == whole.memory["budget"] == 3
+    assert 0.6 * evicted(whole) < evicted(parts) < 0.7 * evicted(whole)  # 4 of 6 micro-batches
+
+
+def test_one_flipped_bit_is_seen(megatron: Megatron) -> None:
+    stock = megatron.train(DEEP, steps=4)
+    tampered = megatron.train([*DEEP, *LEAST], steps=4, hooks=[TAMPER])
+    assert difference(stock, tampered) is not None
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("parts", ["2", "3", "8"])
+def test_other_numbers_of_parts(megatron: Megatron, parts: str) -> None:
+    budget = {"2": "3", "3": "2.667", "8": "2.5"}[parts]
+    flags = [*DEEP, "--bpipe", "--bpipe-parts", parts, "--bpipe-budget", budget]
+    check(megatron.train(DEEP, steps=4), megatron.train(flags, steps=4))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", COMBINATIONS)
+def test_every_combination(megatron: Megatron, name: str) -> None:
+    case = COMBINATIONS[name]
+    stock = megatron.train(case.flags, world=case.world, hooks=case.hooks)
+    check(stock, megatron.train([*case.flags, *FOUR], world=case.world, hooks=case.hooks))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", INTERLEAVED)
+def test_every_combination_interleaved(megatron: Megatron, name: str) -> None:
+    case = INTERLEAVED[name]
+    stock = megatron.train(case.flags, world=case.world)
+    check(stock, megatron.train([*case.flags, *FOUR], world=case.world))
+
+
+def test_interleaved_below_one_chunk(megatron: Megatron) -> None:
+    """PP 4 of two chunks keeps 4 micro-batches of a stage, where whole chunks need 4.5."""
+    stock = megatron.train(chunked())
+    least = megatron.train([*chunked(), *FOUR, "--bpipe-budget", "4"])
+    check(stock, least)
+    assert max(stage["peak_microbatches"] for stage in least.memory["stages"]) == 4
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("transport", ["p2p", "host"])
+@pytest.mark.parametrize("flags", [DEEP, chunked()], ids=["1F1B", "interleaved"])
+def test_over(megatron: Megatron, flags: list[str], transport: str) -> None:
+    budget = "2.75" if flags is DEEP else "4"
+    other = [*flags, *FOUR, "--bpipe-budget", budget, "--bpipe-transport", transport]
+    check(megatron.train(flags, steps=4), megatron.train(other, steps=4))
+
+
+@pytest.mark.long
+def test_zero_bubble(megatron: Megatron) -> None:
+    flags = gpt(4, 8, 8)
+    stock = megatron.train(flags, hooks=[FUSION])
+    parts = [*flags, *FOUR, "--bpipe-schedule", "zb-h1"]
+    assert difference(stock, megatron.train(parts, hooks=[FUSION])) is None
+
+
+@pytest.mark.long
+def test_the_allocator_agrees(megatron: Megatron) -> None:
+    result = megatron.train([*DEEP, *LEAST], steps=4, hooks=[ALLOCATOR])
+    assert result.ok, result.logs
