@@ -22,7 +22,7 @@ PICTURES = dict(
 def test_a_picture_is_what_its_command_prints(
     command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("COLUMNS", "120")
     assert main(shlex.split(command)) == 0
     assert capsys.readouterr().out == PICTURES[command]
 
