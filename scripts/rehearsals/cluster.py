@@ -110,8 +110,11 @@ class Cluster:
 
     def job(self, number: int) -> Job:
         """How it stands."""
-        shown = self._ask("scontrol", "show", "job", str(number))
-        fields = dict(re.findall(r"(\w+)=(\S*)", shown))
+        fields: dict[str, str] = {}
+        deadline = time.monotonic() + 60  # a busy controller does not answer every time
+        while "ExitCode" not in fields and time.monotonic() < deadline:
+            shown = self._ask("scontrol", "show", "job", str(number))
+            fields = dict(re.findall(r"(\w+)=(\S*)", shown))
         status, signal = map(int, fields["ExitCode"].split(":"))
         log = self.folder / f"job-{number}.log"
         return Job(number, fields["JobState"], status, signal, int(fields["Restarts"]), log)
