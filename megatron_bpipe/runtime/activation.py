@@ -12,12 +12,14 @@ and filled again, if the graph alone holds the tensor.
 
 A backward asks for what it saved in falling order of autograd's sequence numbers, so blocks in
 rising order are in the order in which they are needed last. Cut by bytes that gives parts, the
-earliest layers first, without knowing what a layer is.
+earliest layers first, without knowing what a layer is. The first forward of a chunk is cut by its
+bytes, all later ones at the same nodes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+import bisect
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -25,7 +27,14 @@ import torch
 from megatron_bpipe.runtime.block import Block, View, extent, unpack, view_of
 from megatron_bpipe.runtime.graph import Kept, saved_tensors
 from megatron_bpipe.runtime.part import Holders, Part, State
-from megatron_bpipe.runtime.torch_internals import Node, storage_id, storage_of, tensor_id, version
+from megatron_bpipe.runtime.torch_internals import (
+    Node,
+    sequence_of,
+    storage_id,
+    storage_of,
+    tensor_id,
+    version,
+)
 from megatron_bpipe.schedule.ops import ActivationKey, PartKey
 
 
@@ -38,54 +47,39 @@ class Activation:
     device: torch.device  # that computes; what was saved elsewhere stays there
     parts: list[Part] = field(default_factory=list)
 
-    def capture(self, count: int = 1, leaving: Collection[int] = (0,)) -> None:
+    def capture(self, back: Sequence[int] = (0,), leaving: Collection[int] = (0,)) -> None:
         """Put hooks on the finished graph, and choose what leaves of what nobody else holds.
 
         Slots of Parameters, of the stage's input and of what is not plain bytes are left as
-        autograd made them, as are those that have hooks already.
+        autograd made them, as are those that have hooks already, and those of nodes that are later
+        than any part that will leave.
 
         Args:
-            count: parts.
-            leaving: those of them that will leave.
+            back: how far before the graph's end each part's last node is, in sequence numbers.
+            leaving: the parts that will leave.
         """
-        name = PartKey if count > 1 else (lambda key, part: PartKey(key))
-        self.parts = [Part(name(self.key, part), self.device) for part in range(count)]
-        undecided: list[Holders] = []
-        chosen: list[Holders] = []
-        for holders in self._hooked():
+        count, top = len(back), max(map(sequence_of, self.roots), default=0)
+        names = range(count) if count > 1 else (None,)
+        self.parts = [Part(PartKey(self.key, name), self.device) for name in names]
+        ends = [top - far for far in back[:-1]]  # the last part has the rest
+        last = max(leaving)
+        for holders in self._hooked(ends[last] if last < count - 1 else None):
             in_place = bool(holders.as_they_are)
+            # no hook waits for what is emptied in place: it is back before the backward begins
+            part = count - 1 if in_place else bisect.bisect_left(ends, holders.sequence)
             if holders.are_all():
-                chosen.append(holders)
+                self.parts[part].add(holders)
             elif not in_place:
-                undecided.append(holders)
-        self._cut(chosen, undecided)
+                self.parts[part].add_undecided(holders)
         for part in leaving:
             self.parts[part].prepare()
 
-    def _cut(self, chosen: list[Holders], undecided: list[Holders]) -> None:
-        if len(self.parts) == 1:
-            for holders in chosen:
-                self.parts[0].add(holders)
-        else:
-            # no hook waits for what is emptied in place: it is back before the backward begins
-            ordered = sorted(chosen, key=lambda one: (bool(one.block.nbytes), one.sequence))
-            sizes = [holders.block.size for holders in ordered]
-            for holders, part in zip(ordered, cut(sizes, len(self.parts)), strict=True):
-                self.parts[-1 if holders.block.nbytes else part].add(holders)
-        for holders in undecided:
-            self._part_at(holders.sequence, chosen).add_undecided(holders)
+    def _hooked(self, until: int | None) -> list[Holders]:
+        """Put hooks on every slot that may leave; all that is known of each block.
 
-    def _part_at(self, sequence: int, chosen: Sequence[Holders]) -> Part:
-        """The part to which a block belongs that is needed at this node."""
-        if len(self.parts) == 1:
-            return self.parts[0]
-        sizes = sorted((one.sequence, one.block.size) for one in chosen)
-        before = sum(size for at, size in sizes if at < sequence)
-        total = sum(size for _, size in sizes)
-        return self.parts[min(len(self.parts) - 1, before * len(self.parts) // max(1, total))]
-
-    def _hooked(self) -> Iterable[Holders]:
-        """Put hooks on every slot that may leave; all that is known of each block."""
+        ``until``: look at nodes up to this sequence number only. A block that later ones have saved
+        too then has more holders than are known here, and stays.
+        """
         found: dict[int, Holders] = {}
         pending: list[View] = []  # the view that the slot about to get hooks stands for
 
@@ -94,7 +88,7 @@ class Activation:
             view.alias, view.version = tensor, version(tensor)
             return view
 
-        for saved in saved_tensors(self.roots):
+        for saved in saved_tensors(self.roots, until=until):
             tensor = saved.tensor
             if tensor is None or saved.kept not in (None, Kept.INPUT):
                 continue

@@ -243,8 +243,7 @@ class ScheduleExecutor:
             if op.key in self._leaving:
                 self._store.capture(op.key, output, self._leaving[op.key])
             if op.key in self._stepped:
-                seen = self._store.measured[op.chunk if len(self._store.measured) > 1 else 0]
-                on_reaching(roots_of(output), seen.back, self._reach)
+                on_reaching(roots_of(output), self._store.back(op.key), self._reach)
 
     def _backward(self, op: Op) -> None:
         self._stage.backward(op)

@@ -187,10 +187,18 @@ def nodes_below(roots: Sequence[Node]) -> Iterator[Node]:
                 stack.append(below)
 
 
-def saved_tensors(roots: Sequence[Node], *, originals: bool = False) -> Iterator[Saved]:
-    """Every tensor saved below ``roots``, each slot once, in a fixed order."""
+def saved_tensors(
+    roots: Sequence[Node], *, originals: bool = False, until: int | None = None
+) -> Iterator[Saved]:
+    """Every tensor saved below ``roots``, each slot once, in a fixed order.
+
+    With ``until`` only by nodes up to that sequence number; later ones are not read.
+    """
     for node in nodes_below(roots):
-        name, number = node.name(), sequence_of(node)
+        number = sequence_of(node)
+        if until is not None and number > until:
+            continue
+        name = node.name()
         for reading in read_slots(node, originals=originals):
             slot, value, hooked, changed, original = reading
             if hooked or changed:

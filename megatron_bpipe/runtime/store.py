@@ -11,6 +11,7 @@ Each of E, EW, L and LW may be about one part of the activation: ``E3/0``.
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import InitVar, dataclass, field
 from functools import partial
@@ -110,7 +111,7 @@ class ActivationStore:
         tensors = tensors_of(output)
         device = tensors[0].device if tensors else torch.device("cpu")
         activation = self._held[key] = Activation(key, roots_of(output), device)
-        activation.capture(self.parts, leaving)
+        activation.capture(self.back(key) if self.parts > 1 else (0,), leaving)
 
     def evict(self, key: ActivationKey, part: int = 0) -> int:
         """E: start the copy out; returns its bytes, 0 if nothing of it can leave."""
@@ -190,6 +191,10 @@ class ActivationStore:
             self.transport.close()
             self.transport = None
 
+    def back(self, key: ActivationKey) -> Sequence[int]:
+        """Where the parts of an activation end, see `Measured`."""
+        return self.measured[key.chunk if self.chunks > 1 else 0].back
+
     def _part(self, key: ActivationKey, part: int) -> Part:
         return self._held[key].parts[part]
 
@@ -210,10 +215,12 @@ def measure(output: object, parts: int) -> Measured:
     entries = [entry for entry in saved_storages(roots) if entry.kept is None]
     entries.sort(key=lambda entry: entry.sequence)
     sizes = [padded(entry.storage.nbytes()) for entry in entries]
+    cuts = cut(sizes, parts)
     ends = [0] * parts
+    for entry, part in zip(entries, cuts, strict=True):
+        ends[part:] = [entry.sequence] * (parts - part)  # entries come in rising order
     totals = [0] * parts
-    for entry, size, part in zip(entries, sizes, cut(sizes, parts), strict=True):
-        totals[part] += size
-        ends[part] = entry.sequence
-    top = max((sequence_of(root) for root in roots), default=0)
+    for entry, size in zip(entries, sizes, strict=True):
+        totals[min(parts - 1, bisect.bisect_left(ends, entry.sequence))] += size
+    top = max(map(sequence_of, roots), default=0)
     return Measured(tuple(totals), tuple(top - end for end in ends))
