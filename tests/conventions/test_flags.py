@@ -51,6 +51,7 @@ DERIVED = {
     "encoder_num_layers",
     "curr_iteration",
     "do_valid",
+    "consumed_train_samples",
 }
 CONFIG_ONLY = {"cpu_offloading"}
 

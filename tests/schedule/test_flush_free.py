@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import accumulate, pairwise
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_bpipe.schedule import Kind, ScheduleError, one_f_one_b
+from megatron_bpipe.schedule import Kind, Schedule, ScheduleError, one_f_one_b
 from megatron_bpipe.schedule.bases.catalogue import CATALOGUE, ScheduleSpec
 from megatron_bpipe.schedule.bases.pipedream import PIPEDREAM, PIPEDREAM_2BW
 from megatron_bpipe.schedule.flush_free import calls as cut
 from megatron_bpipe.schedule.flush_free.calls import lowered_calls
 from megatron_bpipe.schedule.flush_free.plan import call_plan, horizon, text, versions_kept
+from megatron_bpipe.schedule.handshake import handshake_programs
 from megatron_bpipe.schedule.validation.occupancy import peak
+from megatron_bpipe.schedule.validation.rendezvous import execute
 
 NAMES = ["pipedream-2bw", "pipedream", "continuous"]
 
@@ -135,6 +138,30 @@ def test_a_message_received_a_call_later_is_refused(monkeypatch):
     monkeypatch.setattr(cut, "_check_calls_of_messages", lambda *_: None)
     with pytest.raises(ScheduleError, match="deadlock"):
         lowered_calls(PIPEDREAM_2BW.run(3, 4, 3), 4)
+
+
+@pytest.mark.parametrize(("p", "m"), [(4, 8), (8, 16)])
+def test_one_gathering_an_iteration_brings_half_the_bubble_back(p, m):
+    """In units of F = B = 1, an iteration in the steady state: (p-1) B is half of 1F1B's bubble."""
+    n = 6
+    calls = lowered_calls(PIPEDREAM_2BW.run(p, m, n), m)
+    lines = tuple(tuple(op for call in calls for op in call[x]) for x in range(p))
+    whole = Schedule("2bw", m * n, lines, lowered=True)
+    starts = [list(accumulate((len(call[x]) for call in calls[:-1]), initial=0)) for x in range(p)]
+
+    def period(gathered: bool) -> int:
+        programs = handshake_programs(whole, starts if gathered else [[]] * p)
+        over, stuck = execute(programs)
+        assert not stuck
+        ends = [
+            max(t for t, op in zip(over[0], programs[0].ops, strict=True) if op < start)
+            for start in starts[0][1:]
+        ]
+        (only,) = {b - a for a, b in pairwise(ends)}
+        return only
+
+    assert period(gathered=False) == 2 * m
+    assert period(gathered=True) == 2 * m + (p - 1)
 
 
 def test_refusals():

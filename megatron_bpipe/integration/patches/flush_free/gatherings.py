@@ -1,7 +1,7 @@
 """Gatherings of all stages in Megatron's loop that are left out: each is a flush in disguise.
 
-A stage that waits for all others once an iteration waits for the one that is furthest behind, and
-two thirds of the bubble are back.  These are not needed under a schedule without a flush:
+A stage that waits for all others once an iteration waits for the one that is furthest behind:
+(p-1) B of 1F1B's bubble of (p-1)(F + B) are back.  These are not needed without a flush:
 
 * whether every stage's update succeeded: without a loss scale (refused) none fails;
 * the largest gradient norm, zero count and learning rate of all stages, for the log: a norm and a
