@@ -26,7 +26,7 @@ SGD = ["--optimizer", "sgd"]
 EVALUATION = ["--eval-iters", "2", "--eval-interval", "3"]
 
 
-STEPS = ["--step-batch-size-schedule", "0:6 768:10 2560:16"]
+GROWS = ["--step-batch-size-schedule", "0:6 768:10 2560:16"]
 
 
 def without(flags: list[str], flag: str) -> list[str]:
@@ -83,7 +83,7 @@ CASES = {
     # 6, 6, 10, 10, 10 and then 16 sequences of 64 tokens
     "2bw, a batch size that grows": Case(
         "pipedream-2bw",
-        [*without(gpt(4, 8, None, *ONCE), "--global-batch-size"), *STEPS],
+        [*without(gpt(4, 8, None, *ONCE), "--global-batch-size"), *GROWS],
         [1] * 4,
         (2, 5),
     ),
