@@ -372,3 +372,28 @@ def lose_one_weight_gradient(job: dict[str, Any]) -> None:
         stock(self, key)
 
     WeightGradients.compute = compute  # type: ignore[method-assign]
+
+
+def wrong_at_the_turn(job: dict[str, Any]) -> None:
+    """Change the first activation that turns on the last stage by one bit (a control)."""
+    from megatron_bpipe.integration.patches.chunked_stage import ChunkedStage
+
+    stock = ChunkedStage._turn
+    done = False
+
+    def turn(self: Any, key: Any, output: Any) -> None:
+        nonlocal done
+        stock(self, key, output)
+        if not done:
+            with torch.no_grad():
+                self._inputs[key].view(torch.int32).view(-1)[0] ^= 1 << 20
+            done = True
+
+    ChunkedStage._turn = turn  # type: ignore[method-assign]
+
+
+def tied_gradients_stay_apart(job: dict[str, Any]) -> None:
+    """Leave the sum of the tied gradients out (a control)."""
+    from megatron_bpipe.integration.patches.v_placement import install
+
+    install.with_local_sum = lambda stock, mirror: stock  # type: ignore[assignment]

@@ -1,0 +1,225 @@
+"""V-Half, V-Min and V-ZB in Megatron's loop: bitwise its interleaving with the other placement.
+
+Stock is Megatron's own interleaved schedule with two chunks a stage.  Both start from values that a
+parameter's name in the whole model decides, and nothing draws random numbers.  Clipping is off: the
+norm of all gradients is a sum over ranks, and which parameters a rank has is what differs.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from megatron_bpipe.integration.log import Abort
+from megatron_bpipe.integration.patches.v_placement.checkpoints import with_placement_checked
+from tests.harness import Megatron, Result
+from tests.harness.compare import difference, difference_across_placements, whole_model
+from tests.harness.models import gpt
+from tests.training.combinations import DISTRIBUTED_OPTIMIZER, LLAMA, MOE, Combination
+
+BY_NAME = {"call": "tests.harness.rank:parameters_by_name", "with": {}}
+TURN = {"call": "tests.harness.rank:wrong_at_the_turn", "with": {}}
+APART = {"call": "tests.harness.rank:tied_gradients_stay_apart", "with": {}}
+UNTIED = "--untie-embeddings-and-output-weights"
+FULL = [
+    *("--recompute-granularity", "full", "--recompute-method", "uniform"),
+    *("--recompute-num-layers", "1"),
+]
+V = ("v-half", "v-min", "v-zb")
+
+
+def chunked(stages: int, *extra: str, m: int = 8, layers: int = 1) -> list[str]:
+    """``stages`` stages of two chunks."""
+    virtual = ["--num-virtual-stages-per-pipeline-rank", "2", "--clip-grad", "0"]
+    return gpt(stages, m, 2 * stages * layers, *virtual, *extra)
+
+
+LAYOUT = ["--pipeline-model-parallel-layout", "Ett|tt|tt|tt|tt|tt|tt|ttL"]
+UNTIED_4 = chunked(4, UNTIED)
+COMBINATIONS = {
+    "pp4 tied": Combination(4, chunked(4)),
+    "pp2": Combination(2, chunked(2, UNTIED)),
+    "pp3": Combination(3, chunked(3, UNTIED, m=9)),
+    "pp8": Combination(8, chunked(8, UNTIED, m=16)),
+    "tp2 with sequence parallelism": Combination(
+        8, chunked(4, UNTIED, "--tensor-model-parallel-size", "2", "--sequence-parallel")
+    ),
+    "dp2 distributed optimizer, both overlaps": Combination(
+        8, chunked(4, UNTIED, *DISTRIBUTED_OPTIMIZER, m=16)
+    ),
+    "the same, tied": Combination(8, chunked(4, *DISTRIBUTED_OPTIMIZER, m=16)),
+    "dp2, parameter gathers not aligned": Combination(
+        8, chunked(4, UNTIED, *DISTRIBUTED_OPTIMIZER, "--no-align-grad-reduce", m=16)
+    ),
+    "bf16": Combination(4, chunked(4, UNTIED, "--bf16")),
+    "full recompute": Combination(4, chunked(4, UNTIED, *FULL)),
+    "selective recompute": Combination(
+        4, chunked(4, UNTIED, "--recompute-granularity", "selective")
+    ),
+    "MoE, 4 experts": Combination(4, chunked(4, UNTIED, *MOE)),
+    "LLaMA-like": Combination(4, chunked(4, *LLAMA)),
+    "messages not overlapped": Combination(4, chunked(4, UNTIED, "--no-overlap-p2p-communication")),
+    "per-token loss": Combination(4, chunked(4, UNTIED, "--calculate-per-token-loss")),
+    "two layers a chunk, by layout": Combination(
+        4, gpt(4, 8, 16, *LAYOUT, "--clip-grad", "0", UNTIED)
+    ),
+}
+LAYERS = {"two layers a chunk, by layout": 2}
+STEPS = 3
+
+
+def run(megatron: Megatron, flags: list[str], world: int, schedule: str | None = None) -> Result:
+    extra = [] if schedule is None else ["--bpipe-schedule", schedule]
+    return megatron.train([*flags, *extra], world=world, steps=STEPS, hooks=[BY_NAME])
+
+
+@pytest.mark.parametrize("schedule", V)
+def test_bitwise_equal(megatron: Megatron, schedule: str) -> None:
+    stock = run(megatron, UNTIED_4, 4)
+    placed = run(megatron, UNTIED_4, 4, schedule)
+    assert difference_across_placements(stock, placed, 4) is None
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("schedule", V)
+@pytest.mark.parametrize("name", COMBINATIONS)
+def test_bitwise_equal_with(megatron: Megatron, name: str, schedule: str) -> None:
+    case = COMBINATIONS[name]
+    stages = int(case.flags[1])
+    stock = run(megatron, case.flags, case.world)
+    placed = run(megatron, case.flags, case.world, schedule)
+    layers = LAYERS.get(name, 1)
+    assert difference_across_placements(stock, placed, stages, layers) is None
+
+
+def test_one_wrong_bit_at_the_turn_is_seen(megatron: Megatron) -> None:
+    stock = run(megatron, UNTIED_4, 4)
+    flags = [*UNTIED_4, "--bpipe-schedule", "v-half"]
+    wrong = megatron.train(flags, steps=STEPS, hooks=[BY_NAME, TURN])
+    assert difference_across_placements(stock, wrong, 4) is not None
+
+
+@pytest.mark.long
+def test_tied_gradients_that_stay_apart_are_seen(megatron: Megatron) -> None:
+    flags = chunked(4)
+    stock = run(megatron, flags, 4)
+    hooks = [BY_NAME, APART]
+    apart = megatron.train([*flags, "--bpipe-schedule", "v-half"], steps=STEPS, hooks=hooks)
+    assert difference_across_placements(stock, apart, 4) is not None
+
+
+def test_losses_are_on_the_last_rank_and_stages_alike(megatron: Megatron) -> None:
+    """The log's and the report's losses; live storage of every stage beside interleaving's 5.5."""
+    stock = run(megatron, UNTIED_4, 4)
+    placed = run(megatron, UNTIED_4, 4, "v-half")
+    found = [re.findall(r"lm loss: (\S+)", result.log(3)) for result in (stock, placed)]
+    assert found[0] == found[1]
+    assert len(found[0]) == STEPS
+    assert not placed.states[0]["losses"][0]
+    assert stock.memory["losses"] == placed.memory["losses"]
+    before = [stage["peak_microbatches"] for stage in stock.memory["stages"]]
+    after = [stage["peak_microbatches"] for stage in placed.memory["stages"]]
+    assert before == [5.5, 4.5, 3.5, 2.5]
+    assert max(after) <= 3.5  # the paper's (p+2)/2, and half a one until the last W
+    held = [stage["peak_activation_bytes"] for stage in placed.memory["stages"]]
+    assert max(held) < 0.65 * stock.memory["stages"][0]["peak_activation_bytes"]
+    assert max(held) < 1.2 * min(held)
+
+
+def test_nothing_to_balance(megatron: Megatron) -> None:
+    flags = [*UNTIED_4, "--bpipe-schedule", "v-half"]
+    both = megatron.train([*flags, "--bpipe"], steps=STEPS, hooks=[BY_NAME])
+    assert difference(run(megatron, UNTIED_4, 4, "v-half"), both) is None
+    assert "nothing to balance: p = 4 and v-half never holds more than" in both.log(0)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("schedule", V)
+def test_evaluation(megatron: Megatron, schedule: str) -> None:
+    flags = chunked(4, UNTIED, "--eval-iters", "2", "--eval-interval", "2")
+    stock, placed = run(megatron, flags, 4), run(megatron, flags, 4, schedule)
+    assert difference_across_placements(stock, placed, 4) is None
+    seen = r"validation loss at iteration.*?lm loss value: (\S+)"
+    found = [re.findall(seen, result.log(3)) for result in (stock, placed)]
+    assert found[0] == found[1]
+    assert len(found[0]) >= 2
+
+
+SCHEDULES = {"v-half": ["--bpipe-schedule", "v-half"], "v-zb": ["--bpipe-schedule", "v-zb"]}
+# Not with the distributed optimizer: without Apex or Transformer Engine, so on every CPU, stock
+# Megatron cannot load its state (distrib_optimizer.py, ``assert len(steps) == 1``).
+WAYS = [("v-half", "interleaved"), ("interleaved", "v-half"), ("v-half", "1f1b"), ("1f1b", "v-zb")]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("first", "second"), WAYS)
+@pytest.mark.parametrize("extra", [(), (UNTIED,)])
+def test_resume_across_placements(
+    megatron: Megatron, tmp_path: Path, first: str, second: str, extra: tuple[str, ...]
+) -> None:
+    """Three steps under one, three under the other: six of stock, bit for bit."""
+
+    def flags(schedule: str) -> list[str]:
+        if schedule == "1f1b":
+            return gpt(4, 8, 8, "--clip-grad", "0", *extra)
+        return chunked(4, *extra) + SCHEDULES.get(schedule, [])
+
+    whole = megatron.train(chunked(4, *extra), steps=6, hooks=[BY_NAME])
+    save = ["--save", str(tmp_path), "--save-interval", "3", "--exit-interval", "3"]
+    save += ["--ckpt-format", "torch_dist"]
+    begun = megatron.train([*flags(first), *save], steps=6, dump_at=3, hooks=[BY_NAME])
+    assert begun.ok, begun.logs
+    resumed = megatron.train([*flags(second), "--load", str(tmp_path)], steps=6, dump_at=3)
+    assert resumed.ok, resumed.logs
+    parts = {"interleaved": lambda x: 4 + x}
+    per_part = 2 if second == "1f1b" else 1
+    for what in ("params", "grads"):
+        one = whole_model(whole, what, 4, 1, lambda x: 4 + x)
+        other = whole_model(resumed, what, 4, per_part, parts.get(second, lambda x: 7 - x))
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.long
+def test_a_checkpoint_by_rank_is_refused_under_the_other_placement(
+    megatron: Megatron, tmp_path: Path
+) -> None:
+    save = ["--save", str(tmp_path), "--save-interval", "2", "--ckpt-format", "torch"]
+    saved = megatron.train([*UNTIED_4, *save], steps=2, hooks=[BY_NAME])
+    assert saved.ok, saved.logs
+    load = ["--load", str(tmp_path), "--ckpt-format", "torch", "--bpipe-schedule", "v-half"]
+    refused = megatron.train([*UNTIED_4, *load], steps=3)
+    assert set(refused.status.values()) == {2}
+    assert "--ckpt-format torch holds each rank's own layers" in refused.log(2)
+
+
+@pytest.mark.parametrize(
+    ("saved", "refused"),
+    [
+        ({"ckpt_format": "torch"}, "--ckpt-format torch"),
+        ({"ckpt_format": "torch_dist", "use_distributed_optimizer": True}, "by bucket"),
+        ({"ckpt_format": "torch_dist"}, None),
+        ({"ckpt_format": "torch", "bpipe_schedule": "v-min"}, None),
+    ],
+)
+def test_checkpoints_that_cannot_be_read(
+    capsys: pytest.CaptureFixture[str], saved: dict[str, object], refused: str | None
+) -> None:
+    check = with_placement_checked(lambda args: "checked by Megatron", "v-half")
+    if refused is None:
+        assert check(SimpleNamespace(**saved)) == "checked by Megatron"
+        return
+    with pytest.raises(Abort):
+        check(SimpleNamespace(**saved))
+    assert refused in capsys.readouterr().err
+
+
+def test_what_cannot_be_is_refused_by_name(megatron: Megatron) -> None:
+    flags = [*UNTIED_4, "--bpipe-schedule", "v-half", "--mtp-num-layers", "1"]
+    refused = megatron.train(flags, steps=1)
+    assert set(refused.status.values()) == {2}
+    assert "cannot run with --mtp-num-layers 1" in refused.log(0)
