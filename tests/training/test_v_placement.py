@@ -197,11 +197,19 @@ def test_a_checkpoint_by_rank_is_refused_under_the_other_placement(
     assert "--ckpt-format torch holds each rank's own layers" in refused.log(2)
 
 
+DISTRIBUTED = {
+    "ckpt_format": "torch_dist",
+    "use_distributed_optimizer": True,
+    "dist_ckpt_optim_fully_reshardable": False,
+}
+
+
 @pytest.mark.parametrize(
     ("saved", "refused"),
     [
         ({"ckpt_format": "torch"}, "--ckpt-format torch"),
-        ({"ckpt_format": "torch_dist", "use_distributed_optimizer": True}, "by bucket"),
+        (DISTRIBUTED, "by bucket"),
+        (DISTRIBUTED | {"dist_ckpt_optim_fully_reshardable": True}, None),
         ({"ckpt_format": "torch_dist"}, None),
         ({"ckpt_format": "torch", "bpipe_schedule": "v-min"}, None),
     ],
@@ -218,8 +226,14 @@ def test_checkpoints_that_cannot_be_read(
     assert refused in capsys.readouterr().err
 
 
-def test_what_cannot_be_is_refused_by_name(megatron: Megatron) -> None:
-    flags = [*UNTIED_4, "--bpipe-schedule", "v-half", "--mtp-num-layers", "1"]
-    refused = megatron.train(flags, steps=1)
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--mtp-num-layers", "1"], "cannot run with --mtp-num-layers 1"),
+        (["--save", "/nowhere", "--ckpt-format", "torch"], "cannot save with --ckpt-format torch"),
+    ],
+)
+def test_what_cannot_be_is_refused_by_name(megatron: Megatron, given: list[str], said: str) -> None:
+    refused = megatron.train([*UNTIED_4, "--bpipe-schedule", "v-half", *given], steps=1)
     assert set(refused.status.values()) == {2}
-    assert "cannot run with --mtp-num-layers 1" in refused.log(0)
+    assert said in refused.log(0)

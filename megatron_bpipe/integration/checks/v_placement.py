@@ -40,9 +40,42 @@ def check_v_placement(args: Any, schedule: str) -> None:
         value = getattr(args, name, None)
         if value:
             abort(f"--bpipe-schedule {schedule} cannot run with {flag} {value}: {why}; drop one")
+    if getattr(args, "save", None):
+        _check_save(args, schedule)
     lacking = missing("v_placement")
     if lacking:
         abort(
             f"--bpipe-schedule {schedule} needs a Megatron that has {lacking[0]}; use a supported "
             "release (python -m megatron_bpipe doctor lists all hook points)"
         )
+
+
+def _check_save(args: Any, schedule: str) -> None:
+    """What a run under another placement would load without an error, and wrongly, is not saved."""
+    if is_by_rank(args):
+        abort(
+            f"--bpipe-schedule {schedule} cannot save with --ckpt-format torch: it holds each "
+            "rank's own layers, which another schedule would load as its own; use torch_dist"
+        )
+    if is_by_bucket(args):
+        abort(
+            f"--bpipe-schedule {schedule} cannot save the distributed optimizer by bucket: another "
+            "schedule would load it for its own layers; add --dist-ckpt-optim-fully-reshardable"
+        )
+
+
+def is_by_rank(args: Any) -> bool:
+    """Whether checkpoints hold what each rank has, whatever part of the model that is."""
+    by_rank = getattr(args, "ckpt_format", "torch") == "torch"
+    return by_rank and not getattr(args, "use_dist_ckpt", False)
+
+
+def is_by_bucket(args: Any) -> bool:
+    """Whether the distributed optimizer's state is saved by bucket, not by parameter."""
+    if not getattr(args, "use_distributed_optimizer", False):
+        return False
+    if getattr(args, "no_save_optim", False):
+        return False
+    if hasattr(args, "dist_ckpt_optim_fully_reshardable"):  # from 0.15
+        return not args.dist_ckpt_optim_fully_reshardable
+    return not getattr(args, "ckpt_fully_parallel_save", True)

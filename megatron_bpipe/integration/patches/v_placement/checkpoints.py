@@ -11,6 +11,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from megatron_bpipe.integration.checks.v_placement import is_by_bucket, is_by_rank
 from megatron_bpipe.integration.log import abort
 from megatron_bpipe.schedule.bases.catalogue import CATALOGUE
 
@@ -35,17 +36,13 @@ def with_placement_checked(stock: Callable[..., Any], schedule: str | None) -> C
 
 def _refuse_what_is_by_rank(saved_args: Any, saved: str | None, schedule: str | None) -> None:
     across = f"saved with --bpipe-schedule {saved}, loaded with {schedule}"
-    by_rank = getattr(saved_args, "ckpt_format", "torch") == "torch"
-    if by_rank and not getattr(saved_args, "use_dist_ckpt", False):
+    if is_by_rank(saved_args):
         abort(
             f"--ckpt-format torch holds each rank's own layers, and the placement differs ({across}"
             "); save with --ckpt-format torch_dist",
             on_every_rank=True,
         )
-    if getattr(saved_args, "use_distributed_optimizer", False) and not (
-        getattr(saved_args, "dist_ckpt_optim_fully_reshardable", False)
-        or getattr(saved_args, "no_save_optim", False)
-    ):
+    if is_by_bucket(saved_args):
         abort(
             "the checkpoint's distributed optimizer was saved by bucket, and the placement differs "
             f"({across}); save with --dist-ckpt-optim-fully-reshardable",
