@@ -321,30 +321,28 @@ class _SavesSparse(torch.autograd.Function):
 def parameters_by_name(job: dict[str, Any]) -> None:
     """Let every parameter begin with values that its name in the whole model alone decides."""
     from megatron.core import parallel_state
-    from megatron.training.models import dist_utils
+    from megatron.core.models.gpt import GPTModel
 
-    stock = dist_utils.build_virtual_pipeline_stages
+    stock = GPTModel.__init__
 
-    def build_virtual_pipeline_stages(*positional: Any, **named: Any) -> Any:
-        models = stock(*positional, **named)
-        for model in models:
-            layers = {
-                name: module.layer_number
-                for name, module in model.named_modules()
-                if hasattr(module, "layer_number") and name.split(".")[-2:-1] == ["layers"]
-            }
-            for name, parameter in model.named_parameters():
-                _fill(name, parameter, layers, parallel_state)
-        return models
+    def init(self: Any, *positional: Any, **named: Any) -> None:
+        stock(self, *positional, **named)
+        layers = {
+            name: module.layer_number
+            for name, module in self.named_modules()
+            if hasattr(module, "layer_number") and name.split(".")[-2:-1] == ["layers"]
+        }
+        for name, parameter in self.named_parameters():
+            _fill(name, parameter, layers, parallel_state)
 
-    dist_utils.build_virtual_pipeline_stages = build_virtual_pipeline_stages
+    GPTModel.__init__ = init
 
 
 def _fill(name: str, parameter: Any, layers: dict[str, int], parallel_state: Any) -> None:
     for layer, number in layers.items():
         if name.startswith(layer + "."):
             name = f"layer {number}{name[len(layer) :]}"
-    name = name.replace("module.", "").replace("output_layer", "embedding.word_embeddings")
+    name = name.replace("output_layer", "embedding.word_embeddings")
     shard = 0
     if getattr(parameter, "tensor_model_parallel", False):
         shard = parallel_state.get_tensor_model_parallel_rank()
