@@ -66,8 +66,7 @@ def _check_save(args: Any, schedule: str) -> None:
 
 def is_by_rank(args: Any) -> bool:
     """Whether checkpoints hold what each rank has, whatever part of the model that is."""
-    by_rank = getattr(args, "ckpt_format", "torch") == "torch"
-    return by_rank and not getattr(args, "use_dist_ckpt", False)
+    return bool(getattr(args, "ckpt_format", "torch") == "torch")
 
 
 def is_by_bucket(args: Any) -> bool:
