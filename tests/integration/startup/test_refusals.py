@@ -52,6 +52,18 @@ REFUSED = {
         ["--bpipe-budget 4", "8 stages", "the least is 5"],
     ),
     "budget below one": ([*PP8, "--bpipe-budget", "0"], ["--bpipe-budget 0", "the least is 5"]),
+    "no part at all": (
+        [*PP8, "--bpipe-parts", "0"],
+        ["--bpipe-parts 0", "at least 1 part", "use 1 to move it whole"],
+    ),
+    "budget below the least in parts": (
+        [*PP8, "--bpipe-parts", "4", "--bpipe-budget", "4.5"],
+        ["--bpipe-budget 4.5", "8 stages, in 4 parts", "the least is 4.75"],
+    ),
+    "parts of measured loans": (
+        [*PP8, "--bpipe-parts", "4", "--bpipe-balance", "measured"],
+        ["--bpipe-parts 4", "--bpipe-balance measured", "leave --bpipe-parts out"],
+    ),
     "unknown transport": (
         [*PP8, "--bpipe-transport", "pigeon"],
         ["--bpipe-transport pigeon", "auto, ipc, shm, p2p, host"],
