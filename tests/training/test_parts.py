@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from megatron_bpipe.simulate.recorded.overlay import overlay
+from megatron_bpipe.simulate.recorded.recording import read_report
 from tests.harness import Megatron
 from tests.harness.compare import difference, evicted
 from tests.harness.models import ALLOCATOR, TAMPER, gpt
@@ -49,6 +51,21 @@ def test_pp4_in_2_75_micro_batches(megatron: Megatron) -> None:
         assert fall > 0.7 * (before[x]["own_activation_bytes"] - after[x]["own_activation_bytes"])
     names = {event["op"] for event in least.timeline(0)["iterations"][-1]}
     assert {"E3/0", "EW3/0", "L3/0", "LW3/0", "B3/3", "B3/0"} <= names
+
+
+def test_the_recording_lies_over_its_prediction(megatron: Megatron) -> None:
+    """Same boxes and moves as foretold, a backward in parts is one box, budgets agree."""
+    least = megatron.train([*DEEP, *LEAST], steps=4)
+    panel = overlay(read_report(least.out / "report"), "parts")
+    ghost = panel.ghost
+    assert ghost is not None
+    for drawn, foretold in ((panel.boxes, ghost.boxes), (panel.moves, ghost.moves)):
+        assert sorted(one.op for one in drawn) == sorted(one.op for one in foretold)
+    assert {"E3/0", "L3/0"} <= {move.op for move in panel.moves}
+    for curve, stage in zip(panel.curves, least.memory["stages"], strict=True):
+        assert curve.peak <= stage["peak_activation_bytes"]
+        assert curve.budget is not None
+    assert all(move.size > 0 for move in panel.moves)
 
 
 def test_less_travels_at_the_published_budget(megatron: Megatron) -> None:
