@@ -127,7 +127,9 @@ def _task(args: argparse.Namespace) -> _Task:
                     f"--attention {name}: use {', '.join(get_args(Attention))}, with commas"
                 )
     question = Question(
-        asked.model, cluster, batch, asked.fixed, attentions, uneven=not args.even_layers
+        *(asked.model, cluster, batch, asked.fixed, attentions),
+        uneven=not args.even_layers,
+        distributed_optimizer=asked.fixed.settings.without_flush is None,
     )
     if args.profile is None:
         predictor = from_layer_model(asked.element, cluster.overhead, state=asked.state)

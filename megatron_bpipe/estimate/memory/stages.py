@@ -32,6 +32,8 @@ from megatron_bpipe.estimate.memory.parameters import matrix_shapes, stage_param
 from megatron_bpipe.estimate.models import padded_vocab
 from megatron_bpipe.estimate.runs import Run
 from megatron_bpipe.estimate.time.scheduled import held_by_stage
+from megatron_bpipe.schedule.bases.catalogue import ScheduleSpec
+from megatron_bpipe.schedule.flush_free.plan import versions_kept
 from megatron_bpipe.schedule.ops import partner
 
 GIB = 2**30
@@ -165,12 +167,18 @@ def _stage_memory(
     optimizer = parameters.dense / shards + parameters.experts / expert_shards
     other = partner(stage, layout.pp)
     return (
-        state.weights * parameters.total,
+        _versions(run, stage) * state.weights * parameters.total,
         state.gradients * parameters.total + _placeholders(run, stage, kernels),
         round(state.optimizer * optimizer),
         held[stage][0] * (each[stage] // run.chunks),
         0 if other is None else held[other][1] * (each[other] // run.chunks),
     )
+
+
+def _versions(run: Run, stage: int) -> int:
+    """Of its weights that a stage keeps: more than one under a schedule without a flush."""
+    name = run.settings.without_flush
+    return 1 if name is None else versions_kept(ScheduleSpec(name, run.layout.pp, 1), stage)
 
 
 def _placeholders(run: Run, stage: int, kernels: Kernels) -> int:

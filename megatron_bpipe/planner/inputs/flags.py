@@ -23,6 +23,7 @@ from megatron_bpipe.planner.inputs.given_model import given_model
 from megatron_bpipe.planner.inputs.given_settings import (
     NOT_MODELLED,
     attention_of,
+    lagging,
     not_modelled,
     recompute_of,
     recompute_words,
@@ -114,7 +115,7 @@ def read_flags(words: Sequence[str]) -> Asked:
         2 if half else 4,
         tuple(kept),
         state_of(given) if half else FP32,
-        not_modelled(given),
+        (*not_modelled(given), *lagging(given)),
         own,
         "bf16" if given.bf16 else "fp16" if given.fp16 else "fp32",
     )
@@ -171,7 +172,7 @@ _HOW: _Flags = {
     **dict.fromkeys(("no-gradient-accumulation-fusion", "cross-entropy-loss-fusion")),
     **{"main-grads-dtype": "fp32", "main-params-dtype": "fp32"},
     **{"exp-avg-dtype": "fp32", "exp-avg-sq-dtype": "fp32"},
-    "step-batch-size-schedule": str,
+    **dict.fromkeys(("step-batch-size-schedule", "bpipe-schedule"), str),
     **{name.replace("_", "-"): "?" for name in NOT_MODELLED},
 }
 """Flags of how a run computes that predictions take into account, or say that they do not."""

@@ -8,6 +8,8 @@ from megatron_bpipe.estimate.errors import EstimateError
 from megatron_bpipe.estimate.memory.stages import BF16, FP16, FP32, StateBytes
 from megatron_bpipe.estimate.runs import Attention
 from megatron_bpipe.estimate.settings import Recompute, Settings
+from megatron_bpipe.schedule.bases.catalogue import CATALOGUE
+from megatron_bpipe.schedule.bases.pipedream import WithoutFlush
 
 NOT_MODELLED = {
     "fp8_format": "matrix products in fp8",
@@ -99,6 +101,7 @@ def settings_of(given: argparse.Namespace) -> Settings:
         grad_fusion=not given.no_gradient_accumulation_fusion,
         loss_fusion=given.cross_entropy_loss_fusion,
         deterministic=given.deterministic_mode,
+        without_flush=given.bpipe_schedule if _flush_free(given) is not None else None,
     )
 
 
@@ -120,6 +123,24 @@ def state_of(given: argparse.Namespace) -> StateBytes:
             for name in (given.main_params_dtype, given.exp_avg_dtype, given.exp_avg_sq_dtype)
         )
     return StateBytes(state.weights, gradients, optimizer)
+
+
+def _flush_free(given: argparse.Namespace) -> WithoutFlush | None:
+    entry = CATALOGUE.get(given.bpipe_schedule)
+    return entry.without_flush if entry is not None else None
+
+
+def lagging(given: argparse.Namespace) -> tuple[str, ...]:
+    """What to say of a schedule without a flush."""
+    found = _flush_free(given)
+    if found is None:
+        return ()
+    return (
+        f"--bpipe-schedule {given.bpipe_schedule} changes the optimisation: weights lag by "
+        f"{found.lags}, and as many more versions of them are counted in the memory. Its plans are "
+        "those named 1F1B, without its bubble in the steady state, which the predicted time still "
+        "has; add --rerun-mode disabled",
+    )
 
 
 def not_modelled(given: argparse.Namespace) -> tuple[str, ...]:

@@ -81,10 +81,12 @@ class WithoutFlush:
         run: the schedule of p stages, m micro-batches an iteration, so many iterations between
             two flushes; iteration k is over with the last backward of its micro-batches.
         lag: by how many updates the weights lag at most, of p stages on stage x.
+        lags: the same in words.
     """
 
     run: Callable[[int, int, int], Schedule]
     lag: Callable[[int, int], int]
+    lags: str
 
 
 def _one_microbatch(p: int, m: int, iterations: int) -> Schedule:
@@ -101,9 +103,11 @@ def _two_versions(p: int, m: int, iterations: int) -> Schedule:
     return pipedream_2bw(p, m * iterations, max(m, p) if iterations == 1 else m)
 
 
-PIPEDREAM = WithoutFlush(_one_microbatch, lambda p, x: p - 1 - x)
-PIPEDREAM_2BW = WithoutFlush(_two_versions, lambda p, x: 1)
-CONTINUOUS = WithoutFlush(lambda p, m, n: continuous_pipe(p, n, m), lambda p, x: p - 1 - x)
+PIPEDREAM = WithoutFlush(_one_microbatch, lambda p, x: p - 1 - x, "p-1-x updates on stage x")
+PIPEDREAM_2BW = WithoutFlush(_two_versions, lambda p, x: 1, "1 update on every stage")
+CONTINUOUS = WithoutFlush(
+    lambda p, m, n: continuous_pipe(p, n, m), lambda p, x: p - 1 - x, "p-1-x updates on stage x"
+)
 
 
 def weight_versions(line: tuple[Op, ...]) -> int:
