@@ -15,6 +15,7 @@ from megatron_bpipe.simulate.recorded.recording import read_report
 from tests.harness import Megatron
 from tests.harness.compare import difference, evicted
 from tests.harness.models import ALLOCATOR, TAMPER, gpt
+from tests.harness.stand_in_gpu import INSTEAD, NEEDS_COMPILER
 from tests.training.combinations import COMBINATIONS, FUSION
 from tests.training.test_interleaved import COMBINATIONS as INTERLEAVED
 from tests.training.test_interleaved import four as chunked
@@ -24,15 +25,23 @@ LEAST = [*FOUR, "--bpipe-budget", "2.75"]
 DEEP = gpt(4, 12, 16)  # four layers a stage, so that parts are layers
 
 
-def check(stock: Any, parts: Any) -> None:
-    """Equal, something left, and nothing above the bound."""
+def check(stock: Any, parts: Any, block: float = 0.25) -> None:
+    """Equal, something left, and no evictor above the bound.
+
+    ``block``: the largest storage, in micro-batches: a backward frees it whole, so a part may be
+    freed that much later than the schedule counts.
+    """
     assert difference(stock, parts) is None
     assert evicted(stock) == 0
     assert evicted(parts) > 0
-    for stage in parts.memory["stages"]:
+    budget = parts.memory["budget"]
+    for before, stage in zip(stock.memory["stages"], parts.memory["stages"], strict=True):
         assert stage["evicted_bytes"] == stage["loaded_bytes"]
-        assert stage["spilled_bytes"] == 0 or parts.memory["transport"] != "shm"
-        assert stage["peak_microbatches"] <= parts.memory["budget"] + 1e-9
+        if stage["evicted_bytes"]:
+            assert stage["own_microbatches"] <= budget + block
+        else:
+            assert stage["own_activation_bytes"] <= 1.02 * before["own_activation_bytes"]
+            assert stage["pool_slots"] <= budget
 
 
 def test_pp4_in_2_75_micro_batches(megatron: Megatron) -> None:
@@ -96,7 +105,9 @@ def test_other_numbers_of_parts(megatron: Megatron, parts: str) -> None:
 def test_every_combination(megatron: Megatron, name: str) -> None:
     case = COMBINATIONS[name]
     stock = megatron.train(case.flags, world=case.world, hooks=case.hooks)
-    check(stock, megatron.train([*case.flags, *FOUR], world=case.world, hooks=case.hooks))
+    parts = megatron.train([*case.flags, *FOUR], world=case.world, hooks=case.hooks)
+    # one recomputed layer a stage is one storage
+    check(stock, parts, 1 if name.startswith("full recompute") else 0.25)
 
 
 @pytest.mark.long
@@ -104,7 +115,8 @@ def test_every_combination(megatron: Megatron, name: str) -> None:
 def test_every_combination_interleaved(megatron: Megatron, name: str) -> None:
     case = INTERLEAVED[name]
     stock = megatron.train(case.flags, world=case.world)
-    check(stock, megatron.train([*case.flags, *FOUR], world=case.world))
+    parts = megatron.train([*case.flags, *FOUR], world=case.world)
+    check(stock, parts, 0.5 if name.startswith("full recompute") else 0.25)
 
 
 def test_interleaved_below_one_chunk(megatron: Megatron) -> None:
@@ -136,3 +148,13 @@ def test_zero_bubble(megatron: Megatron) -> None:
 def test_the_allocator_agrees(megatron: Megatron) -> None:
     result = megatron.train([*DEEP, *LEAST], steps=4, hooks=[ALLOCATOR])
     assert result.ok, result.logs
+
+
+@NEEDS_COMPILER
+@pytest.mark.long
+@pytest.mark.parametrize(("transport", "replaced"), [("ipc", "shm"), ("nccl", "p2p")])
+def test_on_the_stand_in_for_gpus(megatron: Megatron, transport: str, replaced: str) -> None:
+    """Every copy is made as late as the events allow: a part used too early would show."""
+    hook = {"call": INSTEAD, "with": {"transport": transport}}
+    flags = [*DEEP, *LEAST, "--bpipe-transport", replaced]
+    check(megatron.train(DEEP, steps=4), megatron.train(flags, steps=4, hooks=[hook]))
