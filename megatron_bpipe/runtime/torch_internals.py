@@ -315,6 +315,10 @@ def _behaviour() -> Iterator[tuple[str, bool]]:
     )
     original = list(read_slots(squared.grad_fn, originals=True))
     alias = list(read_slots(exponential.grad_fn, originals=True))
+    yield (
+        "a later node has a higher number",
+        sequence_of(exponential.grad_fn) > sequence_of(squared.grad_fn),
+    )
     yield "a node's slots are read", len(original) == len(alias) == 1
     yield "an original is told from an alias", original[0].original and not alias[0].original
     storage = saved_input.untyped_storage()

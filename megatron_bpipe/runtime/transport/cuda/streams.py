@@ -18,8 +18,9 @@ Why the backward is safe. Autograd runs each node on the stream its forward ran 
 it uses, and unpacking only makes views. So an event that the compute stream waits for at LW comes
 before every kernel of the backward.
 
-One stream for both directions: it orders a load and the next eviction into the same room. The
-schedule starts an eviction beside a backward and a load beside a forward, never both at once.
+One stream for both directions: it orders a load and the next eviction into the same room. Whole
+activations leave beside a backward and come back beside a forward, never both at once; parts may do
+both beside one step, and take turns.
 """
 
 from __future__ import annotations
