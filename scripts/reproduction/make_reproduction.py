@@ -260,10 +260,10 @@ def pareto() -> str:
 def interleaved_balanced(model: str, found: Sequence[Point]) -> str:
     """Where interleaved BPipe is on the frontier and where not, and its budgets."""
     name, constants = "interleaved BPipe", published_constants()
-    runs = [p for p in found if p.method != "V-Half"]  # Megatron's loop does not run that
+    placed = [p for p in found if p.method != "V-Half"]  # that one places layers anew
     on, there = (
         [f"b = {p.micro_batch}" for p in frontier(points) if p.method == name]
-        for points in (found, runs)
+        for points in (found, placed)
     )
     largest = max((p for p in found if p.method == "interleaved" and p.fits == "yes"),
                   key=lambda p: p.micro_batch).micro_batch  # fmt: skip
@@ -275,8 +275,9 @@ def interleaved_balanced(model: str, found: Sequence[Point]) -> str:
         ]
         budgets.append(f"b = {b}: {'; '.join(cells)}.")
     return (
-        f"{name} is on this frontier with {', '.join(on) or 'no micro-batch'}; among what "
-        f"Megatron's loop runs (all but V-Half) with {', '.join(there) or 'none'}. By its budget "
+        f"{name} is on this frontier with {', '.join(on) or 'no micro-batch'}; among "
+        "those that leave layers where Megatron places them (all but V-Half) with "
+        f"{', '.join(there) or 'none'}. By its budget "
         "(micro-batches of a whole stage; the first evicts nothing), MFU with penalty and memory "
         f"of the fullest GPU: {' '.join(budgets)}"
     )

@@ -5,8 +5,14 @@ Stock here is Megatron's own 1F1B with its own messages.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
+from megatron_bpipe.estimate.memory.activations import local_kernels
+from megatron_bpipe.estimate.memory.weight_gradients import left_for_weight
+from megatron_bpipe.estimate.models import Model
+from megatron_bpipe.estimate.runs import Layout, Run
 from megatron_bpipe.schedule import lower
 from megatron_bpipe.schedule.bases.catalogue import ScheduleSpec, make
 from megatron_bpipe.simulate.engine import simulate
@@ -126,6 +132,37 @@ def test_a_weight_gradient_left_out_is_seen(megatron: Megatron) -> None:
     lost = {"call": "tests.harness.rank:lose_one_weight_gradient", "with": {}}
     stock = megatron.train(four())
     assert difference(stock, megatron.train([*four(), *ZB_H1], hooks=[lost])) is not None
+
+
+GPT = Model(
+    name="gpt", hidden=64, heads=4, kv_heads=4, layers=4, seq=64, vocab=257, ffn=256, gated=False,
+    norm="layernorm", bias=True, tied_embeddings=True, learned_positions=True, dropout=False,
+)  # fmt: skip
+SMALL_LLAMA = replace(
+    GPT, name="llama", kv_heads=2, ffn=128, gated=True, norm="rmsnorm", bias=False,
+    tied_embeddings=False, learned_positions=False,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "layout", "element"),
+    [
+        ("pp4", GPT, Layout(pp=4), 4),
+        (
+            *("LLaMA-like, tp2, sequence parallelism, bf16", SMALL_LLAMA),
+            *(Layout(pp=4, tp=2, sequence_parallel=True), 2),
+        ),
+    ],
+)
+def test_the_memory_model_knows_what_waits_for_w(
+    megatron: Megatron, name: str, model: Model, layout: Layout, element: int
+) -> None:
+    """Exactly, on the stages that have layers alone."""
+    case = COMBINATIONS[name]
+    stages = megatron.train([*case.flags, *ZB_H1], world=case.world).memory["stages"]
+    run = Run(model, layout, 2, 16, "none")
+    predicted = left_for_weight(run, 1, head=False, kernels=local_kernels(element))
+    assert [stage["left_for_weight_bytes"] for stage in stages[1:3]] == [predicted] * 2
 
 
 def test_bytes_between_b_and_w(megatron: Megatron) -> None:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from megatron_bpipe.estimate.memory.activations import FUSED, Kernels, micro_batch_bytes
 from megatron_bpipe.estimate.memory.stages import StageMemory, memory_by_stage
+from megatron_bpipe.estimate.memory.weight_gradients import left_for_weight
 from megatron_bpipe.estimate.paper.refined import (
     Constants,
     Measured,
@@ -92,12 +93,15 @@ def _sizes(run: Run, schedule: Schedule, stored: Stored) -> tuple[StageBytes, ..
     for stage in range(run.layout.pp):
         memory = _with_head(memories, stage, head_stage)
         working = memory.working + memory.overhead
+        whole = micro_batch_bytes(run, stage, stored.kernels)
+        left = left_for_weight(run, stage, stage == head_stage, stored.kernels)
         sizes.append(
             StageBytes(
-                activation=(micro_batch_bytes(run, stage, stored.kernels) // chunks,),
+                activation=(whole // chunks,),
                 weights=memory.weights,
                 gradients=memory.gradients + working,
                 optimizer=memory.optimizer,
+                kept_for_weight=left / whole,
             )
         )
     return tuple(sizes)
