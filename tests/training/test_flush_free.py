@@ -14,6 +14,9 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_bpipe.schedule.ops import Kind
+from megatron_bpipe.simulate.recorded.overlay import overlay
+from megatron_bpipe.simulate.recorded.recording import read_report
 from tests.harness import Megatron, Result
 from tests.harness.compare import difference
 from tests.harness.models import gpt
@@ -127,6 +130,19 @@ def test_bitwise_equal_to_delayed_weights(megatron: Megatron, name: str) -> None
     control = megatron.train(case.flags, hooks=case.hooks, **same)
     assert difference(ours, reference) is None
     assert difference(ours, control) is not None
+
+
+def test_a_report_shows_iterations_one_after_the_other(megatron: Megatron) -> None:
+    """What a stage is ahead in one iteration lies beside the next one's of another stage."""
+    case = CASES["2bw, tied, dropout"]
+    flags = [*case.flags, "--bpipe-schedule", case.schedule]
+    result = megatron.train(flags, world=case.world, steps=STEPS, hooks=case.hooks)
+    recording = read_report(result.out / "report")
+    for events in recording.stages:
+        backwards = [seen.op.microbatch for seen in events if seen.op.kind is Kind.BACKWARD]
+        assert len(backwards) == 8 * 8  # of the last 8 iterations
+        assert backwards == sorted(backwards)
+    assert dict(overlay(recording, "2bw").facts)["bubble"].endswith("%")
 
 
 def run_ahead(megatron: Megatron, *extra: str, **more: Any) -> Result:

@@ -8,11 +8,13 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from megatron_bpipe.report.fields import AGAIN, ReportError
 from megatron_bpipe.report.run import RunReport, read_run
 from megatron_bpipe.report.timeline import Event, read_timelines
+from megatron_bpipe.schedule.bases.catalogue import CATALOGUE
 from megatron_bpipe.schedule.ops import Kind, Op, partner
 from megatron_bpipe.simulate.costs import Costs, StageCosts
 from megatron_bpipe.simulate.draw.picture import (
@@ -64,6 +66,9 @@ class Recording:
 def read_report(folder: Path) -> Recording:
     """Read a report folder; of its iterations the one that took the median time.
 
+    Under a schedule without a flush all that were recorded, one after the other: what one stage
+    does in an iteration lies beside the next iteration of another.
+
     Raises:
         ReportError: naming what is missing, unreadable or of another version.
     """
@@ -76,11 +81,18 @@ def read_report(folder: Path) -> Recording:
         ]
         ends = sorted(range(count), key=lambda n: _span(iterations[n])[1])
         chosen = iterations[ends[(count - 1) // 2]]
+        if _goes_on(run):
+            chosen = [list(chain.from_iterable(stage)) for stage in zip(*iterations, strict=True)]
         zero, seconds = _span(chosen)
         stages = tuple(tuple(_seen(event, zero) for event in events) for events in chosen)
     except (IndexError, ValueError) as error:
         raise ReportError(f"{folder}: its timelines are no iteration ({error}); {AGAIN}") from error
     return Recording(stages, run, seconds)
+
+
+def _goes_on(run: RunReport) -> bool:
+    entry = CATALOGUE.get(run.schedule)
+    return entry is not None and entry.without_flush is not None
 
 
 def _span(iteration: Sequence[Sequence[Event]]) -> tuple[float, float]:
