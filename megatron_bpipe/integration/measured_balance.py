@@ -22,7 +22,6 @@ from megatron_bpipe.integration.log import abort, log_rank0
 from megatron_bpipe.integration.options import MEASURED, Options
 from megatron_bpipe.runtime.observe.memory import allocated_bytes, static_bytes
 from megatron_bpipe.runtime.observe.recorder import Recorder
-from megatron_bpipe.runtime.observe.sizes import SizeMeter
 from megatron_bpipe.schedule.balancing.balance import BudgetError, balance
 from megatron_bpipe.schedule.balancing.lending import Lending, LimitError
 from megatron_bpipe.schedule.balancing.ways import (
@@ -61,22 +60,20 @@ class MeasuredBalance:
 
     Attributes:
         options: what the user asked for.
-        meter: observer of the first iteration; None later.
         stages: what was measured; None before.
         foretold: the peak of each stage from the second iteration on.
     """
 
     options: Options
-    meter: SizeMeter | None = None
     stages: tuple[MeasuredStage, ...] | None = None
     foretold: tuple[int, ...] = ()
     _found: dict[ScheduleSpec, Arrangement] = field(default_factory=dict)
-    _working: int | None = None
+    _first: Recorder | None = None  # of the first iteration, when that is over
 
     @property
     def measuring(self) -> bool:
         """Whether the first iteration is still to be seen."""
-        return self._working is None
+        return self._first is None
 
     def first(self, spec: ScheduleSpec) -> ScheduleSpec:
         """What the first iteration runs: the paper's rule, where it can balance the schedule."""
@@ -86,29 +83,20 @@ class MeasuredBalance:
             return replace(spec, balanced=False)
         return spec
 
-    def watch(self, recorder: Recorder) -> SizeMeter:
-        """The first iteration begins: who else is to be told of its ops."""
-        self.meter = SizeMeter(recorder)
-        return self.meter
-
     def seen(self, recorder: Recorder) -> None:
         """The first iteration is over."""
-        if self.meter is None:
-            return
-        peaks = recorder.peaks
-        assert peaks.allocator_bytes is not None, "see check_allocator"
-        # what the first iteration leaves behind (workspaces, caches) is static from the second on
-        above = peaks.allocator_bytes - recorder.stayed
-        self._working = max(0, above - peaks.activation_bytes)
+        assert recorder.working is not None, "see check_allocator"
+        self._first = recorder
 
     def share(self, stage: int) -> None:
         """Before the second iteration: tell all ranks, hear all ranks; a collective."""
-        assert self.meter is not None
-        assert self._working is not None
+        first = self._first
+        assert first is not None
+        assert first.working is not None
         device = torch.device(torch.cuda.current_device())
         static = static_bytes("cpu") if device.type == "cpu" else allocated_bytes(device)
         assert static is not None
-        mine = RankBytes(stage, static, self._working, self.meter.held, self.meter.leaving)
+        mine = RankBytes(stage, static, first.working, first.sizes.held, first.sizes.leaving)
         everyone: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, mine)
         limit = self.options.memory_limit
@@ -119,7 +107,6 @@ class MeasuredBalance:
             worst_of([_as_stage(one) for one in everyone if one.stage == x])
             for x in range(1 + max(one.stage for one in everyone))
         )
-        self.meter = None
 
     def leaving(self, stage: int) -> dict[int, int]:
         """Bytes that leave with one activation of each chunk of a stage."""

@@ -149,10 +149,6 @@ class Session:
         if self.pools is not None and self.plan is not None and self.plan.loans != plan.loans:
             self.drop()  # other pairs from here on
         self.plan = plan
-        if self._measures:
-            assert self.measured is not None
-            assert self.recorder is not None
-            self.measured.watch(self.recorder)
         if self.pools is None:
             self.pools = StagePools(self.options, self._group)
         sizes: dict[int, int] | None = None
@@ -187,8 +183,7 @@ class Session:
 
     def observers(self) -> list[Observer]:
         """Who is told of the ops of this iteration."""
-        meter = self.measured.meter if self.measured is not None else None
-        return [one for one in (self.recorder, meter, self._links.watch) if one is not None]
+        return [one for one in (self.recorder, self._links.watch) if one is not None]
 
     def end(self, losses: list[Any]) -> None:
         """The iteration is over."""
@@ -253,6 +248,14 @@ class Session:
             exposed_seconds=seen.exposed_seconds,
             allocator_peak_bytes=seen.peaks.allocator_bytes,
             static_bytes=self._static_bytes(),
+            held_bytes=list(seen.sizes.held),
+            leaving_bytes=list(seen.sizes.leaving),
+            working_bytes=seen.working,
+            foretold_peak_bytes=(
+                self.measured.foretold[seen.stage]
+                if self.measured is not None and self.measured.foretold
+                else None
+            ),
             device_bytes=device_bytes(),
             transport=pools.transport if pools is not None else "",
             left_for_weight_bytes=seen.left_for_weight_bytes,

@@ -14,7 +14,7 @@ Units: bytes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_bpipe.estimate.errors import EstimateError
@@ -22,7 +22,11 @@ from megatron_bpipe.estimate.time.scheduled import held_in
 from megatron_bpipe.report.fields import ReportError
 from megatron_bpipe.report.run import RunReport, StageReport, read_run
 from megatron_bpipe.schedule.balancing.balance import BudgetError, balance
+from megatron_bpipe.schedule.balancing.lending import Lending, LimitError
+from megatron_bpipe.schedule.balancing.ways import MeasuredStage as StageBytes
+from megatron_bpipe.schedule.balancing.ways import solve
 from megatron_bpipe.schedule.base import one_f_one_b
+from megatron_bpipe.schedule.bases.catalogue import ScheduleSpec, make
 from megatron_bpipe.schedule.ops import default_budget, partner
 
 MIB = 2**20
@@ -50,10 +54,15 @@ class MeasuredStage:
 
 @dataclass(frozen=True)
 class MeasuredRun:
-    """A run: its stages, and the budget it ran with (None: stock 1F1B)."""
+    """A run: its stages, the budget it ran with (None: stock), its schedule, and its bytes.
+
+    ``needs`` is what ``--bpipe-balance measured`` would work its loans out from.
+    """
 
     stages: tuple[MeasuredStage, ...]
     budget: int | None
+    spec: ScheduleSpec
+    needs: tuple[StageBytes, ...]
 
     @property
     def totals(self) -> tuple[int, ...]:
@@ -84,15 +93,6 @@ class Proposal:
         return self.totals.index(max(self.totals))
 
 
-@dataclass(frozen=True)
-class PairProposal:
-    """Pairs (evictor, acceptor), micro-batches the evictor would keep, the fullest stage's peak."""
-
-    pairs: tuple[tuple[int, int], ...]
-    kept: tuple[int, ...]
-    highest: int
-
-
 def read_report(folder: Path) -> MeasuredRun:
     """Read ``memory.json`` of a folder; raises EstimateError naming the file and the field."""
     try:
@@ -100,7 +100,9 @@ def read_report(folder: Path) -> MeasuredRun:
     except ReportError as error:
         raise EstimateError(str(error)) from error
     found = tuple(_stage(f"{folder / 'memory.json'}: stages[{s.stage}]", s) for s in run.stages)
-    return MeasuredRun(found, _budget(run))
+    spec = ScheduleSpec(run.schedule, run.p, run.m, run.v)
+    needs = tuple(_need(stage, here, run.v) for stage, here in zip(run.stages, found, strict=True))
+    return MeasuredRun(found, _budget(run), spec, needs)
 
 
 def proposals(run: MeasuredRun, micro_batches: int | None = None) -> list[Proposal]:
@@ -126,31 +128,22 @@ def best(found: Sequence[Proposal], capacity: int | None) -> Proposal:
     return min(found, key=lambda proposal: max(proposal.totals))
 
 
-def best_pairs(run: MeasuredRun) -> PairProposal:
-    """Fullest with emptiest, by measured peaks of stock 1F1B, and what that would come to.
+def measured_balance(
+    run: MeasuredRun, capacity: int | None, micro_batches: int | None = None
+) -> Lending:
+    """What ``--bpipe-balance measured`` would do, with ``capacity`` as ``--bpipe-memory-limit``.
 
-    An evictor that keeps k of the n micro-batches it holds needs n - k + 1 slots on its acceptor,
-    one more than it lacks while one leaves and one returns; an acceptor is full all the time then.
+    Raises:
+        LimitError: the capacity cannot be kept.
+        EstimateError: the run's schedule has no loans of its own, or needs other sizes.
     """
-    p = len(run.stages)
-    held = [p - x for x in range(p)]
-    totals = _stock_totals(run)
-    order = sorted(range(p), key=lambda x: totals[x])
-    pairs, kept, highest = [], [], 0
-    for acceptor, evictor in zip(order[: p // 2], reversed(order), strict=False):
-        peaks = {}
-        for k in range(2, held[evictor] + 1):
-            slots = held[evictor] - k + 1 if k < held[evictor] else 0
-            stage = run.stages[evictor]
-            here = totals[evictor] - (held[evictor] - k) * stage.micro_batch
-            peaks[k] = max(here, totals[acceptor] + slots * stage.micro_batch)
-        choice = min(peaks, key=lambda k: (peaks[k], -k), default=held[evictor])
-        pairs.append((evictor, acceptor))
-        kept.append(choice)
-        highest = max(highest, peaks.get(choice, totals[evictor]))
-    if p % 2:
-        highest = max(highest, totals[order[p // 2]])
-    return PairProposal(tuple(pairs), tuple(kept), highest)
+    try:
+        base = make(replace(run.spec, m=micro_batches or run.spec.m))
+        return solve(base, run.needs, capacity)
+    except LimitError:
+        raise
+    except ValueError as error:
+        raise EstimateError(f"measured balance of {run.spec.name}: {error}") from error
 
 
 def recomputed_shares(run: MeasuredRun, capacity: int) -> tuple[float, ...]:
@@ -182,6 +175,13 @@ def _totals(run: MeasuredRun, counts: Sequence[tuple[int, int]]) -> tuple[int, .
         lent = 0 if other is None else counts[other][1] * run.stages[other].micro_batch
         totals.append(stage.static + stage.working + held * stage.micro_batch + lent)
     return tuple(totals)
+
+
+def _need(report: StageReport, stage: MeasuredStage, chunks: int) -> StageBytes:
+    """What the solver is asked; chunks are alike in reports that do not say more."""
+    working = stage.working if report.working_bytes is None else report.working_bytes
+    held = tuple(report.held_bytes or ()) or (stage.micro_batch // chunks,) * chunks
+    return StageBytes(stage.static + working, held, tuple(report.leaving_bytes or ()) or held)
 
 
 def _budget(run: RunReport) -> int | None:

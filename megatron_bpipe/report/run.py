@@ -41,6 +41,10 @@ class StageReport:
     exposed_seconds: float | None = None
     allocator_peak_bytes: int | None = None
     device_bytes: int | None = None
+    held_bytes: Sequence[int] | None = None
+    leaving_bytes: Sequence[int] | None = None
+    working_bytes: int | None = None
+    foretold_peak_bytes: int | None = None
     transport: str = ""
     stock_microbatches: float | None = None
     left_for_weight_bytes: int | None = None

@@ -27,7 +27,7 @@ from megatron_bpipe.schedule.lowering.routes import (
     known_activations,
     upstream,
 )
-from megatron_bpipe.schedule.ops import MESSAGES, UP, Kind, Op, Schedule, partner
+from megatron_bpipe.schedule.ops import HOST, MESSAGES, UP, Kind, Op, Schedule, other_end
 from megatron_bpipe.simulate.costs import Costs, StageCosts
 from megatron_bpipe.simulate.network import Network, Path
 
@@ -196,11 +196,10 @@ def _job(
     schedule: Schedule, stage: int, index: int, op: Op, costs: StageCosts, network: Network
 ) -> Job:
     out = op.kind is Kind.EVICT
-    if schedule.to_host:
+    other = other_end(schedule, stage, op)
+    if other == HOST:
         path = network.host_path(stage, out=out)
     else:
-        other = partner(stage, schedule.p)
-        assert other is not None, "validate refuses E on a stage without partner"
         path = network.path(stage, other) if out else network.path(other, stage)
     fixed = costs.evict if out else costs.load
     return Job(stage, index, op, path, fixed / schedule.parts, costs.moved // schedule.parts)

@@ -2,7 +2,7 @@
 
 Weights, gradients and optimizer state are there all the time, the weights once for each version
 that the schedule keeps and once for each direction whose layers the stage has.  An acceptor's pool
-is there all the time too, for the most activations its partner ever has in it.  An activation is
+is there all the time too, for the most activations its evictors ever have in it.  An activation is
 allocated when its forward begins and freed when its backward ends (where the backward is split,
 what W needs of it stays until W is over); on an evictor it is freed when EW is over and allocated
 again when L begins.  Where an activation travels in parts each of them is an equal share of it,
@@ -19,8 +19,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_bpipe.schedule.bases.pipedream import weight_versions
-from megatron_bpipe.schedule.ops import Kind, Op, Schedule, partner
-from megatron_bpipe.schedule.validation.occupancy import occupancy
+from megatron_bpipe.schedule.ops import Kind, Op, Schedule, borrowers
+from megatron_bpipe.schedule.validation.occupancy import borrowed
 from megatron_bpipe.simulate.result import Simulation
 
 
@@ -88,9 +88,10 @@ def memory_steps(simulation: Simulation, sizes: Sequence[StageBytes]) -> list[St
     out = []
     for stage, size in enumerate(sizes):
         line = schedule.stages[stage]
-        other = partner(stage, schedule.p)
-        slots = lent_slots(schedule, stage)
-        pool = slots * _moved(sizes[other], 0) // schedule.parts if other is not None else 0
+        pool = sum(
+            borrowed(schedule, x, stage) * _slot(schedule, sizes[x]) // schedule.parts
+            for x in borrowers(schedule, stage)
+        )
         copies = len({op.direction for op in line if op.chunk == 0 and op.kind is Kind.FORWARD})
         out.append(
             StageMemory(
@@ -102,14 +103,6 @@ def memory_steps(simulation: Simulation, sizes: Sequence[StageBytes]) -> list[St
             )
         )
     return out
-
-
-def lent_slots(schedule: Schedule, stage: int) -> int:
-    """Most units (activations of a chunk, or parts) that this stage's partner ever keeps on it."""
-    other = partner(stage, schedule.p)
-    if other is None or schedule.to_host or other > stage:
-        return 0
-    return max(occupancy(schedule.stages[other], schedule.parts)[1], default=0)
 
 
 def _steps(
@@ -161,3 +154,10 @@ def _moved(size: StageBytes, chunk: int) -> int:
     if size.moved is not None:
         return size.moved
     return size.activation[chunk if chunk < len(size.activation) else -1]
+
+
+def _slot(schedule: Schedule, size: StageBytes) -> int:
+    """Bytes of one slot: of chunk 0, or, where loans are worked out from bytes, of the largest."""
+    if schedule.loans is None:
+        return _moved(size, 0)
+    return max(_moved(size, chunk) for chunk in range(len(size.activation)))

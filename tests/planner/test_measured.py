@@ -14,7 +14,7 @@ from megatron_bpipe.estimate.errors import EstimateError
 from megatron_bpipe.planner.measured import (
     MIB,
     best,
-    best_pairs,
+    measured_balance,
     proposals,
     read_report,
     recomputed_shares,
@@ -66,8 +66,9 @@ def test_a_last_stage_full_of_logits_is_the_tightest(tmp_path: Path) -> None:
     found = proposals(run, micro_batches=8)
     assert found[0].tightest == 3
     assert best(found, None).budget is None  # lending would make it worse
-    pairs = best_pairs(run)
-    assert pairs.pairs[0] == (3, 2)  # fullest with emptiest, not early with late
+    lending = measured_balance(run, None)
+    assert not lending.loans  # stage 3 is the fullest, and has nothing that could leave
+    assert [peak / MIB for peak in lending.peaks] == [50, 40, 30, 80]
     assert recomputed_shares(run, 50 * MIB)[3] == pytest.approx((80 - 50) / 10)  # never enough
 
 

@@ -10,8 +10,8 @@ from megatron_bpipe.report.timeline import Event, Timeline
 from megatron_bpipe.schedule import balance, lower, one_f_one_b
 from megatron_bpipe.schedule.bases.interleaved import interleaved
 from megatron_bpipe.schedule.ops import Kind
+from megatron_bpipe.schedule.validation.occupancy import lent as lent_slots
 from megatron_bpipe.simulate import even_costs, simulate
-from megatron_bpipe.simulate.memory import lent_slots
 
 UNIT = 2**20  # bytes of one micro-batch on one stage
 

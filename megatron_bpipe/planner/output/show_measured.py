@@ -8,14 +8,14 @@ from megatron_bpipe.placement.columns import columns
 from megatron_bpipe.planner.measured import (
     MIB,
     MeasuredRun,
-    PairProposal,
     Proposal,
     best,
-    best_pairs,
+    measured_balance,
     proposals,
     recomputed_shares,
 )
-from megatron_bpipe.schedule.ops import partner
+from megatron_bpipe.schedule.balancing.lending import LimitError
+from megatron_bpipe.schedule.ops import HOST
 
 
 def capacity_of(run: MeasuredRun, given: int | None) -> int | None:
@@ -40,7 +40,7 @@ def text(run: MeasuredRun, capacity: int | None, micro_batches: int | None) -> s
                   f"fullest: stage {q.tightest}") for q in found]),
         "",
         _budget_line(best(found, capacity), found[0], capacity),
-        _pairs_line(run, best_pairs(run), found),
+        _measured_line(run, capacity, micro_batches),
     ]  # fmt: skip
     lines.append(_recompute_line(run, _target(found, capacity), capacity is not None))
     return "\n".join(lines)
@@ -57,7 +57,7 @@ def data(run: MeasuredRun, capacity: int | None, micro_batches: int | None) -> d
         "capacity": capacity,
         "proposals": [{"budget": q.budget, "totals": q.totals} for q in found],
         "budget": best(found, capacity).budget,
-        "pairs": vars(best_pairs(run)),
+        "measured": _measured_data(run, capacity, micro_batches),
         "recompute_target": target,
         "recomputed_shares": recomputed_shares(run, target),
     }
@@ -113,17 +113,38 @@ def _budget_line(choice: Proposal, stock: Proposal, capacity: int | None) -> str
     )
 
 
-def _pairs_line(run: MeasuredRun, found: PairProposal, known: Sequence[Proposal]) -> str:
-    p = len(run.stages)
-    usual = all(partner(a, p) == b for a, b in found.pairs)
-    shown = ", ".join(f"({evictor}, {acceptor})" for evictor, acceptor in found.pairs)
-    if usual:
-        return f"pairs: {shown}, the ones that --bpipe has, are the fullest with the emptiest"
-    return (
-        f"pairs: by measured room {shown} would come to at most {found.highest / MIB:.1f} MiB, "
-        f"against {_lowest(known) / MIB:.1f} with stage x and p-1-x, the only pairs that --bpipe "
-        "has"
+def _measured_line(run: MeasuredRun, capacity: int | None, micro_batches: int | None) -> str:
+    """What ``--bpipe-balance measured`` would do."""
+    flags = "--bpipe --bpipe-balance measured"
+    if capacity is not None:
+        flags += f" --bpipe-memory-limit {capacity / MIB:.0f}MiB"
+    try:
+        found = measured_balance(run, capacity, micro_batches)
+    except LimitError as error:
+        more = (error.least - error.limit) / MIB
+        return f"measured: {flags} cannot be kept, stage {error.stage} needs {more:.1f} MiB more"
+    peaks = " ".join(f"{peak / MIB:.1f}" for peak in found.peaks)
+    if not found.loans:
+        return f"measured: {flags} would move nothing: {peaks}"
+    loans = ", ".join(
+        f"stage {loan.evictor} -> {'host' if loan.lender == HOST else loan.lender} ({loan.slots})"
+        for loan in found.loans
     )
+    return (
+        f"measured: {flags} comes to {peaks}, fullest: stage {found.fullest}; {loans} activations "
+        f"at a time, {found.moved / MIB:.1f} MiB leave in an iteration"
+    )
+
+
+def _measured_data(
+    run: MeasuredRun, capacity: int | None, micro_batches: int | None
+) -> dict[str, object]:
+    try:
+        found = measured_balance(run, capacity, micro_batches)
+    except LimitError as error:
+        return {"limit": error.limit, "least": error.least, "stage": error.stage}
+    loans = [(loan.evictor, loan.lender, loan.slots) for loan in found.loans]
+    return {"loans": loans, "peaks": found.peaks, "moved": found.moved, "proved": found.proved}
 
 
 def _recompute_line(run: MeasuredRun, target: int, is_capacity: bool) -> str:

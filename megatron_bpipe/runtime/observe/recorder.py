@@ -21,6 +21,7 @@ from megatron_bpipe.report.timeline import Event, Timeline
 from megatron_bpipe.runtime.graph import nodes_below, roots_of
 from megatron_bpipe.runtime.observe.audit import Audit, audit_forward
 from megatron_bpipe.runtime.observe.memory import LiveActivations
+from megatron_bpipe.runtime.observe.sizes import ActivationSizes
 from megatron_bpipe.runtime.torch_internals import storage_id
 from megatron_bpipe.runtime.transport import TransferHandle
 from megatron_bpipe.schedule.ops import ActivationKey, Kind, Op, microbatches
@@ -73,7 +74,8 @@ class Recorder:
     timeline: deque[list[Event]] = field(default_factory=lambda: deque(maxlen=TIMELINE_ITERATIONS))
     audit: Audit | None = None
     left_for_weight_bytes: int | None = None  # most that one activation kept between B and W
-    stayed: int = 0  # bytes of the last iteration that its end left with the allocator
+    sizes: ActivationSizes = field(default_factory=ActivationSizes)
+    working: int | None = None  # bytes that the first iteration needed beside activations
     _before_forward: int | None = None
     _live: LiveActivations = field(default_factory=LiveActivations)
     _excluded: Collection[int] = ()
@@ -125,9 +127,8 @@ class Recorder:
         self.iterations.append(span)
         if self._peak is not None:
             self._allocator_is_at(self._peak())
-        now = self.allocated()
-        if now is not None and self._baseline is not None:
-            self.stayed = max(0, now - self._baseline)
+        if len(self.iterations) == 1:
+            self.working = self._worked_with()
         events = self.timeline[-1]
         for i, transfer in self._transfers:
             start, end = transfer.span
@@ -163,6 +164,8 @@ class Recorder:
             known = self._live.known()
             self.audit = audit_forward(op.microbatch, output, allocated, self._excluded, known)
         self._live.track_graph(op.key, output, self._excluded)
+        if not self.iterations:
+            self.sizes.note(op.chunk, output, self._live.bytes_of(op.key))
         # the first micro-batch's backward begins when the stage is fullest
         if self._peak is None and op.microbatch == 0:
             for node in nodes_below(roots_of(output)):
@@ -205,6 +208,17 @@ class Recorder:
         """The second micro-batch if there is one: caches are filled, shared tensors known."""
         return self.audit is None or (self.audit.microbatch == 0 and op.microbatch == 1)
 
+    def _worked_with(self) -> int | None:
+        """What an iteration that is over needed beside activations, at its allocator's peak.
+
+        What it leaves behind (workspaces, caches) is static from the next one on.
+        """
+        now, peak = self.allocated(), self.peaks.allocator_bytes
+        if now is None or peak is None or self._baseline is None:
+            return None
+        stayed = max(0, now - self._baseline)
+        return max(0, peak - stayed - self.peaks.activation_bytes)
+
     def _in_backward(self, *_: object) -> None:
         """After a node's backward: what it works with is there besides what was saved."""
         self._allocator_is_at(self.allocated())
@@ -213,10 +227,6 @@ class Recorder:
         if now is not None and self._baseline is not None:
             above = now - self._baseline
             self.peaks.allocator_bytes = max(self.peaks.allocator_bytes or 0, above)
-
-    def activation_bytes(self, key: ActivationKey) -> int:
-        """What the forward of this activation has saved, of this iteration."""
-        return self._live.bytes_of(key)
 
     @property
     def microbatches(self) -> int:

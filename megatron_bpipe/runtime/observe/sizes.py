@@ -7,39 +7,21 @@ from dataclasses import dataclass, field
 
 from megatron_bpipe.runtime.block import padded
 from megatron_bpipe.runtime.graph import roots_of, saved_storages
-from megatron_bpipe.runtime.observe.recorder import Recorder
-from megatron_bpipe.runtime.transport import TransferHandle
-from megatron_bpipe.schedule.ops import Op
 
 
 @dataclass
-class SizeMeter:
-    """Observer of one iteration; see `executor.Observer`.
+class ActivationSizes:
+    """Of the first iteration."""
 
-    Args:
-        recorder: another observer of it, told before this one.
-    """
-
-    recorder: Recorder
     _held: dict[int, list[int]] = field(default_factory=dict)
     _leaving: dict[int, list[int]] = field(default_factory=dict)
 
-    def forward_begins(self, op: Op) -> None:
-        """Nothing yet."""
-
-    def forward_done(self, op: Op, output: object) -> None:
-        """Note what it saved."""
+    def note(self, chunk: int, output: object, held: int) -> None:
+        """A forward is over, and nothing of it has left; ``held`` bytes are its own."""
         entries = (entry for entry in saved_storages(roots_of(output)) if entry.kept is None)
         leaving = sum(padded(entry.storage.nbytes()) for entry in entries)
-        self._leaving.setdefault(op.chunk, []).append(leaving)
-        held = self.recorder.activation_bytes(op.key)
-        self._held.setdefault(op.chunk, []).append(held)
-
-    def op_done(self, op: Op, start: float, end: float, moved: int) -> None:
-        """No interest."""
-
-    def transfer_done(self, op: Op, transfer: TransferHandle) -> None:
-        """No interest."""
+        self._leaving.setdefault(chunk, []).append(leaving)
+        self._held.setdefault(chunk, []).append(held)
 
     @property
     def held(self) -> tuple[int, ...]:

@@ -13,8 +13,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from megatron_bpipe.schedule.ops import UP, Kind, Op, partner
-from megatron_bpipe.simulate.memory import StageBytes, lent_slots, memory_steps, share
+from megatron_bpipe.schedule.ops import HOST, UP, Kind, Op, partner
+from megatron_bpipe.schedule.validation.occupancy import lent
+from megatron_bpipe.simulate.memory import StageBytes, memory_steps, share
 from megatron_bpipe.simulate.result import Simulation, bubble_ratio
 
 
@@ -141,6 +142,8 @@ def move_of(
 ) -> Move:
     """The move of an eviction or load (or of the wait for it)."""
     other = None if to_host else partner(stage, p)
+    if op.other is not None:
+        other = None if op.other == HOST else op.other
     leaves = op.kind in (Kind.EVICT, Kind.EVICT_WAIT)
     source, target = (stage, other) if leaves else (other, stage)
     kind = Kind.EVICT if leaves else Kind.LOAD
@@ -200,7 +203,7 @@ def _curves(simulation: Simulation, sizes: Sequence[StageBytes] | None) -> list[
         if schedule.budget is not None:
             activations = given[stage].activation
             whole = sum(activations[min(chunk, len(activations) - 1)] for chunk in range(chunks))
-            own = schedule.budget - lent_slots(schedule, stage) / schedule.grain
+            own = schedule.budget - lent(schedule, stage) / schedule.grain
             budget = unit * (memory.constant + own * whole)
         curves.append(Curve(stage, tuple((n, v) for n, v in constant if v), steps, budget))
     return curves

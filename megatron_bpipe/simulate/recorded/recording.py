@@ -192,7 +192,8 @@ def measured_bytes(recording: Recording) -> tuple[StageBytes, ...]:
         first = next(n for n, event in enumerate(events) if event.op.kind is Kind.BACKWARD)
         top = max(events[:first] if split else events, key=lambda event: event.live_bytes)
         activation = round(top.live_bytes / max(1, top.live * v))
-        other = partner(stage, p)
+        own_loans = any(event.op.other is not None for event in events)
+        other = None if own_loans else partner(stage, p)
         slots = recording.run.stages[other].pool_slots if other is not None else 0
         pool = recording.pool_bytes[other] if other is not None else 0
         moved = round(pool / (slots * v)) if slots else None
