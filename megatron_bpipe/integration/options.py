@@ -27,6 +27,7 @@ class Options:
             allowed (a chunk of v counts 1/v); None: ceil((p+2)/2), with interleaving the least.
         balance: `PAPER`: stages x and p-1-x are pairs, every stage within ``budget``; `MEASURED`:
             the first iteration shows every stage's bytes, and they decide from the second on.
+        recompute: layers of each model chunk that each stage recomputes; None: Megatron's flags.
         memory_limit: bytes that no GPU may exceed, for `MEASURED`; None: as few as can be.
         parts: in how many an activation leaves and returns; 1: whole; None: the default.
         schedule: one of ``schedule.bases.catalogue.EXECUTED``; None: Megatron's own.
@@ -45,6 +46,7 @@ class Options:
     balance: str = PAPER
     memory_limit: int | None = None
     parts: int | None = None
+    recompute: tuple[int, ...] | None = None
     schedule: str | None = None
     transport: str = AUTO
     placement: str = "pair-adjacent"
@@ -75,6 +77,7 @@ class Options:
             budget=args.bpipe_budget,
             balance=args.bpipe_balance,
             memory_limit=args.bpipe_memory_limit,
+            recompute=args.bpipe_recompute,
             parts=args.bpipe_parts,
             schedule=args.bpipe_schedule,
             transport=args.bpipe_transport,
@@ -93,6 +96,18 @@ def _size(text: str) -> int:
         return size(text)
     except UnitError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _layers(text: str) -> tuple[int, ...]:
+    try:
+        layers = tuple(int(word) for word in text.split(","))
+    except ValueError:
+        layers = (-1,)
+    if min(layers) < 0:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: write one number of layers for each stage, for example 2,1,0,0"
+        )
+    return layers
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -134,6 +149,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="In how many parts an activation leaves and returns, early layers first out and last "
         "back: less travels at the same budget, smaller budgets can be kept; 1 moves it whole, as "
         f"the paper does (default {DEFAULT_PARTS}).",
+    )
+    group.add_argument(
+        "--bpipe-recompute",
+        type=_layers,
+        metavar="N0,N1,...",
+        help="Recompute the first Nx layers of each model chunk of stage x, where computing again "
+        "is cheaper than moving; instead of --recompute-granularity, which has one number for all.",
     )
     group.add_argument(
         "--bpipe-schedule",

@@ -19,6 +19,7 @@ from megatron_bpipe.integration.log import log_rank, log_rank0
 from megatron_bpipe.integration.measured_balance import MeasuredBalance, check_allocator
 from megatron_bpipe.integration.options import MEASURED, Options
 from megatron_bpipe.integration.patches.flush_free.pipeline import Pipeline
+from megatron_bpipe.integration.patches.stage_recompute import recompute_on_this_stage
 from megatron_bpipe.integration.patches.v_placement.mirror import Mirror
 from megatron_bpipe.integration.rank_mapping.launcher import identify
 from megatron_bpipe.integration.rank_mapping.mapping import RankMap, verify
@@ -105,6 +106,11 @@ class Session:
             self.drop()  # the process groups were made anew: other stages, other partners
             self.recorder = None
             self._group = weakref.ref(group)
+
+    def recompute(self, config: Any, stage: int) -> None:
+        """Let this stage recompute as many layers as ``--bpipe-recompute`` says."""
+        if self.options.recompute is not None:
+            recompute_on_this_stage(config, self.options.recompute[stage])
 
     def arranged(self, spec: ScheduleSpec, group: Any) -> ScheduleSpec:
         """The schedule of the next iteration: as asked, or as measured in the first.

@@ -48,7 +48,7 @@ CASES = {
     ),
     "uneven layers by layout": Case(
         gpt(4, 8, 12, "--pipeline-model-parallel-layout", "Etttt|tt|t|tttttL"),
-        loans="stage 0 -> 2 (2)",
+        loans="stage 0 -> 3 (1), stage 0 -> 2 (1)",
     ),
     "experts on the last stages": Case(
         gpt(4, 8, 12, *MOE, "--moe-layer-freq", "([0]*6+[1]*6)", hidden=32),
@@ -120,6 +120,19 @@ def test_a_limit_below_the_static_state_stops_every_rank(megatron: Megatron) -> 
     result = megatron.train(flags, steps=STEPS)
     assert set(result.status.values()) == {2}
     assert "--bpipe-memory-limit 1.0MiB is below what stage 0 keeps between" in result.log(0)
+
+
+@pytest.mark.long
+def test_each_stage_recomputes_its_own_number_of_layers(megatron: Megatron) -> None:
+    flags = CASES["vocabulary 64 times the hidden size"].flags
+    stock = megatron.train(flags, steps=STEPS)
+    paper = megatron.train([*flags, "--bpipe"], steps=STEPS)
+    found = megatron.train([*flags, "--bpipe", "--bpipe-recompute", "2,1,0,0"], steps=STEPS)
+    assert difference(stock, found) is None
+    held = [[stage["held_bytes"][0] for stage in run.memory["stages"]] for run in (paper, found)]
+    assert held[1][0] < held[0][0] / 3  # both layers keep their input only
+    assert held[1][1] < 0.7 * held[0][1]
+    assert held[1][2:] == held[0][2:]
 
 
 @pytest.mark.long

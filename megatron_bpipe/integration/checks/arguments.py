@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -58,7 +59,10 @@ def check_arguments(args: Any, options: Options) -> str | None:
     for flag, given, remedy in incompatible_flags(args):
         abort(f"--bpipe cannot run with {flag} {given}; {remedy}")
     check_flush_free(args, options, _microbatches(args))
+    _check_recompute(args, options.recompute)
     notice = check_schedule(args, options, _microbatches(args))
+    if notice is not None and options.recompute is not None:
+        abort(f"--bpipe-recompute needs something to balance, but {notice}; drop it")
     if notice is None and options.timed and torch.cuda.is_available():
         log_rank0(
             "--timing-log-level 2 makes every rank wait for its whole GPU around every forward and "
@@ -66,6 +70,24 @@ def check_arguments(args: Any, options: Options) -> str | None:
             "train, and --bpipe-report to see times"
         )
     return notice
+
+
+def _check_recompute(args: Any, layers: Sequence[int] | None) -> None:
+    """Whether every stage has its number, and Megatron's own flag does not say otherwise."""
+    if layers is None:
+        return
+    shown, stages = ",".join(map(str, layers)), args.pipeline_model_parallel_size
+    if len(layers) != stages:
+        abort(
+            f"--bpipe-recompute {shown} has {len(layers)} number(s) for {stages} stages; give one "
+            "for each"
+        )
+    given = getattr(args, "recompute_granularity", None)
+    if given is not None:
+        abort(
+            f"--bpipe-recompute {shown} cannot run with --recompute-granularity {given}; drop one "
+            "of the two"
+        )
 
 
 def _check_transport(transport: str) -> None:

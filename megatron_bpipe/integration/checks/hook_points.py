@@ -199,6 +199,8 @@ _SCHEDULE = (
             *("hidden_size", "ffn_hidden_size", "gated_linear_unit", "num_layers"),
             *("num_attention_heads", "num_query_groups", "num_moe_experts"),
             *("moe_ffn_hidden_size", "moe_router_topk"),
+            # layers that each stage recomputes
+            *("recompute_granularity", "recompute_method", "recompute_num_layers"),
             # weight gradients apart from B, in Transformer Engine's layers
             *("delay_wgrad_compute", "__post_init__"),
             # whether micro-batches may differ in what they save

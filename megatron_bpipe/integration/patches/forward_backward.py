@@ -63,6 +63,7 @@ def make_schedule(
         call = _stage_call(schedules, arguments, session.mirror)
         group = call.communicator.pp_group
         spec = _spec(call, session.options)
+        session.recompute(call.config, group.rank())
         if arguments["forward_only"]:
             return _evaluated(call, forward_ops(spec, group.rank()))
         try:
