@@ -85,18 +85,20 @@ class MeasuredBalance:
 
     def seen(self, recorder: Recorder) -> None:
         """The first iteration is over."""
-        assert recorder.working is not None, "see check_allocator"
+        assert recorder.working.most is not None, "see check_allocator"
         self._first = recorder
 
     def share(self, stage: int) -> None:
         """Before the second iteration: tell all ranks, hear all ranks; a collective."""
         first = self._first
         assert first is not None
-        assert first.working is not None
+        first.settle()
+        working = first.working.most
+        assert working is not None
         device = torch.device(torch.cuda.current_device())
         static = static_bytes("cpu") if device.type == "cpu" else allocated_bytes(device)
         assert static is not None
-        mine = RankBytes(stage, static, first.working, first.sizes.held, first.sizes.leaving)
+        mine = RankBytes(stage, static, working, first.sizes.held, first.sizes.leaving)
         everyone: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, mine)
         limit = self.options.memory_limit

@@ -92,7 +92,11 @@ class Session:
         if self.recorder is None:
             device = torch.device(torch.cuda.current_device())
             self.recorder = Recorder(
-                group.rank(), dist.get_rank(), lambda: allocated_bytes(device), peak_watch(device)
+                group.rank(),
+                dist.get_rank(),
+                lambda: allocated_bytes(device),
+                peak_watch(device),
+                lambda: static_bytes(device.type),
             )
         kept, pipeline = set().union(*map(storage_ids, models)), self.pipeline
         if pipeline is not None:
@@ -256,7 +260,7 @@ class Session:
             static_bytes=self._static_bytes(),
             held_bytes=list(seen.sizes.held),
             leaving_bytes=list(seen.sizes.leaving),
-            working_bytes=seen.working,
+            working_bytes=seen.working.most,
             foretold_peak_bytes=(
                 self.measured.foretold[seen.stage]
                 if self.measured is not None and self.measured.foretold

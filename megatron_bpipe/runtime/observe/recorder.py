@@ -21,7 +21,7 @@ from megatron_bpipe.report.timeline import Event, Timeline
 from megatron_bpipe.runtime.graph import nodes_below, roots_of
 from megatron_bpipe.runtime.observe.audit import Audit, audit_forward
 from megatron_bpipe.runtime.observe.memory import LiveActivations
-from megatron_bpipe.runtime.observe.sizes import ActivationSizes
+from megatron_bpipe.runtime.observe.sizes import ActivationSizes, WorkingMemory
 from megatron_bpipe.runtime.torch_internals import storage_id
 from megatron_bpipe.runtime.transport import TransferHandle
 from megatron_bpipe.schedule.ops import ActivationKey, Kind, Op, microbatches
@@ -59,6 +59,7 @@ class Recorder:
         stage: pipeline stage of this rank.
         rank: its global rank.
         allocated: the allocator's bytes in use, or None if it cannot say.
+        static: bytes of tensors that are there between iterations; None: not looked at.
         watch_peak: starts to watch the allocator; what it returns gives the most bytes that were in
             use since then. None where the allocator keeps no peak: then it is sampled after every
             op and every node of the first backward.
@@ -68,6 +69,7 @@ class Recorder:
     rank: int
     allocated: Callable[[], int | None]
     watch_peak: Callable[[], Callable[[], int]] | None = None
+    static: Callable[[], int] | None = None
     peaks: Peaks = field(default_factory=Peaks)
     iterations: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=KEPT))
     losses: deque[list[str]] = field(default_factory=lambda: deque(maxlen=KEPT))
@@ -75,13 +77,14 @@ class Recorder:
     audit: Audit | None = None
     left_for_weight_bytes: int | None = None  # most that one activation kept between B and W
     sizes: ActivationSizes = field(default_factory=ActivationSizes)
-    working: int | None = None  # bytes that the first iteration needed beside activations
+    working: WorkingMemory = field(default_factory=WorkingMemory)
     _before_forward: int | None = None
     _live: LiveActivations = field(default_factory=LiveActivations)
     _excluded: Collection[int] = ()
     _chunks: int = 1
     _parts: int = 1
     _baseline: int | None = None
+    _static_before: int | None = None  # bytes, before the first iteration
     _peak: Callable[[], int] | None = None
     _begun: float = 0.0
     _running: bool = False
@@ -111,6 +114,9 @@ class Recorder:
         self._chunks, self._parts = chunks, parts
         if len(self.iterations) == 1:
             self.peaks = Peaks()
+            self.settle()
+        if not self.iterations and self.static is not None:
+            self._static_before = self.static()
         if not goes_on:
             self._live.clear()
         self._excluded = excluded
@@ -121,14 +127,22 @@ class Recorder:
         self.timeline.append([])
         self._running = True
 
+    def settle(self) -> None:
+        """Between the first iteration and the second: what has stayed is no working memory.
+
+        The optimizer's state is new since then, and no activation either.
+        """
+        now = self.allocated()
+        if now is not None and self.static is not None and self._static_before is not None:
+            self.working.between_ops(now, self.static() - self._static_before)
+        self._static_before = None
+
     def end(self, losses: list[Any]) -> None:
         """The iteration is over; ``losses`` is what Megatron's schedule returned."""
         span = self._begun + self._offset, time.perf_counter() + self._offset
         self.iterations.append(span)
         if self._peak is not None:
             self._allocator_is_at(self._peak())
-        if len(self.iterations) == 1:
-            self.working = self._worked_with()
         events = self.timeline[-1]
         for i, transfer in self._transfers:
             start, end = transfer.span
@@ -196,6 +210,8 @@ class Recorder:
             present = microbatches(count, self._chunks * self._parts)
             self.peaks.activation_bytes = max(self.peaks.activation_bytes, live)
             self.peaks.microbatches = max(self.peaks.microbatches, present)
+            if not self.iterations:
+                self._look_at_allocator(live)
             now = self.allocated() if self._peak is None else None
         else:  # a message moves no activation
             last = self.timeline[-1][-1]
@@ -208,20 +224,23 @@ class Recorder:
         """The second micro-batch if there is one: caches are filled, shared tensors known."""
         return self.audit is None or (self.audit.microbatch == 0 and op.microbatch == 1)
 
-    def _worked_with(self) -> int | None:
-        """What an iteration that is over needed beside activations, at its allocator's peak.
-
-        What it leaves behind (workspaces, caches) is static from the next one on.
-        """
-        now, peak = self.allocated(), self.peaks.allocator_bytes
-        if now is None or peak is None or self._baseline is None:
-            return None
-        stayed = max(0, now - self._baseline)
-        return max(0, peak - stayed - self.peaks.activation_bytes)
+    def _look_at_allocator(self, live: int) -> None:
+        """The first iteration, op by op: how much there is beside activations."""
+        before = self.timeline[-1][-1].live_bytes if self.timeline[-1] else 0
+        if self._peak is not None and self.watch_peak is not None:
+            peak, self._peak = self._peak(), self.watch_peak()
+            self._allocator_is_at(peak)
+            self.working.within_op(peak, max(before, live))
+        now = self.allocated()
+        if now is not None:
+            self.working.between_ops(now, live)
 
     def _in_backward(self, *_: object) -> None:
         """After a node's backward: what it works with is there besides what was saved."""
-        self._allocator_is_at(self.allocated())
+        now = self.allocated()
+        self._allocator_is_at(now)
+        if now is not None and not self.iterations and self.timeline[-1]:
+            self.working.within_op(now, self.timeline[-1][-1].live_bytes)
 
     def _allocator_is_at(self, now: int | None) -> None:
         if now is not None and self._baseline is not None:
