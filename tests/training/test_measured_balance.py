@@ -23,6 +23,7 @@ from tests.training.combinations import MOE
 
 STEPS = 4
 MIB = 2**20
+PAPER = ["--bpipe", "--bpipe-parts", "1"]
 MEASURED = ["--bpipe", "--bpipe-balance", "measured"]
 UNTIED = "--untie-embeddings-and-output-weights"
 VOCABULARY = ["--make-vocab-size-divisible-by", "4096", UNTIED]  # 64 times the hidden size
@@ -88,7 +89,7 @@ def test_the_fullest_stage_is_emptier_and_training_the_same(
 ) -> None:
     case = CASES[name]
     stock = megatron.train(case.flags, world=case.world, steps=STEPS)
-    paper = megatron.train([*case.flags, "--bpipe"], world=case.world, steps=STEPS)
+    paper = megatron.train([*case.flags, *PAPER], world=case.world, steps=STEPS)
     found = megatron.train([*case.flags, *MEASURED], world=case.world, steps=STEPS)
     assert difference(stock, found) is None
     assert difference(stock, paper) is None
@@ -131,8 +132,8 @@ def test_a_limit_below_the_static_state_stops_every_rank(megatron: Megatron) -> 
 def test_each_stage_recomputes_its_own_number_of_layers(megatron: Megatron) -> None:
     flags = CASES["vocabulary 64 times the hidden size"].flags
     stock = megatron.train(flags, steps=STEPS)
-    paper = megatron.train([*flags, "--bpipe"], steps=STEPS)
-    found = megatron.train([*flags, "--bpipe", "--bpipe-recompute", "2,1,0,0"], steps=STEPS)
+    paper = megatron.train([*flags, *PAPER], steps=STEPS)
+    found = megatron.train([*flags, *PAPER, "--bpipe-recompute", "2,1,0,0"], steps=STEPS)
     assert difference(stock, found) is None
     held = [[stage["held_bytes"][0] for stage in run.memory["stages"]] for run in (paper, found)]
     assert held[1][0] < held[0][0] / 3  # both layers keep their input only
