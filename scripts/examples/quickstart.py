@@ -135,7 +135,8 @@ def _dataset(text: str | None) -> list[str]:
     from prepare_data import write_dataset
 
     try:
-        data = write_dataset(OUT / "data" / "text", text, max_bytes=2 * MIB)
+        with _warnings_into(OUT / "dataset.log"):
+            data = write_dataset(OUT / "data" / "text", text, max_bytes=2 * MIB)
     except (ValueError, OSError) as error:
         print(f"quickstart: {error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -12,6 +12,7 @@ Protocol: one JSON job a line on stdin, one JSON answer a line on stdout.
 from __future__ import annotations
 
 import ctypes
+import gc
 import importlib
 import json
 import os
@@ -46,6 +47,8 @@ def main() -> None:
     else:
         forked_ranks.import_megatron()
 
+    gc.collect()
+    gc.freeze()  # a collection in a rank would touch, and so copy, all that it shares
     answers.write(json.dumps({"ready": True}) + "\n")
     answers.flush()
     for line in sys.stdin:

@@ -71,8 +71,8 @@ def test_it_says_what_to_run_and_whether_bpipe_pays(capsys: pytest.CaptureFixtur
 
 
 def test_json_has_the_same(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", "--model", "GPT-3 96B", "--json", "--gpu", "B200", "--gpus", "16",
-                 "--global-batch", "128"]) == 0  # fmt: skip
+    assert main(["plan", "--model", "LLaMA 65B", "--json", "--gpu", "B200", "--gpus", "8",
+                 "--global-batch", "32", "--even-layers"]) == 0  # fmt: skip
     found = json.loads(capsys.readouterr().out)
     best = found["plans"][0]
     assert len(best["peak_gib"]) == best["layout"]["pp"] == len(best["partition"])

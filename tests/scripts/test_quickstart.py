@@ -82,5 +82,5 @@ def test_losses_are_identical_and_the_time_is_said_before(out: Path) -> None:
     assert re.fullmatch(r"quickstart: will take about (\d+ min )?\d+0 s", lines[1])
     for name in ("stock", "bpipe"):
         assert sum(line.startswith(f"{name}: iteration 3/3  loss ") for line in lines) == 1
-    assert "losses identical: yes, bitwise" in lines
+    assert "losses identical: yes, bitwise (3 iterations)" in lines
     assert (out / "memory.png").stat().st_size > 10_000
