@@ -194,7 +194,7 @@ def test_a_run_that_a_signal_ended_resumes(megatron: Megatron, tmp_path: Path) -
     flush = {"call": "tests.harness.delayed:flush_unexpectedly", "with": {"after": 3}}
     whole = run_ahead(megatron, hooks=[flush], steps=8)
     signal = {"call": "tests.harness.delayed:signal_after", "with": {"step": 3}}
-    save = ["--save", str(tmp_path), "--exit-signal-handler"]
+    save = ["--save", str(tmp_path), "--save-interval", "1000", "--exit-signal-handler"]
     begun = run_ahead(megatron, *save, hooks=[signal], steps=8, dump_at=3)
     assert begun.ok, begun.logs
     assert "exiting program after receiving SIGTERM" in begun.log(0)
