@@ -8,6 +8,7 @@ from dataclasses import replace
 from megatron_bpipe.schedule.bases.catalogue import ScheduleSpec, make
 from megatron_bpipe.schedule.lowering.lower import lower
 from megatron_bpipe.schedule.ops import Kind, Schedule
+from megatron_bpipe.schedule.validation.occupancy import with_own_loans
 from megatron_bpipe.simulate.draw.picture import Panel, panel_of, time_text
 from megatron_bpipe.simulate.engine import simulate
 from megatron_bpipe.simulate.recorded.recording import (
@@ -34,8 +35,13 @@ def overlay(recording: Recording, title: str) -> Panel:
 
 
 def _schedule(recording: Recording) -> Schedule:
-    """What ran, as the catalogue makes it."""
+    """What ran, as the catalogue makes it; where it had loans of its own, as it was recorded."""
     run = recording.run
+    lines = tuple(
+        tuple(seen.op for seen in stage if seen.op.kind.logical) for stage in recording.stages
+    )
+    if any(op.other is not None for line in lines for op in line):
+        return with_own_loans(Schedule(run.schedule, recording.microbatches, lines))
     forwards = [seen.op for seen in recording.stages[0] if seen.op.kind is Kind.FORWARD]
     # interleaving begins with the first group's micro-batches through the first chunk
     group = len(list(itertools.takewhile(lambda op: op.chunk == 0, forwards)))
