@@ -235,6 +235,7 @@ _TRAINING = tuple(
         (ARGUMENTS, "add_megatron_arguments", ("parser",)),
         (TRAINING, "train", ()),
         (TRAINING, "training_log", ("iteration",)),
+        (CHECKPOINTING, "check_checkpoint_args", ("checkpoint_args",)),
         (TRAINING, "get_args", ()),
         (TRAINING, "get_current_global_batch_size", ()),
         (TRAINING, "get_tensorboard_writer", ()),
@@ -251,29 +252,17 @@ _TRAINING = tuple(
 )
 
 # replaced under the V placement; reasons in patches/v_placement/__init__.py
-_V_PLACEMENT = (
-    HookPoint(PARALLEL_STATE, "get_pipeline_model_parallel_group", feature="v_placement"),
-    HookPoint(
-        PARALLEL_STATE, "set_pipeline_model_parallel_rank", ("rank",), (), "", True, "v_placement"
-    ),
-    HookPoint(
-        PARALLEL_STATE,
-        "is_pipeline_last_stage",
-        ("ignore_virtual", "vp_stage"),
-        feature="v_placement",
-    ),
-    HookPoint(
-        PARALLEL_STATE,
-        "initialize_model_parallel",
-        ("get_embedding_ranks",),
-        feature="v_placement",
-    ),
-    HookPoint(TRAINING, "get_model", feature="v_placement"),
-    HookPoint(
-        DIST_UTILS, "build_virtual_pipeline_stages", releases=">=0.18", feature="v_placement"
-    ),
-    HookPoint(FINALIZE, "_allreduce_word_embedding_grads", ("model",), feature="v_placement"),
-    HookPoint(CHECKPOINTING, "check_checkpoint_args", ("checkpoint_args",), feature="training"),
+_V_PLACEMENT = tuple(
+    HookPoint(module, name, parameters, releases=releases, feature="v_placement")
+    for module, name, parameters, releases in (
+        (PARALLEL_STATE, "get_pipeline_model_parallel_group", (), ""),
+        (PARALLEL_STATE, "set_pipeline_model_parallel_rank", ("rank",), ""),
+        (PARALLEL_STATE, "is_pipeline_last_stage", ("ignore_virtual", "vp_stage"), ""),
+        (PARALLEL_STATE, "initialize_model_parallel", ("get_embedding_ranks",), ""),
+        (TRAINING, "get_model", (), ""),
+        (DIST_UTILS, "build_virtual_pipeline_stages", (), ">=0.18"),
+        (FINALIZE, "_allreduce_word_embedding_grads", ("model",), ""),
+    )
 )
 
 # replaced for schedules without a flush; reasons in patches/flush_free/gatherings.py
