@@ -19,9 +19,11 @@ done from within, when the backward reaches the next part (`steps`), or asks for
 from __future__ import annotations
 
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Protocol
 
 from megatron_bpipe.runtime.graph import roots_of
@@ -29,7 +31,7 @@ from megatron_bpipe.runtime.steps import on_reaching
 from megatron_bpipe.runtime.store import ActivationStore
 from megatron_bpipe.runtime.transport import AcceptorEnd, TransferHandle
 from megatron_bpipe.schedule.lowering.lower import batches
-from megatron_bpipe.schedule.ops import MESSAGES, ActivationKey, Kind, Op
+from megatron_bpipe.schedule.ops import MESSAGES, ActivationKey, Kind, Op, PartKey
 
 SHOWN_AROUND = 12  # ops before and after a failed one
 
@@ -145,6 +147,22 @@ class ScheduleExecutor:
             Kind.RETURN: self._give_back,
         }
 
+    @property
+    def _reached(self) -> Callable[[int], None]:
+        """`_reach`, for those who outlive this iteration.
+
+        The store and hooks of a graph must not keep the stage: with it goes the process group, and
+        with the group the connections by whose end the other ranks notice that this one failed.
+        """
+        method = weakref.WeakMethod(self._reach)
+
+        def reached(part: int) -> None:
+            reach = method()
+            assert reach is not None, "a backward runs after its iteration"
+            reach(part)
+
+        return reached
+
     def run(self) -> None:
         """Run every op in order.
 
@@ -152,7 +170,7 @@ class ScheduleExecutor:
             Exception: whatever an op raised, with a note that names the op and shows the list.
         """
         if self._store is not None:
-            self._store.fetch_by(lambda key: self._reach(key.part or 0))
+            self._store.fetch_by(partial(_bring_back, self._reached))
         groups = batches(self._ops)
         for group in groups:
             first = group[0]
@@ -243,7 +261,7 @@ class ScheduleExecutor:
             if op.key in self._leaving:
                 self._store.capture(op.key, output, self._leaving[op.key])
             if op.key in self._stepped:
-                on_reaching(roots_of(output), self._store.back(op.key), self._reach)
+                on_reaching(roots_of(output), self._store.back(op.key), self._reached)
 
     def _backward(self, op: Op) -> None:
         self._stage.backward(op)
@@ -292,6 +310,10 @@ class ScheduleExecutor:
             f"bpipe: {self._name} failed at {failed} (micro-batch {failed.key}) of its "
             f"schedule: {before}{' '.join(around)}{after}"
         )
+
+
+def _bring_back(reached: Callable[[int], None], key: PartKey) -> None:
+    reached(key.part or 0)
 
 
 def _moved_by(transfer: Op) -> tuple[ActivationKey, int]:

@@ -133,7 +133,7 @@ class ActivationStore:
         transfer.wait()
         one.move(State.REMOTE)
         if not self.keep_local:
-            one.drop(partial(self._needed, one))
+            one.drop(self._bringing_back(one.key))
         return transfer
 
     def load(self, key: ActivationKey, part: int = 0) -> int:
@@ -198,10 +198,13 @@ class ActivationStore:
     def _part(self, key: ActivationKey, part: int) -> Part:
         return self._held[key].parts[part]
 
-    def _needed(self, part: Part) -> None:
-        """A backward asks for something of this part, which is not back yet."""
-        if self._fetch is not None:
-            self._fetch(part.key)
+    def _bringing_back(self, key: PartKey) -> Callable[[], None]:
+        """What a backward calls that asks for something of this part before it is back.
+
+        Blocks hold it, and a graph of autograd holds them where no garbage collection looks: so it
+        must hold neither this store nor the part.
+        """
+        return partial(self._fetch, key) if self._fetch is not None else lambda: None
 
 
 def saved_bytes(output: object) -> int:

@@ -15,6 +15,7 @@ import ctypes
 import gc
 import importlib
 import json
+import multiprocessing
 import os
 import signal
 import sys
@@ -124,6 +125,8 @@ def _run_rank(job: dict[str, Any], rank: int) -> None:
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
+        for child in multiprocessing.active_children():  # Megatron's writers of checkpoints
+            child.kill()
         os._exit(code)
 
 
