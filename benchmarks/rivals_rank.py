@@ -26,7 +26,7 @@ def main() -> None:
     from megatron.core.pipeline_parallel import schedules
     from megatron.training import training
 
-    from megatron_bpipe.integration.patches.weight_gradients import WeightGradients
+    from megatron_bpipe.integration.patches.split_backward.weight_gradients import WeightGradients
 
     paces = json.loads(os.environ["RIVALS_PACE"])
     if any(paces.values()):

@@ -39,8 +39,10 @@ from megatron_bpipe.integration.patches.flush_free.install import never_flushes,
 from megatron_bpipe.integration.patches.forward_backward import make_schedule
 from megatron_bpipe.integration.patches.import_hook import after_import
 from megatron_bpipe.integration.patches.observed import make_observed
+from megatron_bpipe.integration.patches.split_backward.transformer_engine import (
+    without_combined_1f1b,
+)
 from megatron_bpipe.integration.patches.training_log import make_logging
-from megatron_bpipe.integration.patches.transformer_engine import without_combined_1f1b
 from megatron_bpipe.integration.patches.v_placement.checkpoints import (
     is_v_placed,
     with_placement_checked,

@@ -361,7 +361,7 @@ def hash_of(text: str) -> int:
 
 def lose_one_weight_gradient(job: dict[str, Any]) -> None:
     """Leave out one layer at every W (the control of the tests of split backwards)."""
-    from megatron_bpipe.integration.patches.weight_gradients import WeightGradients
+    from megatron_bpipe.integration.patches.split_backward.weight_gradients import WeightGradients
 
     stock = WeightGradients.compute
 

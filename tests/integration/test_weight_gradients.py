@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_bpipe.integration.patches.transformer_engine import without_combined_1f1b
-from megatron_bpipe.integration.patches.weight_gradients import WeightGradients
+from megatron_bpipe.integration.patches.split_backward.transformer_engine import (
+    without_combined_1f1b,
+)
+from megatron_bpipe.integration.patches.split_backward.weight_gradients import WeightGradients
 from megatron_bpipe.schedule.ops import ActivationKey
 
 

@@ -28,8 +28,8 @@ import torch
 from megatron_bpipe.integration.checks.hook_points import BACKWARD_STEP
 from megatron_bpipe.integration.checks.probe import call_known
 from megatron_bpipe.integration.patches.chunk_sync import ChunkSync
+from megatron_bpipe.integration.patches.split_backward.weight_gradients import WeightGradients
 from megatron_bpipe.integration.patches.stage import StageCall
-from megatron_bpipe.integration.patches.weight_gradients import WeightGradients
 from megatron_bpipe.schedule.lowering.routes import downstream, upstream
 from megatron_bpipe.schedule.ops import UP, ActivationKey, Kind, Op
 

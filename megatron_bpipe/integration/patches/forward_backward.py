@@ -30,13 +30,13 @@ from megatron_bpipe.integration.patches.flush_free.pipeline import Pipeline
 from megatron_bpipe.integration.patches.flush_free.run import pipeline_of
 from megatron_bpipe.integration.patches.p2p_sync import StreamWaits, host_waits
 from megatron_bpipe.integration.patches.process_groups import GROUPS_NAMES, default_groups
+from megatron_bpipe.integration.patches.split_backward.weight_gradients import WeightGradients
 from megatron_bpipe.integration.patches.stage import MegatronStage, StageCall
 from megatron_bpipe.integration.patches.v_placement.losses import (
     at_the_last_stage,
     tokens_everywhere,
 )
 from megatron_bpipe.integration.patches.v_placement.mirror import Mirror
-from megatron_bpipe.integration.patches.weight_gradients import WeightGradients
 from megatron_bpipe.integration.session import Session
 from megatron_bpipe.integration.stage_pools import sizes_vary
 from megatron_bpipe.runtime.executor import ScheduleExecutor

@@ -30,7 +30,10 @@ from typing import Any
 import torch
 
 from megatron_bpipe.integration.checks.hook_points import LAYERS
-from megatron_bpipe.integration.patches.transformer_engine import compute_oldest, delayed_layers
+from megatron_bpipe.integration.patches.split_backward.transformer_engine import (
+    compute_oldest,
+    delayed_layers,
+)
 from megatron_bpipe.schedule.ops import ActivationKey
 
 KERNELS = "fused_weight_gradient_mlp_cuda"
