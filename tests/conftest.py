@@ -18,6 +18,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 pytest_plugins = ["tests.results_table"]
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist's own, which reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what trains, and say what runs beside what under pytest-xdist (scripts/test.sh).
 
