@@ -125,6 +125,7 @@ def _run_rank(job: dict[str, Any], rank: int) -> None:
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch raises where a data loader's ends
         for child in multiprocessing.active_children():  # Megatron's writers of checkpoints
             child.kill()
         os._exit(code)

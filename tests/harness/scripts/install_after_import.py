@@ -70,4 +70,8 @@ assert flags == {
     "--bpipe-measure-links",
     "--bpipe-keep-local",
     "--bpipe-rehearsal",
+    "--bpipe-parts",
+    "--bpipe-balance",
+    "--bpipe-memory-limit",
+    "--bpipe-recompute",
 }
