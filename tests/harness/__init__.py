@@ -178,6 +178,7 @@ class Megatron:
             environment["TORCH_CUDA_ARCH_LIST"] = "8.0"
             environment["CUDA_HOME"] = "/nonexistent"
             environment["TORCH_EXTENSIONS_DIR"] = str(self.folder / "extensions")
+        environment["TMPDIR"] = str(self.folder)  # it leaves without cleaning up, too
         log = (self.folder / "fork_server.log").open("w")
         self._fork_server = subprocess.Popen(
             command,
