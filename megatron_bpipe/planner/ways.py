@@ -230,12 +230,15 @@ def _tried(family: Family, shape: Shape, refused: Refused) -> Iterator[tuple[Can
     stage that neither the largest nor the least budget fits has none that does, and only the
     least, which needs least of the fullest stage, stands for the family.
     """
+    ends: dict[int, tuple[Candidate, Memory] | None] = {}
     if len(family) > 2:
-        ends = [_looked_at(run, shape, refused) for run in (family[0], family[-1])]
-        if None not in ends and not _may_fit(*(end[1] for end in ends if end)):
-            family = family[-1:]
-    for run in family:
-        found = _looked_at(run, shape, refused)
+        ends = {i: _looked_at(family[i], shape, refused) for i in (0, len(family) - 1)}
+        first, least = ends.values()
+        if first is not None and least is not None and not _may_fit(first[1], least[1]):
+            yield least
+            return
+    for i, run in enumerate(family):
+        found = ends[i] if i in ends else _looked_at(run, shape, refused)
         if found is None:
             continue
         yield found
