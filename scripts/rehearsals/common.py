@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
@@ -50,6 +51,14 @@ class Checks:
         failed = sum(not check.passed for check in self.found)
         print(f"{len(self.found) - failed} as it should be, {failed} not", flush=True)
         return 0 if self.found and not failed else 1
+
+
+def parsed(doc: str | None) -> argparse.Namespace:
+    """Arguments of a rehearsal that starts itself again, apart from the rest of the machine."""
+    parser = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
+    parser.add_argument("--report", type=Path, metavar="FILE", help="write what was seen as JSON")
+    parser.add_argument("--inside", type=Path, help=argparse.SUPPRESS)
+    return parser.parse_args()
 
 
 def cannot_run(why: str) -> SystemExit:

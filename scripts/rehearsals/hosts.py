@@ -6,7 +6,6 @@ traffic stays in there.
 
 from __future__ import annotations
 
-import argparse
 import re
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from scripts.rehearsals.common import (
     losses,
     model,
     need,
+    parsed,
     run_apart,
 )
 from scripts.rehearsals.network import WIRE, Host, connect
@@ -118,10 +118,7 @@ class Pair:
 
 def main() -> int:
     """Outside: find out whether it can run, then run inside."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--report", type=Path, metavar="FILE", help="write what was seen as JSON")
-    parser.add_argument("--inside", type=Path, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    arguments = parsed(__doc__)
     if arguments.inside is not None:
         return inside(arguments.inside, arguments.report)
     iproute = dict.fromkeys(("ip", "tc"), "iproute2")

@@ -7,7 +7,6 @@ Megatron-LM comes from where docker/versions.env says, or from a clone: ``MEGATR
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import shutil
@@ -17,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from scripts.rehearsals.common import ROOT, Checks, cannot_run, need, run_apart
+from scripts.rehearsals.common import ROOT, Checks, cannot_run, need, parsed, run_apart
 
 BASE, IMAGE = "localhost/bpipe-base", "localhost/bpipe"
 HAVE = "ca-certificates,git,make,g++,procps"
@@ -37,10 +36,7 @@ APART = ("--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
 
 def main() -> int:
     """Outside: find out whether it can run, then run where mounts vanish with the process."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--report", type=Path, metavar="FILE", help="write what was seen as JSON")
-    parser.add_argument("--inside", type=Path, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    arguments = parsed(__doc__)
     if arguments.inside is not None:
         return inside(arguments.inside, arguments.report)
     need({"buildah": "buildah", "mmdebstrap": "mmdebstrap", "git": "git", "unshare": "util-linux"})

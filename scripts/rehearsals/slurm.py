@@ -8,7 +8,6 @@ between nodes is not what can be seen here (scripts/rehearse_hosts.sh is for tha
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import re
@@ -28,6 +27,7 @@ from scripts.rehearsals.common import (
     losses,
     model,
     need,
+    parsed,
     run_apart,
 )
 
@@ -42,10 +42,7 @@ STYLES = {
 
 def main() -> int:
     """Outside: find out whether it can run, then run inside."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--report", type=Path, metavar="FILE", help="write what was seen as JSON")
-    parser.add_argument("--inside", type=Path, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    arguments = parsed(__doc__)
     if arguments.inside is not None:
         return inside(arguments.inside, arguments.report)
     slurm = dict.fromkeys(("slurmctld", "slurmd", "sbatch", "scontrol"), "slurm-wlm")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from megatron_bpipe.integration.checks.refused import given
 from megatron_bpipe.integration.log import abort
 from megatron_bpipe.integration.options import Options
 from megatron_bpipe.schedule.bases.catalogue import CATALOGUE
@@ -81,10 +82,8 @@ def check_flush_free(args: Any, options: Options, count: int | None) -> None:
     flush_free = CATALOGUE[name].without_flush if name is not None else None
     if flush_free is None:
         return
-    for attribute, (flag, why) in REFUSED.items():
-        value = getattr(args, attribute, None)
-        if value:
-            abort(f"--bpipe-schedule {name} cannot run with {flag} {value}: {why}")
+    for flag, value, why in given(args, REFUSED):
+        abort(f"--bpipe-schedule {name} cannot run with {flag} {value}: {why}")
     optimizer = getattr(args, "optimizer", "adam")
     if optimizer not in OPTIMIZERS:
         abort(

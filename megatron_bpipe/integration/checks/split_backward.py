@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from megatron_bpipe.integration.checks.refused import given
 from megatron_bpipe.integration.log import abort
 
 # attribute of Megatron's arguments: the flag, why it cannot be
@@ -31,11 +32,7 @@ def check_split_backward(args: Any, schedule: str) -> None:
     Raises:
         Abort: W cannot run with one; rank 0 has said which, and why.
     """
-    for name, (flag, why) in REFUSED.items():
-        value = getattr(args, name, None)
-        if value:
-            abort(
-                f"--bpipe-schedule {schedule} computes W and cannot run with {flag} {value}: {why}"
-            )
+    for flag, value, why in given(args, REFUSED):
+        abort(f"--bpipe-schedule {schedule} computes W and cannot run with {flag} {value}: {why}")
     if getattr(args, "transformer_impl", "local") == "transformer_engine":
         args.delay_wgrad_compute = True

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_bpipe.integration.checks.probe import missing
+from megatron_bpipe.integration.checks.refused import given
 from megatron_bpipe.integration.log import abort
 
 # attribute of Megatron's arguments: the flag, why it cannot be
@@ -36,10 +37,8 @@ def check_v_placement(args: Any, schedule: str) -> None:
     Raises:
         Abort: the V placement cannot run with one; rank 0 has said which, and why.
     """
-    for name, (flag, why) in REFUSED.items():
-        value = getattr(args, name, None)
-        if value:
-            abort(f"--bpipe-schedule {schedule} cannot run with {flag} {value}: {why}; drop one")
+    for flag, value, why in given(args, REFUSED):
+        abort(f"--bpipe-schedule {schedule} cannot run with {flag} {value}: {why}; drop one")
     if getattr(args, "save", None):
         _check_save(args, schedule)
     lacking = missing("v_placement")
