@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
+from statistics import median
+from typing import Any
 
 import pytest
 
@@ -62,14 +65,34 @@ def test_nothing_is_left_after_an_iteration(megatron: Megatron, stages: int) -> 
                 assert last["live_bytes"] < 0.05 * peak
 
 
+def usual(rows: list[list[Any]]) -> list[tuple[str, float, float]]:
+    """Every op of an iteration with its usual live and allocated bytes, over all but the first.
+
+    The median, since the interpreter takes memory of its own now and then: a node of 256 KiB for
+    its map of arenas, once in a process, is a fifth of a micro-batch here.
+    """
+    ops = list(dict.fromkeys(op for op, _, _ in rows))
+    seen: dict[str, list[tuple[int, int]]] = {op: [] for op in ops}
+    for op, live, allocated in rows:
+        seen[op].append((live, allocated))
+    return [
+        (op, median(live for live, _ in of[1:]), median(allocated for _, allocated in of[1:]))
+        for op, of in seen.items()
+    ]
+
+
 @pytest.mark.parametrize("stages", [4, 8])
 def test_the_allocator_agrees(megatron: Megatron, stages: int) -> None:
-    """From one op boundary to the next the allocator gave and took what the weak references say."""
+    """From one op boundary to the next the allocator gave and took what the weak references say.
+
+    Beside the tensors each live micro-batch has the nodes of its graph, some 3 per cent of it at
+    this hidden size, and an op has its temporaries.
+    """
     for result in runs(megatron, stages):
-        rows = json.loads((result.out / "allocator0.json").read_text())
-        # third iteration: caches are warm
-        third = rows[2 * len(rows) // 3 :]
-        peak = max(live for _, live, _ in third)
-        microbatch = peak / result.memory["stages"][0]["own_microbatches"]
-        gaps = [allocated - live for _, live, allocated in third]
-        assert max(gaps) - min(gaps) < 0.35 * microbatch
+        ops = usual(json.loads((result.out / "allocator0.json").read_text()))
+        held = result.memory["stages"][0]["own_microbatches"]
+        microbatch = max(live for _, live, _ in ops) / held
+        gaps = {op: allocated - live for op, live, allocated in ops}
+        assert max(gaps.values()) - min(gaps.values()) < (0.1 + 0.05 * held) * microbatch
+        for before, after in pairwise(gaps):
+            assert abs(gaps[after] - gaps[before]) < 0.15 * microbatch, after
