@@ -1,34 +1,13 @@
-"""What the V placement cannot do: flags that are refused before training, each with its reason."""
+"""Whether the V placement can run with the arguments (``estimate.refusals`` has why not)."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from megatron_bpipe.estimate.refusals import V_PLACED
 from megatron_bpipe.integration.checks.probe import missing
 from megatron_bpipe.integration.checks.refused import given
 from megatron_bpipe.integration.log import abort
-
-# attribute of Megatron's arguments: the flag, why it cannot be
-REFUSED = {
-    "mtp_num_layers": (
-        "--mtp-num-layers",
-        "its layers want a second embedding beside the head",
-    ),
-    "hybrid_layer_pattern": (
-        "--hybrid-layer-pattern",
-        "its layers are divided among stages by a rule of its own",
-    ),
-    "hybrid_override_pattern": (
-        "--hybrid-override-pattern",
-        "its layers are divided among stages by a rule of its own",
-    ),
-    "use_megatron_fsdp": ("--use-megatron-fsdp", "it was not tried with this placement"),
-    "use_torch_fsdp2": ("--use-torch-fsdp2", "it was not tried with this placement"),
-    "init_model_with_meta_device": (
-        "--init-model-with-meta-device",
-        "tied embeddings start as copies of each other, which a meta device cannot make",
-    ),
-}
 
 
 def check_v_placement(args: Any, schedule: str) -> None:
@@ -37,7 +16,7 @@ def check_v_placement(args: Any, schedule: str) -> None:
     Raises:
         Abort: the V placement cannot run with one; rank 0 has said which, and why.
     """
-    for flag, value, why in given(args, REFUSED):
+    for flag, value, why in given(args, V_PLACED):
         abort(f"--bpipe-schedule {schedule} cannot run with {flag} {value}: {why}; drop one")
     if getattr(args, "save", None):
         _check_save(args, schedule)
