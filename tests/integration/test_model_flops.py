@@ -16,7 +16,7 @@ import pytest
 
 from megatron_bpipe.estimate.models import gpt
 from megatron_bpipe.estimate.time.flops import equation_1, matmul_flops
-from megatron_bpipe.integration.patches.model_size import model_of
+from megatron_bpipe.integration.model_from_args import model_of
 
 BASE = {
     **{"group_query_attention": False, "num_query_groups": 1, "kv_channels": None, "swiglu": True},

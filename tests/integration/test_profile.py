@@ -12,9 +12,17 @@ from typing import Any
 
 import pytest
 
+from megatron_bpipe.estimate.errors import EstimateError
 from megatron_bpipe.estimate.memory.activations import layer_activations, local_kernels
-from megatron_bpipe.estimate.profile import HeadRow, Profile, StageRow, read_profile
+from megatron_bpipe.estimate.profile import (
+    HeadRow,
+    Profile,
+    StageRow,
+    check_model,
+    read_profile,
+)
 from megatron_bpipe.estimate.runs import Layout, Run
+from megatron_bpipe.planner.inputs.flags import read_flags
 from tests.harness import ROOT, Megatron
 from tests.training.measured.test_memory_model import BLOCK, GROUPED, GROUPED_FLAGS, LLAMA_FLAGS
 
@@ -40,6 +48,7 @@ def case(*words: str, hidden: int = 128, **settings: Any) -> dict[str, Any]:
 
 TP2 = ["--tensor-model-parallel-size", "2"]
 EXPERTS = ["--num-experts", "4", "--moe-router-topk", "2", "--moe-ffn-hidden-size", "192"]
+WIDE = ["--kv-channels", "48", "--max-position-embeddings", "96"]
 CASES = {
     "gpt": case(*NO_DROPOUT),
     "grouped": case(*NO_DROPOUT, *GROUPED_FLAGS, hidden=256),
@@ -48,6 +57,7 @@ CASES = {
     "bf16": case(*NO_DROPOUT, *GROUPED_FLAGS, "--bf16", hidden=256),
     "experts": case(*NO_DROPOUT, *LLAMA_FLAGS, *EXPERTS, attention=["none", "flash"]),
     "dropout": case(attention=["none", "flash"], micro_batches=[1, 2]),
+    "wide heads": case(*NO_DROPOUT, *WIDE, attention=["none", "flash"]),
     "too large": case(
         *NO_DROPOUT, attention=["none", "flash"], micro_batches=[1, 512, 1024],
         memory_limit=200 * 2**20, layers=1, repeats=1,
@@ -60,10 +70,11 @@ MODELS = {
     "t2 sequence parallel": BLOCK,
     "bf16": GROUPED,
     "experts": replace(
-        BLOCK, ffn=192, gated=True, norm="rmsnorm", bias=False, tied_embeddings=False,
+        BLOCK, ffn=320, expert_ffn=192, gated=True, norm="rmsnorm", bias=False, tied_embeddings=False,
         learned_positions=False, experts=4, experts_per_token=2,
     ),
     "dropout": replace(BLOCK, dropout=True),
+    "wide heads": replace(BLOCK, head_dim=48, positions=96),
 }  # fmt: skip
 
 # name -> (flags, what the one message must name)
@@ -95,7 +106,6 @@ REFUSED = {
         flags(128, *EXPERTS, "--expert-model-parallel-size", "4"),
         ["--expert-model-parallel-size 4", "--moe-router-topk 2"],
     ),
-    "head width": (flags(128, "--kv-channels", "48"), ["--kv-channels 48", "32"]),
     "vocabulary": (flags(128)[:-8], ["--vocab-size is missing"]),
     "Transformer Engine": (
         flags(128, "--transformer-impl", "transformer_engine"),
@@ -141,6 +151,14 @@ def test_every_kind_was_measured_at_every_size(measured: Path) -> None:
 def test_the_model_is_the_one_of_the_flags(measured: Path, name: str) -> None:
     expected = replace(MODELS[name], layers=4, name=profile(measured, name).model.name)
     assert profile(measured, name).model == expected
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+def test_plan_takes_the_profile_for_the_same_flags(measured: Path, name: str) -> None:
+    planned = read_flags(CASES[name]["flags"]).model
+    check_model(profile(measured, name), planned)
+    with pytest.raises(EstimateError, match=r"model\.heads is 4, the model has 2"):
+        check_model(profile(measured, name), replace(planned, heads=2, kv_heads=2))
 
 
 @pytest.mark.parametrize("name", list(MODELS))

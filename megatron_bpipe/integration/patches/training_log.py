@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from megatron_bpipe.estimate.time.flops import matmul_flops
 from megatron_bpipe.integration.link_forecast import gpu_here
-from megatron_bpipe.integration.patches.model_size import model_of
+from megatron_bpipe.integration.model_from_args import model_of
 from megatron_bpipe.integration.session import Session
 
 MIB, GIB = 2**20, 2**30

@@ -173,11 +173,6 @@ def _check(args: Any) -> None:
             f"--num-query-groups {groups} must divide --num-attention-heads {heads} and be "
             f"divisible by --tensor-model-parallel-size {tp}: change one of them"
         )
-    if args.kv_channels not in (None, args.hidden_size // heads):
-        raise ProfileError(
-            f"--kv-channels {args.kv_channels} cannot be profiled: the estimator knows hidden size "
-            f"/ heads only, which is {args.hidden_size // heads}"
-        )
     if args.sequence_parallel and args.seq_length % tp:
         raise ProfileError(
             f"--seq-length {args.seq_length} is not divisible by --tensor-model-parallel-size {tp}"

@@ -11,6 +11,7 @@ import torch
 from megatron_bpipe.estimate.errors import EstimateError
 from megatron_bpipe.estimate.models import Model, padded_vocab
 from megatron_bpipe.estimate.runs import Attention
+from megatron_bpipe.integration.model_from_args import model_from
 from megatron_bpipe.integration.profile.settings import ProfileError
 
 # how Megatron's recompute flags say each way to compute attention
@@ -126,33 +127,14 @@ def share_of(args: Any, layers: int | None) -> Share:
 def model_of(args: Any) -> Model:
     """The estimator's Model for Megatron's validated arguments.
 
-    ``dropout`` is on if either kind is. Raises ProfileError where the sizes cannot be.
+    Raises ProfileError where the sizes cannot be.
     """
     vocab = args.vocab_size or getattr(args, "padded_vocab_size", None)
     if not vocab:
         raise ProfileError(
             "--vocab-size is missing: give the vocabulary's size after --, no tokenizer is read"
         )
-    experts = args.num_experts or 0
-    grouped = args.group_query_attention
     try:
-        return Model(
-            name=f"{args.num_layers} layers of {args.hidden_size}",
-            hidden=args.hidden_size,
-            heads=args.num_attention_heads,
-            kv_heads=args.num_query_groups if grouped else args.num_attention_heads,
-            layers=args.num_layers,
-            seq=args.seq_length,
-            vocab=vocab,
-            ffn=args.moe_ffn_hidden_size if experts else args.ffn_hidden_size,
-            gated=bool(args.swiglu or args.quick_geglu),
-            norm="rmsnorm" if args.normalization == "RMSNorm" else "layernorm",
-            bias=args.add_bias_linear,
-            tied_embeddings=not args.untie_embeddings_and_output_weights,
-            learned_positions=args.position_embedding_type == "learned_absolute",
-            dropout=args.attention_dropout > 0 or args.hidden_dropout > 0,
-            experts=experts,
-            experts_per_token=args.moe_router_topk if experts else 1,
-        )
+        return model_from(args, f"{args.num_layers} layers of {args.hidden_size}", vocab)
     except EstimateError as error:
         raise ProfileError(f"Megatron's flags: {error}") from error

@@ -62,7 +62,7 @@ def given_model(given: argparse.Namespace) -> Model:
         experts=experts,
         experts_per_token=given.moe_router_topk if experts else 1,
         head_dim=0 if head_dim * heads == hidden else head_dim,
-        qkv_bias=given.add_qkv_bias,
+        qkv_bias=given.add_qkv_bias and given.disable_bias_linear,
         qk_norm=given.qk_layernorm,
         expert_ffn=(given.moe_ffn_hidden_size or 0) if experts else 0,
         moe_layers=pattern,
