@@ -70,8 +70,8 @@ MODELS = {
     "t2 sequence parallel": BLOCK,
     "bf16": GROUPED,
     "experts": replace(
-        BLOCK, ffn=320, expert_ffn=192, gated=True, norm="rmsnorm", bias=False, tied_embeddings=False,
-        learned_positions=False, experts=4, experts_per_token=2,
+        BLOCK, ffn=320, expert_ffn=192, gated=True, norm="rmsnorm", bias=False,
+        tied_embeddings=False, learned_positions=False, experts=4, experts_per_token=2,
     ),
     "dropout": replace(BLOCK, dropout=True),
     "wide heads": replace(BLOCK, head_dim=48, positions=96),
