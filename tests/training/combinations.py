@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import pytest
 
 from tests.harness.models import ALLOCATOR, gpt
+
+if TYPE_CHECKING:
+    from _pytest.mark import ParameterSet
 
 FUSION = {"call": "tests.harness.rank:gradient_accumulation_fusion", "with": {}}
 DEFERRAL = {"call": "tests.harness.rank:deferral_of_the_output_layer_alone", "with": {}}
@@ -32,6 +38,14 @@ class Combination:
     flags: list[str]
     hooks: list[dict[str, Any]] = field(default_factory=list)
     quick: bool = False
+
+
+def cases(combinations: Mapping[str, Combination]) -> list[ParameterSet]:
+    """Their names as parameters of a test."""
+    return [
+        pytest.param(name, marks=() if case.quick else pytest.mark.long)
+        for name, case in combinations.items()
+    ]
 
 
 def four(*extra: str, microbatches: int = 8) -> list[str]:

@@ -14,15 +14,10 @@ import torch
 from tests.harness import Megatron
 from tests.harness.compare import difference, evicted
 from tests.harness.models import TAMPER, gpt
-from tests.training.combinations import COMBINATIONS
-
-CASES = [
-    pytest.param(name, marks=() if case.quick else pytest.mark.long)
-    for name, case in COMBINATIONS.items()
-]
+from tests.training.combinations import COMBINATIONS, cases
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", cases(COMBINATIONS))
 def test_bitwise_equal(megatron: Megatron, name: str) -> None:
     case = COMBINATIONS[name]
     stock = megatron.train(case.flags, world=case.world, hooks=case.hooks)

@@ -23,6 +23,7 @@ from tests.training.combinations import (
     LLAMA,
     MOE,
     Combination,
+    cases,
 )
 
 NO_OVERLAP = "--no-overlap-p2p-communication"
@@ -81,13 +82,9 @@ COMBINATIONS = {
         4, gpt(4, 12, 8, "--num-layers-per-virtual-pipeline-stage", "1")
     ),
 }
-CASES = [
-    pytest.param(name, marks=() if case.quick else pytest.mark.long)
-    for name, case in COMBINATIONS.items()
-]
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", cases(COMBINATIONS))
 def test_bitwise_equal(megatron: Megatron, name: str) -> None:
     case = COMBINATIONS[name]
     stock = megatron.train(case.flags, world=case.world, hooks=case.hooks)

@@ -25,7 +25,14 @@ from megatron_bpipe.simulate.recorded.recording import (
 from tests.harness import Megatron
 from tests.harness.compare import difference, evicted
 from tests.harness.models import TAMPER, gpt
-from tests.training.combinations import DISTRIBUTED_OPTIMIZER, FUSION, LLAMA, MOE, Combination
+from tests.training.combinations import (
+    DISTRIBUTED_OPTIMIZER,
+    FUSION,
+    LLAMA,
+    MOE,
+    Combination,
+    cases,
+)
 
 ZB_H1 = ["--bpipe-schedule", "zb-h1"]
 DROPOUT = ["--attention-dropout", "0.1", "--hidden-dropout", "0.1"]
@@ -72,13 +79,9 @@ COMBINATIONS = {
     ),
     "per-token loss": Combination(4, four("--calculate-per-token-loss")),
 }
-CASES = [
-    pytest.param(name, marks=() if case.quick else pytest.mark.long)
-    for name, case in COMBINATIONS.items()
-]
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", cases(COMBINATIONS))
 def test_bitwise_1f1b(megatron: Megatron, name: str) -> None:
     case = COMBINATIONS[name]
     stock = megatron.train(case.flags, world=case.world, hooks=case.hooks)
@@ -101,13 +104,7 @@ BALANCED = {
 }
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=() if case.quick else pytest.mark.long)
-        for name, case in BALANCED.items()
-    ],
-)
+@pytest.mark.parametrize("name", cases(BALANCED))
 def test_bpipe_on_zb_h1(megatron: Megatron, name: str) -> None:
     case = BALANCED[name]
     stock = megatron.train(case.flags, world=case.world, hooks=case.hooks)

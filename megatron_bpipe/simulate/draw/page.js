@@ -59,12 +59,8 @@ class Plot {
   memoryY(stage) { return AXIS + this.panel.stages * this.lane + GAP + stage * this.row; }
 
   draw() {
-    const scale = window.devicePixelRatio || 1, canvas = this.canvas;
-    this.width = canvas.clientWidth;
-    canvas.width = this.width * scale; canvas.height = this.height * scale;
-    const g = this.g = canvas.getContext("2d");
-    g.scale(scale, scale);
-    g.font = "11px system-ui, sans-serif"; g.textBaseline = "middle";
+    this.width = this.canvas.clientWidth;
+    const g = this.g = sharp(this.canvas, this.width, this.height);
     this.labelled = [0, 0];
     this.axis();
     g.save();

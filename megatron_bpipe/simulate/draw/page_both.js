@@ -17,12 +17,8 @@ class Both {
   }
   x(t) { return GUTTER + (t - view.from) / (view.to - view.from) * (this.width - GUTTER - TAIL); }
   draw() {
-    const scale = window.devicePixelRatio || 1, canvas = this.canvas;
-    this.width = canvas.clientWidth;
-    canvas.width = this.width * scale; canvas.height = this.height * scale;
-    const g = this.g = canvas.getContext("2d");
-    g.scale(scale, scale);
-    g.font = "11px system-ui, sans-serif"; g.textBaseline = "middle";
+    this.width = this.canvas.clientWidth;
+    const g = this.g = sharp(this.canvas, this.width, this.height);
     timeAxis(g, t => this.x(t), this.width, this.height);
     for (let stage = 0; stage < this.panels[0].stages; stage++) this.stage(stage);
   }

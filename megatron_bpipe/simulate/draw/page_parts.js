@@ -12,6 +12,15 @@ function peakOf(curve) {
     curve.steps.reduce((most, s) => Math.max(most, s[1] + s[2]), 0);
 }
 
+// The canvas's context, as many pixels as the screen has.
+function sharp(canvas, width, height) {
+  const scale = window.devicePixelRatio || 1, g = canvas.getContext("2d");
+  canvas.width = width * scale; canvas.height = height * scale;
+  g.scale(scale, scale);
+  g.font = "11px system-ui, sans-serif"; g.textBaseline = "middle";
+  return g;
+}
+
 function timeAxis(g, x, width, height) {
   const span = view.to - view.from, rough = span / Math.max(2, (width - TAIL - GUTTER) / 90);
   const power = 10 ** Math.floor(Math.log10(rough));
