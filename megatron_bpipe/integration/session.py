@@ -36,7 +36,7 @@ from megatron_bpipe.runtime.observe.memory import (
 )
 from megatron_bpipe.runtime.observe.recorder import Recorder
 from megatron_bpipe.runtime.observe.report import table, write_whole
-from megatron_bpipe.runtime.store import ActivationStore
+from megatron_bpipe.runtime.store import ActivationStore, Totals
 from megatron_bpipe.runtime.transport.pair.several import LentPools
 from megatron_bpipe.schedule.bases.catalogue import ScheduleSpec
 from megatron_bpipe.schedule.ops import microbatches
@@ -74,6 +74,7 @@ class Session:
     pipeline: Pipeline | None = None  # what a schedule without a flush keeps between iterations
     measured: MeasuredBalance | None = None
     _group: weakref.ReferenceType[Any] | None = None
+    _totals: Totals = field(default_factory=Totals)  # of this pipeline, whatever its pairs
     _closing: threading.Thread | None = None
     _links: LinkSampler = field(default_factory=LinkSampler)
     _written: bool = False
@@ -109,6 +110,7 @@ class Session:
         if self._group is None or self._group() is not group:
             self.drop()  # the process groups were made anew: other stages, other partners
             self.recorder = None
+            self._totals = Totals()
             self._group = weakref.ref(group)
 
     def recompute(self, config: Any, stage: int) -> None:
@@ -160,7 +162,7 @@ class Session:
             self.drop()  # other pairs from here on
         self.plan = plan
         if self.pools is None:
-            self.pools = StagePools(self.options, self._group)
+            self.pools = StagePools(self.options, self._group, totals=self._totals)
         sizes: dict[int, int] | None = None
         if plan.loans is not None:
             assert self.measured is not None
@@ -204,7 +206,12 @@ class Session:
                 self.measured.seen(self.recorder)
         if self.store is not None:
             assert self.pools is not None
-            for said in (self._links.iteration_over(), self.pools.first_spill()):
+            pools = self.pools
+            for said in (
+                self._links.iteration_over(),
+                pools.first_spill(),
+                pools.coarse_parts(),
+            ):
                 if said is not None:
                     log_rank(f"pair {self.pools.pair}: {said}")
 
@@ -220,6 +227,7 @@ class Session:
             error.add_note(f"bpipe: the partner got no pool: {why}")
         if self.recorder is not None:
             self.recorder.abandon()
+        self._totals = Totals()  # what has left may never come back
         self.drop()
 
     def drop(self) -> None:
@@ -238,7 +246,6 @@ class Session:
         seen = self.recorder
         assert seen is not None
         store, lent, pools = self.store, self.acceptor_end, self.pools
-        totals = store.totals if store is not None else None
         transport = store.transport if store is not None else None
         pool = lent.pool_bytes if lent is not None else 0
         grain = self.plan.grain if self.plan is not None else seen.chunks
@@ -253,8 +260,8 @@ class Session:
             ),
             hosted_bytes=transport.hosted_bytes if transport is not None else 0,
             spilled_bytes=transport.spilled_bytes if transport is not None else 0,
-            evicted_bytes=totals.evicted if totals is not None else 0,
-            loaded_bytes=totals.loaded if totals is not None else 0,
+            evicted_bytes=self._totals.evicted,
+            loaded_bytes=self._totals.loaded,
             exposed_seconds=seen.exposed_seconds,
             allocator_peak_bytes=seen.peaks.allocator_bytes,
             static_bytes=self._static_bytes(),
@@ -288,7 +295,7 @@ class Session:
             counters.exposed = self.recorder.last_exposed_seconds
         if self.plan is not None:
             counters.pool = pool
-            counters.evicted = self.store.totals.evicted if self.store is not None else 0
+            counters.evicted = self._totals.evicted
             transport = self.store.transport if self.store is not None else None
             counters.spilled = transport.spilled_bytes if transport is not None else 0
         return counters

@@ -15,7 +15,7 @@ from megatron_bpipe.integration.link_forecast import forecast
 from megatron_bpipe.integration.log import log_rank, log_rank0
 from megatron_bpipe.integration.options import Options
 from megatron_bpipe.runtime.observe.recorder import Recorder
-from megatron_bpipe.runtime.store import ActivationStore
+from megatron_bpipe.runtime.store import ActivationStore, Totals
 from megatron_bpipe.runtime.transport import Transport
 from megatron_bpipe.runtime.transport.pair.bandwidth import Speed, measure
 from megatron_bpipe.runtime.transport.pair.catalogue import AUTO
@@ -40,6 +40,7 @@ MIB = 2**20
 # of the first micro-batch's bytes, where others may be larger; more would cost the acceptor memory,
 # and what is still too much spills
 HEADROOM = 1 / 8
+COARSE = 1.5  # parts that one storage may be before the user is told: a bit more is no news
 
 
 @dataclass
@@ -51,6 +52,7 @@ class StagePools:
         group: the pipeline's process group.
         store: what evicts, once a plan has evicted something.
         lent: the pool that this rank lends, once a plan has lent something.
+        totals: bytes moved, by this pipeline's pairs of before too.
         peak_slots_lent: the most micro-batches that the partner has kept here.
         pair: the names of its pairs, once they are known.
     """
@@ -59,6 +61,7 @@ class StagePools:
     group: weakref.ReferenceType[Any]
     store: ActivationStore | None = None
     lent: LentPools | None = None
+    totals: Totals = field(default_factory=Totals)
     peak_slots_lent: int = 0
     pair: str = ""
     _transport: str = ""
@@ -66,6 +69,7 @@ class StagePools:
     _routed: RoutedTransport | None = None
     _announced: bool = False
     _spill_told: bool = False
+    _coarse_told: bool = False
 
     def begin(
         self,
@@ -138,6 +142,7 @@ class StagePools:
             parts=plan.parts,
             keep_local=self.options.keep_local,
             on_load=recorder.loaded if recorder is not None else None,
+            totals=self.totals,
             sizes=dict(sizes),
         )
 
@@ -154,6 +159,21 @@ class StagePools:
             f"pool and went to {where}: micro-batches are larger than the first one was. "
             "spilled_bytes in memory.json has the sum (--bpipe-report); if it grows, raise "
             "--bpipe-budget or make micro-batches alike (--moe-pad-expert-input-to-capacity)"
+        )
+
+    def coarse_parts(self) -> str | None:
+        """What to tell the user once, where storages are much larger than the parts asked for."""
+        if self._coarse_told or self.store is None or self.store.parts == 1:
+            return None
+        self._coarse_told = True
+        seen = max(self.store.measured.values(), key=lambda one: one.block_in_parts, default=None)
+        if seen is None or seen.block_in_parts <= COARSE:
+            return None
+        return (
+            f"the largest storage of an activation has {seen.block / MIB:.2f} MiB, as much as "
+            f"{seen.block_in_parts:.1f} of its {self.store.parts} parts. A storage is freed whole, "
+            f"so this stage holds up to {seen.block / MIB:.2f} MiB more than --bpipe-budget says; "
+            "use fewer --bpipe-parts, or 1 to move activations whole (docs/parts.md)"
         )
 
     @property

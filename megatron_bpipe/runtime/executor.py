@@ -133,6 +133,7 @@ class ScheduleExecutor:
         self._pending: deque[tuple[Op, ...]] = deque()  # inside a backward: what is still to come
         self._at = 0  # the part it has come to
         self._computing: tuple[Op, float] | None = None  # that part, since when
+        self._reached = self._weak_reach()
         self._last_chunk = max((op.chunk for op in ops), default=0)
         self._moved = 0
         self._handlers: Mapping[Kind, Callable[[Op], object]] = {
@@ -147,8 +148,7 @@ class ScheduleExecutor:
             Kind.RETURN: self._give_back,
         }
 
-    @property
-    def _reached(self) -> Callable[[int], None]:
+    def _weak_reach(self) -> Callable[[int], None]:
         """`_reach`, for those who outlive this iteration.
 
         The store and hooks of a graph must not keep the stage: with it goes the process group, and

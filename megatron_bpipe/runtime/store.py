@@ -40,11 +40,18 @@ class Measured:
     """What the first forward of a model chunk showed.
 
     ``sizes`` are the bytes of each part, ``back`` how far before the graph's end, counted in
-    autograd's sequence numbers, each part's last node is: there its backward begins.
+    autograd's sequence numbers, each part's last node is: there its backward begins.  ``block`` are
+    those of the largest storage.
     """
 
     sizes: tuple[int, ...]
     back: tuple[int, ...]
+    block: int = 0
+
+    @property
+    def block_in_parts(self) -> float:
+        """The largest storage, in equal parts of the activation."""
+        return self.block * len(self.sizes) / max(1, sum(self.sizes))
 
 
 @dataclass
@@ -226,4 +233,4 @@ def measure(output: object, parts: int) -> Measured:
     for entry, size in zip(entries, sizes, strict=True):
         totals[min(parts - 1, bisect.bisect_left(ends, entry.sequence))] += size
     top = max(map(sequence_of, roots), default=0)
-    return Measured(tuple(totals), tuple(top - end for end in ends))
+    return Measured(tuple(totals), tuple(top - end for end in ends), max(sizes, default=0))

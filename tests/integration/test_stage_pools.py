@@ -9,7 +9,7 @@ import pytest
 
 from megatron_bpipe.integration.options import Options
 from megatron_bpipe.integration.stage_pools import StagePools, sizes_vary
-from megatron_bpipe.runtime.store import ActivationStore
+from megatron_bpipe.runtime.store import ActivationStore, Measured
 
 
 @pytest.mark.parametrize(
@@ -45,3 +45,26 @@ def test_the_first_spill_is_said_once() -> None:
     assert said.startswith("3.0 MiB of evicted activations found no room in the pool")
     assert "this rank's host memory (4.0 MiB of it)" in said
     assert pools.first_spill() is None
+
+
+@pytest.mark.parametrize(
+    ("sizes", "block", "said"),
+    [
+        ((4, 4, 4, 4), 5, None),  # a layer is little more than a part
+        ((16, 0, 0, 0), 16, "16.00 MiB, as much as 4.0 of its 4 parts"),  # one recomputed layer
+        ((8, 0, 8, 0), 8, "8.00 MiB, as much as 2.0 of its 4 parts"),
+        ((16,), 16, None),  # whole
+    ],
+)
+def test_storages_larger_than_parts_are_said_once(
+    sizes: tuple[int, ...], block: int, said: str | None
+) -> None:
+    group = Group()
+    pools = StagePools(Options(bpipe=True), weakref.ref(group))
+    assert pools.coarse_parts() is None  # nothing evicted
+    pools.store = ActivationStore(lambda size: None, parts=len(sizes))  # type: ignore[arg-type]
+    mib = tuple(size * 2**20 for size in sizes)
+    pools.store.measured[0] = Measured(mib, tuple(reversed(range(len(sizes)))), block * 2**20)
+    text = pools.coarse_parts()
+    assert text is None if said is None else text is not None and said in text
+    assert pools.coarse_parts() is None

@@ -358,3 +358,34 @@ def test_what_outlives_an_iteration_is_no_activation():
         del output
         seen.append(live.sample()[1])
     assert seen == [4000 + SAVED, 1, SAVED, 0, SAVED, 0]
+
+
+class Embedding(torch.autograd.Function):
+    """Saves token ids and a table of its own."""
+
+    @staticmethod
+    def forward(ctx, x, ids):
+        ctx.save_for_backward(x.exp(), ids)
+        return x * 1
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * ctx.saved_tensors[0], None
+
+
+def test_data_that_an_iterator_holds_counts_in_bytes_only():
+    """Token ids outlive their micro-batch's backward, as its outputs must not."""
+    live, key = LiveActivations(), ActivationKey(0)
+    ids = torch.zeros(SAVED, dtype=torch.int64)
+    output = Embedding.apply(torch.ones(16, 16, requires_grad=True) + 0, ids)
+    live.track_graph(key, output, ())
+    assert live.bytes_of(key) == 9 * SAVED
+    assert live.sample(4) == (9 * SAVED, 4)
+    assert live.left_behind() == 0
+    output.sum().backward()
+    del output
+    live.backward_over(key)
+    assert live.sample(4) == (8 * SAVED, 0)
+    assert live.left_behind() == 8 * SAVED
+    live.clear()
+    assert live.left_behind() == 0

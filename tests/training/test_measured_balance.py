@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -39,7 +39,7 @@ class Case:
     flags: list[str]
     loans: str
     world: int = 4
-    off: float = 0.05
+    env: dict[str, str] = field(default_factory=dict)
 
 
 CASES = {
@@ -58,7 +58,9 @@ CASES = {
     "experts on the last stages": Case(
         gpt(4, 8, 12, *MOE, "--moe-layer-freq", "([0]*9+[1]*3)"),
         loans=NOTHING,
-        off=0.15,  # on a CPU one copy of the experts' parameters is there besides, unexplained
+        # on a CPU oneDNN keeps a compiled kernel for every number of tokens that an expert has had,
+        # in malloc's bytes; which numbers are to come nobody can foretell
+        env={"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "0"},
     ),
 }
 QUICK = "interleaving, vocabulary"
@@ -88,9 +90,10 @@ def test_the_fullest_stage_is_emptier_and_training_the_same(
     megatron: Megatron, name: str, record_property: Callable[[str, object], None]
 ) -> None:
     case = CASES[name]
-    stock = megatron.train(case.flags, world=case.world, steps=STEPS)
-    paper = megatron.train([*case.flags, *PAPER], world=case.world, steps=STEPS)
-    found = megatron.train([*case.flags, *MEASURED], world=case.world, steps=STEPS)
+    stock, paper, found = (
+        megatron.train([*case.flags, *flags], world=case.world, steps=STEPS, env=case.env)
+        for flags in ([], PAPER, MEASURED)
+    )
     assert difference(stock, found) is None
     assert difference(stock, paper) is None
     assert (evicted(found) > 0) is (case.loans != NOTHING)
@@ -99,7 +102,7 @@ def test_the_fullest_stage_is_emptier_and_training_the_same(
     record_property("fullest stage, MiB: stock, paper's rule, measured rule", fullest)
     assert fullest[2] < (fullest[1] if case.loans == NOTHING else min(fullest[:2]))
     foretold = [stage["foretold_peak_bytes"] / MIB for stage in found.memory["stages"]]
-    assert max(foretold) == pytest.approx(max(peaks(found)), rel=case.off), fullest
+    assert max(foretold) == pytest.approx(max(peaks(found)), rel=0.05), fullest
 
 
 def test_a_flipped_bit_shows(megatron: Megatron) -> None:

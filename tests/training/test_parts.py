@@ -22,7 +22,7 @@ from tests.training.test_interleaved import four as chunked
 
 FOUR = ["--bpipe", "--bpipe-parts", "4"]
 LEAST = [*FOUR, "--bpipe-budget", "2.75"]
-RECOMPUTED = 1.0  # a recomputed layer is one storage, which stays where it is the stage's own input
+RECOMPUTED = 0.5  # one recomputed layer, two storages: its input, and what dropout makes of it
 DEEP = gpt(4, 12, 16)  # four layers a stage, so that parts are layers
 
 
@@ -114,9 +114,25 @@ def test_every_combination(megatron: Megatron, name: str) -> None:
 @pytest.mark.parametrize("name", INTERLEAVED)
 def test_every_combination_interleaved(megatron: Megatron, name: str) -> None:
     case = INTERLEAVED[name]
-    stock = megatron.train(case.flags, world=case.world)
-    parts = megatron.train([*case.flags, *FOUR], world=case.world)
+    stock = megatron.train(case.flags, world=case.world, hooks=case.hooks)
+    parts = megatron.train([*case.flags, *FOUR], world=case.world, hooks=case.hooks)
     check(stock, parts, RECOMPUTED if name.startswith("full recompute") else 0.25)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("full recompute with dropout", "as much as 2.0 of its 4 parts"),
+        ("gradients of the output layer deferred", "--bpipe-budget does not count them"),
+    ],
+)
+def test_where_more_stays_is_said(megatron: Megatron, name: str, said: str) -> None:
+    case = COMBINATIONS[name]
+    parts = megatron.train([*case.flags, *FOUR], world=case.world, hooks=case.hooks)
+    assert said in parts.log(0)
+    plain = megatron.train([*DEEP, *FOUR], steps=4)
+    assert said not in plain.log(0)
 
 
 def test_interleaved_below_one_chunk(megatron: Megatron) -> None:

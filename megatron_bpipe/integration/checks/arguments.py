@@ -63,6 +63,13 @@ def check_arguments(args: Any, options: Options) -> str | None:
     notice = check_schedule(args, options, _microbatches(args))
     if notice is not None and options.recompute is not None:
         abort(f"--bpipe-recompute needs something to balance, but {notice}; drop it")
+    if notice is None and getattr(args, "defer_embedding_wgrad_compute", False):
+        limit = getattr(args, "wgrad_deferral_limit", 0)
+        log_rank0(
+            "--defer-embedding-wgrad-compute keeps the output layer's inputs and gradients of "
+            f"{limit or 'all'} micro-batches on the last stage until the pipeline is empty; "
+            "--bpipe-budget does not count them, so that stage may hold more than it says"
+        )
     if notice is None and options.timed and torch.cuda.is_available():
         log_rank0(
             "--timing-log-level 2 makes every rank wait for its whole GPU around every forward and "

@@ -87,10 +87,15 @@ def device_bytes() -> int | None:
     return int(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
 
 
+# token ids, labels, masks: a data iterator may hold them until the iteration is over
+DATA = frozenset((torch.int64, torch.int32, torch.bool))
+
+
 @dataclass(slots=True)
 class _Tracked:
     reference: StorageWeakRef
     key: ActivationKey
+    data: bool = False
 
 
 @dataclass
@@ -99,11 +104,14 @@ class LiveActivations:
 
     A storage that several micro-batches save (a mask, a rotary table) is counted once, with the
     first of them. One that outlives the iteration (a quantised weight's cache) is no activation:
-    it is known from then on and not counted again.
+    it is known from then on and not counted again. How much of a micro-batch is there is told
+    without `DATA`, which others hold too.
     """
 
     _tracked: dict[int, _Tracked] = field(default_factory=dict)
     _totals: dict[ActivationKey, int] = field(default_factory=dict)
+    _data: dict[ActivationKey, int] = field(default_factory=dict)
+    _over: set[ActivationKey] = field(default_factory=set)
     _lasting: dict[int, StorageWeakRef] = field(default_factory=dict)
 
     def track_graph(self, key: ActivationKey, output: object, excluded: Collection[int]) -> None:
@@ -111,12 +119,20 @@ class LiveActivations:
 
         ``excluded`` are `storage_id` of storages that are no activations: parameters, buffers.
         """
-        storages = []
+        storages: list[torch.UntypedStorage] = []
+        data: list[torch.UntypedStorage] = []
         for saved in saved_tensors(roots_of(output)):
-            storages += [one for one in memory_of(saved) if storage_id(one) not in excluded]
+            is_data = saved.tensor is not None and saved.tensor.dtype in DATA
+            (data if is_data else storages).extend(
+                one for one in memory_of(saved) if storage_id(one) not in excluded
+            )
+        self._over.discard(key)
         self._totals[key] = self.track(key, storages)
+        self._data[key] = self.track(key, data, data=True)
 
-    def track(self, key: ActivationKey, storages: Iterable[torch.UntypedStorage]) -> int:
+    def track(
+        self, key: ActivationKey, storages: Iterable[torch.UntypedStorage], *, data: bool = False
+    ) -> int:
         """Track ``storages`` as those of ``key``; returns the bytes new to the books."""
         new = 0
         for storage in storages:
@@ -126,17 +142,20 @@ class LiveActivations:
                 continue
             known = self._tracked.get(number)
             if known is None or known.reference.expired():
-                self._tracked[number] = _Tracked(StorageWeakRef(storage), key)
+                self._tracked[number] = _Tracked(StorageWeakRef(storage), key, data)
                 new += storage.nbytes()
         return new
 
     def sample(self, parts: int = 1) -> tuple[int, int]:
         """Live bytes, and how many units: a unit of ``parts`` counts from half of its bytes on."""
         alive: dict[ActivationKey, int] = {}
+        data = 0
         for number, entry in list(self._tracked.items()):
             storage = storage_behind(entry.reference)
             if storage is None:
                 del self._tracked[number]
+            elif entry.data:
+                data += storage.nbytes()
             else:  # what was emptied in place has no bytes now
                 alive[entry.key] = alive.get(entry.key, 0) + storage.nbytes()
         present = sum(
@@ -144,11 +163,21 @@ class LiveActivations:
             for key, size in alive.items()
             if size and (total := max(1, self._totals[key]))
         )
-        return sum(alive.values()), present
+        return sum(alive.values()) + data, present
+
+    def backward_over(self, key: ActivationKey) -> None:
+        """The schedule is done with an activation: what is left of it somebody else holds."""
+        self._over.add(key)
+
+    def left_behind(self) -> int:
+        """Live bytes of activations that the schedule is done with."""
+        entries = [entry for entry in self._tracked.values() if entry.key in self._over]
+        storages = (storage_behind(entry.reference) for entry in entries)
+        return sum(storage.nbytes() for storage in storages if storage is not None)
 
     def bytes_of(self, key: ActivationKey) -> int:
         """What `track_graph` found for this one, 0 for one that it has not seen."""
-        return self._totals.get(key, 0)
+        return self._totals.get(key, 0) + self._data.get(key, 0)
 
     def known(self) -> Collection[int]:
         """`storage_id` of all storages in the books."""
@@ -161,8 +190,8 @@ class LiveActivations:
                 self._lasting[number] = entry.reference
         for number in [n for n, reference in self._lasting.items() if reference.expired()]:
             del self._lasting[number]
-        self._tracked.clear()
-        self._totals.clear()
+        for books in (self._tracked, self._totals, self._data, self._over):
+            books.clear()
 
 
 def storage_ids(module: torch.nn.Module) -> set[int]:

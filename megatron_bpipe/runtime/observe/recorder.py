@@ -83,6 +83,8 @@ class Recorder:
     _excluded: Collection[int] = ()
     _chunks: int = 1
     _parts: int = 1
+    _for_weight: set[ActivationKey] = field(default_factory=set)  # B is over, W is not
+    _in_use: int = 0  # live bytes at the last op boundary that the schedule accounts for
     _baseline: int | None = None
     _static_before: int | None = None  # bytes, before the first iteration
     _peak: Callable[[], int] | None = None
@@ -163,6 +165,7 @@ class Recorder:
             self._running = False
             self.timeline.pop()
         self._transfers.clear()
+        self._for_weight.clear()
         self._live.clear()
 
     def forward_begins(self, op: Op) -> None:
@@ -197,6 +200,7 @@ class Recorder:
         size = sum(one.nbytes() for one in storages)
         self.left_for_weight_bytes = max(self.left_for_weight_bytes or 0, size)
         self._live.track(key, storages)
+        self._for_weight.add(key)
 
     def transfer_done(self, op: Op, transfer: TransferHandle) -> None:
         """See `executor.Observer`."""
@@ -205,6 +209,7 @@ class Recorder:
     def op_done(self, op: Op, start: float, end: float, moved: int) -> None:
         """See `executor.Observer`."""
         present: float
+        self._note_end(op)
         if op.kind in CHANGES_MEMORY or not self.timeline[-1]:
             live, count = self._live.sample(self._parts)
             present = microbatches(count, self._chunks * self._parts)
@@ -220,27 +225,35 @@ class Recorder:
         wall = start + self._offset, end + self._offset
         self.timeline[-1].append(Event(str(op), *wall, moved, live, present))
 
+    def _note_end(self, op: Op) -> None:
+        """Note whether the schedule is done with an activation."""
+        if op.kind is Kind.WEIGHT:
+            self._for_weight.discard(op.key)
+        elif op.kind is not Kind.BACKWARD or op.part or op.key in self._for_weight:
+            return
+        self._live.backward_over(op.key)
+
     def _audits(self, op: Op) -> bool:
         """The second micro-batch if there is one: caches are filled, shared tensors known."""
         return self.audit is None or (self.audit.microbatch == 0 and op.microbatch == 1)
 
     def _look_at_allocator(self, live: int) -> None:
         """The first iteration, op by op: how much there is beside activations."""
-        before = self.timeline[-1][-1].live_bytes if self.timeline[-1] else 0
+        before, self._in_use = self._in_use, live - self._live.left_behind()
         if self._peak is not None and self.watch_peak is not None:
             peak, self._peak = self._peak(), self.watch_peak()
             self._allocator_is_at(peak)
-            self.working.within_op(peak, max(before, live))
+            self.working.within_op(peak, max(before, self._in_use))
         now = self.allocated()
         if now is not None:
-            self.working.between_ops(now, live)
+            self.working.between_ops(now, self._in_use)
 
     def _in_backward(self, *_: object) -> None:
         """After a node's backward: what it works with is there besides what was saved."""
         now = self.allocated()
         self._allocator_is_at(now)
         if now is not None and not self.iterations and self.timeline[-1]:
-            self.working.within_op(now, self.timeline[-1][-1].live_bytes)
+            self.working.within_op(now, self._in_use)
 
     def _allocator_is_at(self, now: int | None) -> None:
         if now is not None and self._baseline is not None:
