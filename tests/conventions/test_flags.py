@@ -26,7 +26,7 @@ from tests.harness import ROOT, Megatron
 PACKAGE = ROOT / "megatron_bpipe"
 # whole ones: not --yarn-... and not --decoder-first/last-pipeline-num-layers
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9]*(?:[-_][a-z0-9]+)*(?![\w/-])")
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 OTHER_TOOLS = {
     "Slurm": {
