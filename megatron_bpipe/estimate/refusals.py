@@ -51,6 +51,56 @@ V_PLACED: Refusals = {
 }
 """Stage 0 with both ends of the model."""
 
+_DIVIDED = "it divides a part's state among the copies of one direction"
+_BY_NUMBER = "samples are then not divided into equal micro-batches of two directions"
+_BY_COPY = "each copy would measure its own values and drift from the other"
+
+BOTH_WAYS: Refusals = {
+    "use_distributed_optimizer": ("--use-distributed-optimizer", _DIVIDED),
+    "use_megatron_fsdp": ("--use-megatron-fsdp", _DIVIDED),
+    "use_torch_fsdp2": ("--use-torch-fsdp2", _DIVIDED),
+    "init_model_with_meta_device": (
+        "--init-model-with-meta-device",
+        "copies start with each other's values, which a meta device does not have",
+    ),
+    "data_parallel_random_init": (
+        "--data-parallel-random-init",
+        "stages of a pair would hand out their values in different orders",
+    ),
+    "num_experts": ("--num-experts", "experts have data-parallel groups of their own"),
+    "fp16": ("--fp16", "it was not tried; use --bf16"),
+    "fp8": ("--fp8-format", _BY_COPY),
+    "fp4": ("--fp4-format", _BY_COPY),
+    "qk_clip": ("--qk-clip", _BY_COPY),
+    "hidden_dropout": (
+        "--hidden-dropout",
+        "both copies on a rank would draw from one stream of random numbers; give 0",
+    ),
+    "attention_dropout": (
+        "--attention-dropout",
+        "both copies on a rank would draw from one stream of random numbers; give 0",
+    ),
+    "mtp_num_layers": ("--mtp-num-layers", "its layers want a second embedding beside the head"),
+    "hybrid_layer_pattern": ("--hybrid-layer-pattern", "it was tried with GPT models alone"),
+    "hybrid_override_pattern": ("--hybrid-override-pattern", "it was tried with GPT models alone"),
+    "defer_embedding_wgrad_compute": (
+        "--defer-embedding-wgrad-compute",
+        "it keeps what one head on a stage needs, and there may be two models",
+    ),
+    "rampup_batch_size": ("--rampup-batch-size", "every size has to be p micro-batches or 2p, ..."),
+    "iterations_to_skip": ("--iterations-to-skip", "it skips the samples of one direction"),
+    "full_validation": ("--full-validation", _BY_NUMBER),
+    "multiple_validation_sets": ("--multiple-validation-sets", _BY_NUMBER),
+    "sft": ("--sft", _BY_NUMBER),
+    "hybrid_context_parallel": ("--hybrid-context-parallel", _BY_NUMBER),
+    "perform_rl_step": ("--perform-rl-step", "it makes the data of one direction"),
+    "ckpt_assume_constant_structure": (
+        "--ckpt-assume-constant-structure",
+        "two parts are read one after the other, and the first one's plan would be kept",
+    ),
+}
+"""A second pipeline in the other direction, with its own copy of the model."""
+
 WITHOUT_FLUSH: Refusals = {
     "use_distributed_optimizer": (
         "--use-distributed-optimizer",
@@ -110,6 +160,8 @@ def refusals_of(name: str) -> Refusals:
         found |= SPLIT_BACKWARD
     if entry.v_placed:
         found |= V_PLACED
+    if entry.both_ways:
+        found |= BOTH_WAYS
     if entry.without_flush is not None:
         found |= WITHOUT_FLUSH
     return found

@@ -33,8 +33,10 @@ from megatron_bpipe.integration.checks.hook_points import (
     SCHEDULES,
     TRAINING,
 )
+from megatron_bpipe.integration.checks.schedule import both_ways
 from megatron_bpipe.integration.log import log_rank0
 from megatron_bpipe.integration.options import Options, add_flags
+from megatron_bpipe.integration.patches.chimera.install import run_both_ways
 from megatron_bpipe.integration.patches.flush_free.install import never_flushes, run_without_flush
 from megatron_bpipe.integration.patches.forward_backward import make_schedule
 from megatron_bpipe.integration.patches.import_hook import after_import
@@ -257,6 +259,8 @@ def _activate(options: Options) -> None:
         patches.when_imported(CHECKPOINTING, check_placement)
     if is_v_placed(options.schedule):
         place_as_v(patches, lambda mirror: setattr(current, "mirror", mirror))
+    if both_ways(options.schedule):
+        run_both_ways(patches, lambda copies: setattr(current, "mirror", copies))
     patches.when_imported(SCHEDULES, replace_schedule)
     if never_flushes(options.schedule):
         run_without_flush(patches, current)

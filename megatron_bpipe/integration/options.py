@@ -161,7 +161,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--bpipe-schedule",
         choices=EXECUTED,
         help="Run this schedule instead of Megatron's own (1f1b, or interleaved with model "
-        "chunks), with or without --bpipe.",
+        "chunks), with or without --bpipe; chimera gives every stage a second model "
+        "(docs/chimera.md).",
     )
     group.add_argument(
         "--bpipe-transport",

@@ -80,10 +80,12 @@ class Session:
     _written: bool = False
     _stage: int | None = None
 
-    def observe(self, group: Any, models: Sequence[torch.nn.Module], parts: int = 1) -> None:
+    def observe(
+        self, group: Any, models: Sequence[torch.nn.Module], plan: StagePlan | None = None
+    ) -> None:
         """An iteration begins on the stage that this rank is in ``group``; let the recorder look.
 
-        All there is to do where Megatron's own schedule runs.
+        All there is to do where Megatron's own schedule runs, which has no plan.
         """
         self._written = False
         self._stage = group.rank()
@@ -103,7 +105,8 @@ class Session:
         if pipeline is not None:
             kept |= pipeline.versions.storages()
         goes_on = pipeline is not None and pipeline.carries
-        self.recorder.begin(kept, len(models), parts, goes_on=goes_on)
+        chunks, parts = (len(models), 1) if plan is None else (plan.chunks, plan.parts)
+        self.recorder.begin(kept, chunks, parts, goes_on=goes_on)
 
     def follow(self, group: Any) -> None:
         """Keep what belongs to this pipeline's process group, drop what belongs to another."""
@@ -156,7 +159,7 @@ class Session:
         ``flops`` gives those of one micro-batch's forward, if they are known; ``sizes_vary`` says
         whether micro-batches may differ in how much they save.
         """
-        self.observe(group, models, plan.parts)
+        self.observe(group, models, plan)
         assert self._group is not None
         if self.pools is not None and self.plan is not None and self.plan.loans != plan.loans:
             self.drop()  # other pairs from here on

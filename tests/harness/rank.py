@@ -394,7 +394,7 @@ def tied_gradients_stay_apart(job: dict[str, Any]) -> None:
     """Leave the sum of the tied gradients out (a control)."""
     from megatron_bpipe.integration.patches.v_placement import install
 
-    install.with_local_sum = lambda stock, mirror: stock  # type: ignore[assignment]
+    install.with_local_sum = lambda stock: stock  # type: ignore[assignment]
 
 
 def hide_allocator(job: dict[str, Any], rank: int) -> None:
@@ -403,3 +403,18 @@ def hide_allocator(job: dict[str, Any], rank: int) -> None:
 
     if int(os.environ["RANK"]) == rank:
         measured_balance.allocated_bytes = lambda device: None
+
+
+def both_ways_are_fed_alike(job: dict[str, Any]) -> None:
+    """Give Chimera's second pipeline the samples of the first (a control)."""
+    from megatron_bpipe.integration.patches.chimera.copies import Copies
+
+    stock = Copies.fed_as
+    Copies.fed_as = lambda self, way: stock(self, 0)  # type: ignore[method-assign]
+
+
+def every_copy_counts(job: dict[str, Any]) -> None:
+    """Let Chimera's norm of gradients have every part twice (a control)."""
+    from megatron.core.optimizer import optimizer
+
+    optimizer.param_is_not_shared = lambda parameter: True

@@ -17,7 +17,7 @@ from typing import Literal
 # main has the number of a release to come, which is not known before it was run.
 KNOWN_RELEASES = ("0.14", "0.15", "0.16", "0.17", "0.18", "0.19")
 
-Feature = Literal["schedule", "training", "v_placement", "cpu", "profile"]
+Feature = Literal["schedule", "training", "v_placement", "both_ways", "cpu", "profile"]
 
 PACKAGE_INFO = "megatron.core.package_info"
 SCHEDULES = "megatron.core.pipeline_parallel.schedules"
@@ -40,11 +40,13 @@ OPTIMIZER = "megatron.core.optimizer.optimizer"
 TRAINING_UTILS = "megatron.training.utils"
 CHECKPOINTING = "megatron.training.checkpointing"
 DIST_UTILS = "megatron.training.models.dist_utils"
+MODEL_BUILDER = "megatron.training.models.gpt"
 FINALIZE = "megatron.core.distributed.finalize_model_grads"
 INITIALIZE = "megatron.training.initialize"
 GPT = "megatron.core.models.gpt"
 GPT_LAYERS = "megatron.core.models.gpt.gpt_layer_specs"
 DISTRIBUTED = "megatron.core.distributed"
+DATA_PARALLEL = "megatron.core.distributed.distributed_data_parallel"
 ENUMS = "megatron.core.transformer.enums"
 MODULE = "megatron.core.transformer.module"
 BLOCK = "megatron.core.transformer.transformer_block"
@@ -265,6 +267,26 @@ _V_PLACEMENT = tuple(
     )
 )
 
+# replaced where a second pipeline goes up; reasons in patches/chimera/__init__.py
+_BOTH_WAYS = tuple(
+    HookPoint(module, name, parameters, attributes, releases, feature="both_ways")
+    for module, name, parameters, attributes, releases in (
+        (PARALLEL_STATE, "get_pipeline_model_parallel_group", (), (), ""),
+        (PARALLEL_STATE, "set_pipeline_model_parallel_rank", ("rank",), (), ""),
+        (PARALLEL_STATE, "get_data_parallel_group", (), (), ""),
+        (PARALLEL_STATE, "initialize_model_parallel", ("get_embedding_ranks",), (), ""),
+        (TRAINING, "get_model", (), (), ""),
+        (TRAINING, "build_train_valid_test_data_iterators", (), (), ""),
+        (TRAINING, "get_megatron_optimizer", ("config", "model_chunks"), (), ""),
+        (TRAINING, "save_checkpoint", ("iteration", "model", "optimizer"), (), ""),
+        (TRAINING, "load_checkpoint", ("ddp_model", "optimizer", "pp_group"), (), ""),
+        (MODEL_BUILDER, "unimodal_build_distributed_models", (), (), ">=0.19"),
+        (DATA_PARALLEL, "DistributedDataParallel", (), ("__init__",), ""),
+        (OPTIMIZER, "ChainedOptimizer", (), ("chained_optimizers",), ""),
+        (FINALIZE, "_allreduce_word_embedding_grads", ("model",), (), ""),
+    )
+)
+
 # replaced for schedules without a flush; reasons in patches/flush_free/gatherings.py
 _FLUSH_FREE = (
     HookPoint(OPTIMIZER, "ChainedOptimizer", attributes=("get_grad_norm",), feature="training"),
@@ -344,6 +366,7 @@ HOOK_POINTS: tuple[HookPoint, ...] = (
     *_SCHEDULE,
     *_TRAINING,
     *_V_PLACEMENT,
+    *_BOTH_WAYS,
     *_FLUSH_FREE,
     *_CPU,
     *_PROFILE,

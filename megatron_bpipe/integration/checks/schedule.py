@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from megatron_bpipe.integration.checks.chimera import check_both_ways
 from megatron_bpipe.integration.checks.split_backward import check_split_backward
 from megatron_bpipe.integration.checks.v_placement import check_v_placement
 from megatron_bpipe.integration.log import abort
@@ -20,6 +21,11 @@ CHUNKS_FLAG = "--num-virtual-stages-per-pipeline-rank"
 def schedule_name(chosen: str | None, chunks: int) -> str:
     """The user's schedule, or Megatron's own for this number of model chunks a stage."""
     return chosen or ("interleaved" if chunks > 1 else "1f1b")
+
+
+def both_ways(chosen: str | None) -> bool:
+    """Whether a second pipeline goes up, with its own copy of the model."""
+    return chosen is not None and CATALOGUE[chosen].both_ways
 
 
 def check_schedule(args: Any, options: Options, count: int | None) -> str | None:
@@ -40,6 +46,8 @@ def check_schedule(args: Any, options: Options, count: int | None) -> str | None
     _check_name(options.schedule, chunks)
     if options.schedule is not None and CATALOGUE[options.schedule].v_placed:
         check_v_placement(args, options.schedule)
+    if both_ways(options.schedule):
+        check_both_ways(args, options, count)
     if options.schedule is not None and CATALOGUE[options.schedule].splits_backward:
         check_split_backward(args, options.schedule)
     if not options.bpipe:

@@ -10,7 +10,8 @@ that wait for one another's messages also wait for the same collectives::
 
 Where weight gradients come later than the rest of the backward (W), a chunk's gradients are
 complete only after its last W, while its parameters count as ready in the backward. So nothing is
-reduced before the last op, and then everything is.
+reduced before the last op, and then everything is. So it is too where two stages that reduce
+together are done with their models at times, and in an order, of their own.
 
 Source: ``forward_backward_pipelining_with_interleaving`` (``forward_step_helper``,
 ``backward_step_helper``), alike from 0.14 to main.
@@ -36,18 +37,19 @@ class ChunkSync:
         chunks: the stage's model chunks.
         ops: the stage's ops, whose forwards and backwards stand in the order of all stages.
         rank: of the stage in the pipeline.
+        at_end: reduce nothing before the last op, and then the chunks in their order.
     """
 
     config: Any
     chunks: Sequence[Any]
     ops: Sequence[Op]
     rank: int
+    at_end: bool = False
     _stopped: contextlib.ExitStack | None = None
     _synchronised: set[int] = field(default_factory=set)
     _first: dict[int, int] = field(default_factory=dict)  # number of a chunk's first forward
     _last: dict[int, int] = field(default_factory=dict)  # number of a chunk's last backward
     _done: dict[Kind, int] = field(default_factory=dict)
-    _splits: bool = False
 
     def __post_init__(self) -> None:
         forwards = [op.chunk for op in self.ops if op.kind is Kind.FORWARD]
@@ -55,7 +57,7 @@ class ChunkSync:
         self._last = {chunk: number for number, chunk in enumerate(backwards)}
         self._first = {forwards[number]: number for number in reversed(range(len(forwards)))}
         self._done = {Kind.FORWARD: 0, Kind.BACKWARD: 0}
-        self._splits = any(op.kind is Kind.WEIGHT for op in self.ops)
+        self.at_end = self.at_end or any(op.kind is Kind.WEIGHT for op in self.ops)
         self._stop()
         for chunk in range(min(2, len(self.chunks))):
             self._gather(chunk)
@@ -70,7 +72,7 @@ class ChunkSync:
 
     def before_backward(self, chunk: int) -> None:
         """A backward of this chunk is about to run."""
-        if self._splits:
+        if self.at_end:
             return
         if self.config.grad_sync_func is None and self._last[chunk] == self._done[Kind.BACKWARD]:
             self._go()
@@ -78,7 +80,7 @@ class ChunkSync:
 
     def after_backward(self) -> None:
         """A backward has run."""
-        if self._splits:
+        if self.at_end:
             return
         number = self._done[Kind.BACKWARD] - self.rank
         self._done[Kind.BACKWARD] += 1
@@ -96,7 +98,7 @@ class ChunkSync:
             for chunk in range(len(self.chunks)):
                 if chunk not in self._synchronised:
                     self._reduce(chunk)
-        elif self._splits:
+        elif self.at_end:
             for ddp in self.chunks:
                 if getattr(getattr(ddp, "ddp_config", None), "overlap_grad_reduce", False):
                     ddp.start_grad_sync()  # its hooks, which would, found nothing ready

@@ -55,6 +55,7 @@ class ChunkedStage:
     _arriving: dict[tuple[Kind, ActivationKey], Any] = field(default_factory=dict)
     _sending: list[tuple[Any, Any]] = field(default_factory=list)  # handle, output or None
     _forwards: int = 0
+    _fed: list[int] = field(default_factory=list)  # forwards of each model
 
     def __post_init__(self) -> None:
         self.tokens = torch.zeros([], dtype=torch.int, device=torch.cuda.current_device())
@@ -65,8 +66,11 @@ class ChunkedStage:
         # under V every stage's last backward of a chunk comes at a time of its own
         rank = 0 if self.call.mirror is not None else self._stage
         if self._trains:
-            self._sync = ChunkSync(self.call.config, self.call.models, self.ops, rank)
+            self._sync = ChunkSync(
+                *(self.call.config, self.call.by_part, self.ops, rank), at_end=self.call.both_ways
+            )
             self._warmup = _warmup(self.ops)
+        self._fed = [0] * len(self.call.models)
         shapes = self.call.shapes[0]  # without interleaving Megatron has a list of one
         self._shape = shapes[0] if isinstance(shapes[0], (tuple, list)) else shapes
 
@@ -117,23 +121,25 @@ class ChunkedStage:
         if self._trains:
             self._sync.before_forward()
         self._arrived(Kind.FORWARD, key)
-        chunk = op.chunk
-        with call.seen_by(chunk):
+        index = call.model_of(op)
+        place = self._fed[index] if call.both_ways else call.within(op)
+        self._fed[index] += 1
+        with call.seen_by(index):
             output, tokens = call.schedules.forward_step(
                 forward_step_func=call.forward_step_func,
-                data_iterator=call.data_iterators[chunk],
-                model=call.models[chunk],
-                num_microbatches=call.microbatches,
+                data_iterator=call.data_iterators[index],
+                model=call.models[index],
+                num_microbatches=call.microbatches // call.ways,
                 input_tensor=self._inputs.setdefault(key, None),
                 forward_data_store=self.losses,
                 config=call.config,
                 cp_group_size=call.groups.cp.size(),
                 collect_non_loss_data=call.collect_non_loss_data,
                 checkpoint_activations_microbatch=self._checkpoint_all(),
-                is_first_microbatch=call.within(op) == 0,
-                current_microbatch=call.within(op),
-                vp_stage=chunk if len(call.models) > 1 else None,
-                is_last_stage=call.has_head and chunk == len(call.models) - 1,
+                is_first_microbatch=place == 0,
+                current_microbatch=place,
+                vp_stage=call.virtual_stage(index),
+                is_last_stage=call.ends_with(index),
             )
         self._forwards += 1
         self.tokens += tokens
@@ -157,7 +163,7 @@ class ChunkedStage:
         if any(sent is self._outputs[key] for _, sent in self._sending):
             self._settle()  # nothing was computed since it was sent; its gradient is here already
         left = nullcontext() if self.weights is None else self.weights.left_by(key)
-        with call.seen_by(op.chunk), left:
+        with call.seen_by(call.model_of(op)), left:
             gradient = call_known(
                 BACKWARD_STEP,
                 call.schedules.backward_step,

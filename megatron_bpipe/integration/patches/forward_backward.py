@@ -22,9 +22,10 @@ from typing import Any
 import torch
 
 from megatron_bpipe.integration.checks.arguments import incompatible_flags
-from megatron_bpipe.integration.checks.schedule import schedule_name
+from megatron_bpipe.integration.checks.schedule import both_ways, schedule_name
 from megatron_bpipe.integration.link_forecast import forward_flops
 from megatron_bpipe.integration.options import Options
+from megatron_bpipe.integration.patches.chimera.losses import of_both_ends, tokens_of_both
 from megatron_bpipe.integration.patches.chunked_stage import ChunkedStage
 from megatron_bpipe.integration.patches.flush_free.pipeline import Pipeline
 from megatron_bpipe.integration.patches.flush_free.run import pipeline_of
@@ -36,7 +37,6 @@ from megatron_bpipe.integration.patches.v_placement.losses import (
     at_the_last_stage,
     tokens_everywhere,
 )
-from megatron_bpipe.integration.patches.v_placement.mirror import Mirror
 from megatron_bpipe.integration.session import Session
 from megatron_bpipe.integration.stage_pools import sizes_vary
 from megatron_bpipe.runtime.executor import ScheduleExecutor
@@ -60,7 +60,7 @@ def make_schedule(
         if arguments["forward_only"] and session.mirror is None:
             session.flush()
             return stock(**named)
-        call = _stage_call(schedules, arguments, session.mirror)
+        call = _stage_call(schedules, arguments, session)
         group = call.communicator.pp_group
         spec = _spec(call, session.options)
         session.recompute(call.config, group.rank())
@@ -89,7 +89,7 @@ def _evaluated(call: StageCall, ops: Sequence[Op]) -> list[Any]:
     stage = ChunkedStage(call, ops)
     ScheduleExecutor(ops, stage).run()
     stage.finish()
-    return at_the_last_stage(stage.losses, call.communicator.pp_group)
+    return _where_megatron_looks(call, stage.losses)
 
 
 def _iteration(
@@ -125,9 +125,10 @@ def _iteration(
     with weights.deferred() if weights is not None else nullcontext():
         executor.run()
     plain.finish()
-    losses = plain.losses
-    if call.mirror is not None:
-        losses = at_the_last_stage(losses, group)
+    losses = _where_megatron_looks(call, plain.losses)
+    if call.both_ways:
+        tokens_of_both(plain.tokens, group)
+    elif call.mirror is not None:
         tokens_everywhere(plain.tokens, group)
     _finish_gradients(call, plain.tokens, embedding, arguments)
     if pipeline is not None:
@@ -136,9 +137,17 @@ def _iteration(
     return losses
 
 
+def _where_megatron_looks(call: StageCall, losses: list[Any]) -> list[Any]:
+    """The losses of an iteration on stage p-1, wherever they were made."""
+    group = call.communicator.pp_group
+    if call.both_ways:
+        return of_both_ends(losses, group, collected=call.collect_non_loss_data)
+    return losses if call.mirror is None else at_the_last_stage(losses, group)
+
+
 def _spec(call: StageCall, options: Options) -> ScheduleSpec:
     """The schedule of this call: the user's, or Megatron's own for this number of chunks."""
-    chunks = len(call.models)
+    chunks = len(call.models) // call.ways
     return ScheduleSpec(
         name=schedule_name(options.schedule, chunks),
         p=call.communicator.pp_group.size(),
@@ -151,12 +160,17 @@ def _spec(call: StageCall, options: Options) -> ScheduleSpec:
     )
 
 
-def _stage_call(schedules: Any, arguments: dict[str, Any], mirror: Mirror | None) -> StageCall:
+def _stage_call(schedules: Any, arguments: dict[str, Any], session: Session) -> StageCall:
     models = _as_list(arguments["model"])
     config = schedules.get_model_config(models[0])
     if config.overlap_p2p_comm and len(models) == 1:
         raise ValueError(
             "bpipe: overlap_p2p_comm needs interleaving; use --no-overlap-p2p-communication"
+        )
+    if both_ways(session.options.schedule) and len(models) != 2:
+        raise ValueError(
+            f"bpipe: got {len(models)} model(s) a stage, but {session.options.schedule} has one "
+            "for each direction; use Megatron's training loop, which builds both"
         )
     iterators = _as_list(arguments["data_iterator"])
     if len(iterators) != len(models):
@@ -196,7 +210,8 @@ def _stage_call(schedules: Any, arguments: dict[str, Any], mirror: Mirror | None
             else _shapes(schedules, config, groups, arguments)
         ),
         collect_non_loss_data=arguments["collect_non_loss_data"],
-        mirror=mirror,
+        mirror=session.mirror,
+        both_ways=both_ways(session.options.schedule),
     )
 
 
@@ -266,7 +281,7 @@ def _finish_gradients(
     if "force_all_reduce" in arguments:
         named["force_all_reduce"] = arguments["force_all_reduce"]
     config.finalize_model_grads_func(
-        list(call.models),
+        call.by_part,
         tokens if config.calculate_per_token_loss else None,
         **named,
     )

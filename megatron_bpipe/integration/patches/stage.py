@@ -21,7 +21,7 @@ import torch
 from megatron_bpipe.integration.checks.hook_points import BACKWARD_STEP
 from megatron_bpipe.integration.checks.probe import call_known
 from megatron_bpipe.integration.patches.v_placement.mirror import Mirror
-from megatron_bpipe.schedule.ops import Kind, Op
+from megatron_bpipe.schedule.ops import UP, Kind, Op
 
 
 @dataclass
@@ -34,7 +34,7 @@ class StageCall:
 
     schedules: Any
     config: Any
-    models: Sequence[Any]  # the stage's chunks; one without interleaving
+    models: Sequence[Any]  # the stage's chunks; one without interleaving; two both ways
     communicator: Any
     groups: Any  # of processes: a collection with tp, cp, pp ...
     groups_name: str  # the parameter by which this release passes them
@@ -43,17 +43,45 @@ class StageCall:
     microbatches: int
     shapes: tuple[Any, Any]  # of what is received and of what is sent, forward
     collect_non_loss_data: bool
-    mirror: Mirror | None = None  # under the V placement
+    mirror: Mirror | None = None  # where a model's stage is not the rank's
+    both_ways: bool = False  # a second pipeline goes up, with a model of its own
     first: int = 0  # number of the iteration's first micro-batch: iterations go on without a flush
 
     @property
     def has_head(self) -> bool:
-        """Whether the model ends on this stage, on its last chunk."""
-        return self.is_last if self.mirror is None else self.is_first
+        """Whether a model ends on this stage."""
+        return any(self.ends_with(index) for index in range(len(self.models)))
 
-    def seen_by(self, chunk: int) -> contextlib.AbstractContextManager[None]:
-        """Within this, Megatron's questions about the stage are answered for this chunk."""
-        return contextlib.nullcontext() if self.mirror is None else self.mirror.seen_by(chunk)
+    @property
+    def ways(self) -> int:
+        """Pipelines that share the micro-batches of an iteration."""
+        return 2 if self.both_ways else 1
+
+    def model_of(self, op: Op) -> int:
+        """Which of this stage's models an op is about."""
+        return int(op.direction is UP) if self.both_ways else op.chunk
+
+    def ends_with(self, index: int) -> bool:
+        """Whether this one of the stage's models has the head."""
+        if self.both_ways:
+            return self.is_first if index else self.is_last
+        head_here = self.is_last if self.mirror is None else self.is_first
+        return head_here and index == len(self.models) - 1
+
+    def virtual_stage(self, index: int) -> int | None:
+        """Megatron's number of a model chunk, None where a pipeline has one on a stage."""
+        return index if len(self.models) > self.ways else None
+
+    @property
+    def by_part(self) -> list[Any]:
+        """The models in an order on which stages that share their gradients agree."""
+        group = self.communicator.pp_group
+        mirrored = self.both_ways and group.rank() > group.size() - 1 - group.rank()
+        return list(reversed(self.models)) if mirrored else list(self.models)
+
+    def seen_by(self, index: int) -> contextlib.AbstractContextManager[None]:
+        """Within this, Megatron's questions about the stage are answered for this model."""
+        return contextlib.nullcontext() if self.mirror is None else self.mirror.seen_by(index)
 
     def within(self, op: Op) -> int:
         """The place of an op's micro-batch in its own iteration."""

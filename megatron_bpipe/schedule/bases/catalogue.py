@@ -71,6 +71,7 @@ class Entry:
         chunks: model chunks a stage that it is made of; None: any number from 2.
         splits_backward: weight gradients (W) are computed apart from B.
         v_placed: chunk 1 of stage x is part 2p-1-x of the model, so stage 0 has both of its ends.
+        both_ways: a second pipeline goes up with a model of its own: stage x has parts x and p-1-x.
         without_flush: how it runs on over the optimizer steps; None if every iteration ends empty.
     """
 
@@ -80,6 +81,7 @@ class Entry:
     splits_backward: bool = False
     chunks: int | None = 1
     v_placed: bool = False
+    both_ways: bool = False
     without_flush: WithoutFlush | None = None
 
     def build(self, p: int, m: int) -> Schedule:
@@ -150,7 +152,12 @@ CATALOGUE = {
         "BPipe on interleaved 1F1B, least budget",
         chunks=None,
     ),
-    "chimera": Entry(_of(chimera), "Chimera: two pipelines in opposite directions"),
+    "chimera": Entry(
+        _of(chimera),
+        "Chimera: two pipelines in opposite directions",
+        executed=True,
+        both_ways=True,
+    ),
     "zb-h1": Entry(
         _zb_h1,
         "zero-bubble H1: 1F1B's memory, W fills the bubble",

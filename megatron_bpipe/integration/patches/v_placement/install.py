@@ -42,7 +42,7 @@ def place_as_v(patches: Patches, use: Callable[[Mirror], None]) -> None:
         patches.replace(parallel_state, "initialize_model_parallel", _embeddings_on_stage_0)
         use(mirror)
         patches.when_imported(TRAINING, functools.partial(build, mirror))
-        patches.when_imported(FINALIZE, functools.partial(sum_here, mirror))
+        patches.when_imported(FINALIZE, sum_here)
 
     def build(mirror: Mirror, training: ModuleType) -> None:
         patches.replace(training, "get_model", lambda stock: with_v_placed_chunks(stock, mirror))
@@ -56,12 +56,8 @@ def place_as_v(patches: Patches, use: Callable[[Mirror], None]) -> None:
                 lambda stock: with_v_placed_chunks(stock, mirror),
             )
 
-    def sum_here(mirror: Mirror, finalize: ModuleType) -> None:
-        patches.replace(
-            finalize,
-            "_allreduce_word_embedding_grads",
-            lambda stock: with_local_sum(stock, mirror),
-        )
+    def sum_here(finalize: ModuleType) -> None:
+        patches.replace(finalize, "_allreduce_word_embedding_grads", with_local_sum)
 
     patches.when_imported(PARALLEL_STATE, turn)
 

@@ -54,7 +54,7 @@ class Mirror:
         if chunk != UPWARD_CHUNK or self._place is not None:
             yield
             return
-        self._place = self._other_end()
+        self._place = self.other_end()
         self.parallel_state.set_pipeline_model_parallel_rank(self._place.rank())
         try:
             yield
@@ -67,7 +67,7 @@ class Mirror:
         if not hasattr(value, "pp") or not isinstance(value.pp, dist.ProcessGroup):
             return value
         turned = copy.copy(value)
-        turned.pp = self._other_end()
+        turned.pp = self.other_end()
         return turned
 
     def wrapped(self, function: Callable[..., Any], chunk: int) -> Callable[..., Any]:
@@ -80,6 +80,7 @@ class Mirror:
 
         return call
 
-    def _other_end(self) -> Place:
+    def other_end(self) -> Place:
+        """This stage as it is counted from the pipeline's other end."""
         group = self.stock_group()
         return Place(group.size() - 1 - group.rank(), group.size())

@@ -1,4 +1,4 @@
-"""Tied embeddings: both copies are on stage 0, so what Megatron sends is done on the spot.
+"""Tied embeddings: both ends are on one stage, so what Megatron sends is done on the spot.
 
 As in Megatron each end keeps a copy, which starts equal and gets the sum of both gradients, so
 both stay equal.  Two copies on one stage need memory that Megatron has on two; in return the sums
@@ -11,8 +11,6 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from megatron_bpipe.integration.patches.v_placement.mirror import Mirror
-
 
 def tie(first: Any, last: Any) -> None:
     """Give the output layer the embedding's first weights, if both are here and tied."""
@@ -21,14 +19,14 @@ def tie(first: Any, last: Any) -> None:
         weight.data.copy_(first.shared_embedding_or_output_weight().data)
 
 
-def with_local_sum(stock: Callable[..., Any], mirror: Mirror) -> Callable[..., Any]:
-    """Megatron's sum of the tied gradients over both stages; here both are on stage 0."""
+def with_local_sum(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """Megatron's sum of the tied gradients over both stages; here both are where it is asked."""
 
     @functools.wraps(stock)
     def allreduce_word_embedding_grads(model: list[Any], *rest: Any, **named: Any) -> None:
         stock(model, *rest, **named)
-        first, last = map(_unwrapped, (model[0], model[-1]))
-        if mirror.stage == 0 and _shares(first, last):
+        first, last = map(unwrapped, (model[0], model[-1]))
+        if _shares(first, last):
             ends = [_gradient(end.shared_embedding_or_output_weight()) for end in (first, last)]
             ends[0].add_(ends[1])
             ends[1].copy_(ends[0])
@@ -48,7 +46,8 @@ def _gradient(weight: Any) -> Any:
     return weight.main_grad if hasattr(weight, "main_grad") else weight.grad
 
 
-def _unwrapped(model: Any) -> Any:
+def unwrapped(model: Any) -> Any:
+    """The model within what wraps it for data parallelism and precision."""
     while hasattr(model, "module"):
         model = model.module
     return model
