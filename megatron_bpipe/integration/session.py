@@ -41,6 +41,7 @@ from megatron_bpipe.runtime.transport.pair.several import LentPools
 from megatron_bpipe.schedule.bases.catalogue import ScheduleSpec
 from megatron_bpipe.schedule.ops import microbatches
 from megatron_bpipe.schedule.stage_plan import StagePlan
+from megatron_bpipe.schedule.validation.bytes_bound import own_bytes
 
 
 @dataclass
@@ -276,6 +277,7 @@ class Session:
                 if self.measured is not None and self.measured.foretold
                 else None
             ),
+            bound_bytes=self._bound_bytes(pool),
             device_bytes=device_bytes(),
             transport=pools.transport if pools is not None else "",
             left_for_weight_bytes=seen.left_for_weight_bytes,
@@ -284,6 +286,16 @@ class Session:
         return RankReport(
             stage, list(seen.iterations), list(seen.losses), seen.microbatches, seen.chunks
         )
+
+    def _bound_bytes(self, pool: int) -> int | None:
+        """What this stage holds at most by the schedule, the lent pool included."""
+        plan, seen, store = self.plan, self.recorder, self.store
+        assert seen is not None
+        if plan is None or plan.splits_backward or self.pipeline is not None:
+            return None
+        held, leaving = seen.sizes.held, seen.sizes.leaving
+        block = max((one.block for one in store.measured.values()), default=0) if store else 0
+        return own_bytes(plan.ops, held, leaving, plan.parts, block) + pool
 
     def counters(self) -> Counters | None:
         """This rank's figures so far; None before its first training iteration."""

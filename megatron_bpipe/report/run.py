@@ -45,6 +45,7 @@ class StageReport:
     leaving_bytes: Sequence[int] | None = None
     working_bytes: int | None = None
     foretold_peak_bytes: int | None = None
+    bound_bytes: int | None = None
     transport: str = ""
     stock_microbatches: float | None = None
     left_for_weight_bytes: int | None = None

@@ -2,7 +2,7 @@
 
 Weights, gradients and optimizer state are there all the time, the weights once for each version
 that the schedule keeps and once for each direction whose layers the stage has.  An acceptor's pool
-is there all the time too, for the most activations its evictors ever have in it.  An activation is
+is there all the time too, for the most bytes its evictors ever have in it.  An activation is
 allocated when its forward begins and freed when its backward ends (where the backward is split,
 what W needs of it stays until W is over); on an evictor it is freed when EW is over and allocated
 again when L begins.  Where an activation travels in parts each of them is an equal share of it,
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 from megatron_bpipe.schedule.bases.pipedream import weight_versions
 from megatron_bpipe.schedule.ops import Kind, Op, Schedule, borrowers
-from megatron_bpipe.schedule.validation.occupancy import borrowed
+from megatron_bpipe.schedule.validation.occupancy import remote_bytes, transfers_with
 from megatron_bpipe.simulate.result import Simulation
 
 
@@ -29,7 +29,7 @@ class StageBytes:
     """One stage's sizes.
 
     ``activation`` by chunk (one entry: the same for all); ``moved`` what of it an eviction takes
-    away (None: all); ``kept_for_weight`` what W needs after B, as a share of it
+    away, by chunk too (None: all); ``kept_for_weight`` what W needs after B, as a share of it
     (above 1 where the layers are recomputed: B makes more than F kept).  For Chimera give
     the sizes of one direction's layers.
     """
@@ -38,8 +38,12 @@ class StageBytes:
     weights: int = 0
     gradients: int = 0
     optimizer: int = 0
-    moved: int | None = None
+    moved: tuple[int, ...] | None = None
     kept_for_weight: float = 1.0
+
+    def leaving(self, chunk: int) -> int:
+        """What an eviction takes away of an activation of this chunk."""
+        return _of(self.activation if self.moved is None else self.moved, chunk)
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,7 @@ def memory_steps(simulation: Simulation, sizes: Sequence[StageBytes]) -> list[St
     for stage, size in enumerate(sizes):
         line = schedule.stages[stage]
         pool = sum(
-            borrowed(schedule, x, stage) * _slot(schedule, sizes[x]) // schedule.parts
+            remote_bytes(transfers_with(schedule, x, stage), _by_part(schedule, sizes[x]))
             for x in borrowers(schedule, stage)
         )
         copies = len({op.direction for op in line if op.chunk == 0 and op.kind is Kind.FORWARD})
@@ -122,14 +126,14 @@ def _steps(
         elif kind is Kind.WEIGHT:
             resident -= _for_weight(size, op)
         elif kind is Kind.EVICT:
-            moved = share(_moved(size, op.chunk), op.moved[1], parts)
+            moved = share(size.leaving(op.chunk), op.moved[1], parts)
             resident, flying = resident - moved, flying + moved
         elif kind is Kind.EVICT_WAIT:
-            flying -= share(_moved(size, op.chunk), op.moved[1], parts)
+            flying -= share(size.leaving(op.chunk), op.moved[1], parts)
         elif kind is Kind.LOAD:
-            flying += share(_moved(size, op.chunk), op.moved[1], parts)
+            flying += share(size.leaving(op.chunk), op.moved[1], parts)
         elif kind is Kind.LOAD_WAIT:
-            moved = share(_moved(size, op.chunk), op.moved[1], parts)
+            moved = share(size.leaving(op.chunk), op.moved[1], parts)
             resident, flying = resident + moved, flying - moved
         else:
             continue
@@ -143,21 +147,21 @@ def share(size: int, part: int, parts: int) -> int:
 
 
 def _whole(size: StageBytes, op: Op) -> int:
-    return size.activation[op.chunk if op.chunk < len(size.activation) else -1]
+    return _of(size.activation, op.chunk)
 
 
 def _for_weight(size: StageBytes, op: Op) -> int:
     return round(_whole(size, op) * size.kept_for_weight)
 
 
-def _moved(size: StageBytes, chunk: int) -> int:
-    if size.moved is not None:
-        return size.moved
-    return size.activation[chunk if chunk < len(size.activation) else -1]
+def _of(sizes: Sequence[int], chunk: int) -> int:
+    return sizes[chunk if chunk < len(sizes) else -1]
 
 
-def _slot(schedule: Schedule, size: StageBytes) -> int:
-    """Bytes of one slot: of chunk 0, or, where loans are worked out from bytes, of the largest."""
-    if schedule.loans is None:
-        return _moved(size, 0)
-    return max(_moved(size, chunk) for chunk in range(len(size.activation)))
+def _by_part(schedule: Schedule, size: StageBytes) -> dict[int, list[int]]:
+    """Of each chunk the bytes of its parts."""
+    parts = schedule.parts
+    return {
+        chunk: [share(size.leaving(chunk), part, parts) for part in range(parts)]
+        for chunk in range(schedule.chunks)
+    }

@@ -46,3 +46,26 @@ def test_every_rank_says_why(
         forced_transport.check_forced_transport("shm", [0, 1, 2, 3], 1)
     assert "--bpipe-transport shm needs both ranks" in capsys.readouterr().err
     forced_transport.check_forced_transport("p2p", [0, 1, 2, 3], 1)
+
+
+@pytest.mark.parametrize(("hosts", "first"), [("abba", 1), ("aaab", 3)])
+def test_any_two_stages_may_become_a_pair_by_measured_peaks(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], hosts: str, first: int
+) -> None:
+    """The paper's pairs may share a host: loans from bytes need all of a pipeline on one."""
+
+    def gather(everyone: list[object], mine: Seat) -> None:
+        assert mine.acceptor == 0
+        everyone[:] = [Seat(h, mine.namespace, x, 0) for x, h in enumerate(hosts)]
+
+    monkeypatch.setattr(forced_transport.dist, "get_world_size", lambda: 4)
+    monkeypatch.setattr(forced_transport.dist, "all_gather_object", gather)
+    monkeypatch.setenv("RANK", "2")
+    for transport in ("shm", "ipc"):
+        with pytest.raises(Abort):
+            forced_transport.check_forced_transport(transport, range(4), 2, any_pair=True)
+        said = capsys.readouterr().err
+        assert f"--bpipe-transport {transport} with --bpipe-balance measured needs all" in said
+        assert f"ranks {first} and 0 are not" in said
+    for transport in ("p2p", "host", "auto"):
+        forced_transport.check_forced_transport(transport, range(4), 2, any_pair=True)

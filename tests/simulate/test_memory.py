@@ -45,7 +45,7 @@ def test_everything_is_freed_and_what_flies_comes_down():
 def test_a_part_may_stay():
     """Evictions take 60 of 100 bytes, the rest stays where it is."""
     found = simulate(lower(build("bpipe", 4, 8)), even_costs(4))
-    memory = memory_steps(found, (StageBytes((100,), moved=60),) * 4)
+    memory = memory_steps(found, (StageBytes((100,), moved=(60,)),) * 4)
     assert (
         memory[0].peak_activations == 300 + 40
     )  # beside F4: 1 (in flight), 2, 4; 3 left 40 behind

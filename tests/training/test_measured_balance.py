@@ -16,6 +16,10 @@ from pathlib import Path
 import pytest
 
 from megatron_bpipe.cli.main import main
+from megatron_bpipe.schedule.lowering.lower import lower
+from megatron_bpipe.simulate import StageBytes, memory_steps, simulate
+from megatron_bpipe.simulate.recorded.overlay import what_ran
+from megatron_bpipe.simulate.recorded.recording import measured_costs, read_report
 from tests.harness import Megatron, Result
 from tests.harness.compare import difference, evicted
 from tests.harness.models import TAMPER, gpt
@@ -74,6 +78,20 @@ def peaks(result: Result) -> list[float]:
     ]
 
 
+def assert_simulated(result: Result) -> None:
+    """The simulator, from the first iteration's sizes, against live storage and pools."""
+    recording = read_report(result.out / "report")
+    schedule = what_ran(recording)
+    sizes = [
+        StageBytes(tuple(stage.held_bytes), moved=tuple(stage.leaving_bytes))
+        for stage in recording.run.stages
+    ]
+    simulated = memory_steps(simulate(lower(schedule), measured_costs(recording)), sizes)
+    for memory, stage in zip(simulated, recording.run.stages, strict=True):
+        assert memory.peak_activations == pytest.approx(stage.own_activation_bytes, rel=0.05)
+        assert memory.pool == pytest.approx(stage.pool_bytes, rel=0.05)
+
+
 def said(result: Result) -> str:
     """The one line before the second iteration."""
     lines = [line for line in result.log(0).splitlines() if "balance by measured peaks" in line]
@@ -101,6 +119,7 @@ def test_the_fullest_stage_is_emptier_and_training_the_same(
     fullest = [max(peaks(run)) for run in (stock, paper, found)]
     record_property("fullest stage, MiB: stock, paper's rule, measured rule", fullest)
     assert fullest[2] < (fullest[1] if case.loans == NOTHING else min(fullest[:2]))
+    assert_simulated(found)
     foretold = [stage["foretold_peak_bytes"] / MIB for stage in found.memory["stages"]]
     assert max(foretold) == pytest.approx(max(peaks(found)), rel=0.05), fullest
 
@@ -158,6 +177,7 @@ def test_a_limit_that_needs_the_host_and_one_that_cannot_be_kept(megatron: Megat
     hosted = megatron.train([*flags, *limit, f"{size - 0.5:.1f}MiB"], steps=STEPS)
     assert difference(stock, hosted) is None
     assert "-> host" in said(hosted)
+    assert_simulated(hosted)
     assert max(peaks(hosted)) < 1.05 * (size - 0.5)
     fewer = megatron.train([*flags, *limit, f"{size + 1:.1f}MiB"], steps=STEPS)
     assert difference(stock, fewer) is None

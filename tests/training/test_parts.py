@@ -26,6 +26,25 @@ RECOMPUTED = 0.5  # one recomputed layer, two storages: its input, and what drop
 DEEP = gpt(4, 12, 16)  # four layers a stage, so that parts are layers
 
 
+DATA = 8 * 2 * (2 * 64 * 8)  # token and position ids of 8 micro-batches, held to the end
+INPUT = 2 * 64 * 64 * 4  # of one stage, which the loop that runs it holds a forward longer
+
+
+def assert_bound_in_bytes(run: Any, blocks: int) -> None:
+    """Live storage of every stage, the lent pool included, within what the sizes promised.
+
+    The pool of a lender: units times a unit, and a storage for each activation partly there.
+    """
+    parts = run.memory["parts"]
+    for stage in run.memory["stages"]:
+        assert stage["peak_activation_bytes"] <= stage["bound_bytes"] + DATA + INPUT
+        partner = run.memory["stages"][-1 - stage["stage"]]
+        unit = max(partner["leaving_bytes"]) / parts
+        units = stage["pool_slots"] * len(partner["leaving_bytes"]) * parts
+        block = 64 * 2 * 256 * 4  # the largest storage: the MLP's 4h, fp32
+        assert stage["pool_bytes"] <= 1.01 * (units * unit + blocks * block)
+
+
 def check(stock: Any, parts: Any, block: float = 0.25) -> None:
     """Equal, something left, and no evictor above the bound.
 
@@ -59,6 +78,8 @@ def test_pp4_in_2_75_micro_batches(megatron: Megatron) -> None:
         assert after[x]["own_activation_bytes"] <= 2.75 * micro_batch + block
         fall = before[x]["allocator_peak_bytes"] - after[x]["allocator_peak_bytes"]
         assert fall > 0.7 * (before[x]["own_activation_bytes"] - after[x]["own_activation_bytes"])
+        assert after[x]["bound_bytes"] < before[x]["own_activation_bytes"] or x
+    assert_bound_in_bytes(least, blocks=4)
     names = {event["op"] for event in least.timeline(0)["iterations"][-1]}
     assert {"E3/0", "EW3/0", "L3/0", "LW3/0", "B3/3", "B3/0"} <= names
 
@@ -141,6 +162,7 @@ def test_interleaved_below_one_chunk(megatron: Megatron) -> None:
     least = megatron.train([*chunked(), *FOUR, "--bpipe-budget", "4"])
     check(stock, least)
     assert max(stage["peak_microbatches"] for stage in least.memory["stages"]) == 4
+    assert_bound_in_bytes(least, blocks=4)  # the last chunk has the head, the first an embedding
 
 
 @pytest.mark.long

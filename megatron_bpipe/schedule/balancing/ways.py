@@ -28,7 +28,14 @@ from megatron_bpipe.schedule.balancing.lending import (
 )
 from megatron_bpipe.schedule.balancing.min_evictions import Stay
 from megatron_bpipe.schedule.ops import HOST, Kind, Loan, Op, Schedule
-from megatron_bpipe.schedule.validation.occupancy import live, loans_of, spans, with_own_loans
+from megatron_bpipe.schedule.validation.occupancy import (
+    live,
+    loans_of,
+    remote_bytes,
+    spans,
+    transfers_with,
+    with_own_loans,
+)
 
 
 @dataclass(frozen=True)
@@ -113,7 +120,7 @@ def worst_of(ranks: Sequence[MeasuredStage]) -> MeasuredStage:
 
 
 def foretold(schedule: Schedule, stages: Sequence[MeasuredStage]) -> tuple[int, ...]:
-    """The peak of each stage under a schedule, whoever lends: bytes of own and of lent slots."""
+    """The peak of each stage under a schedule, whoever lends: bytes of its own and of its pools."""
     own = []
     for line, stage in zip(schedule.stages, stages, strict=True):
         here = most = 0
@@ -132,7 +139,9 @@ def foretold(schedule: Schedule, stages: Sequence[MeasuredStage]) -> tuple[int, 
         own.append(stage.fixed + most)
     for loan in loans_of(schedule):
         if loan.lender != HOST:
-            own[loan.lender] += loan.slots * max(stages[loan.evictor].leaving)
+            sizes = [(size,) for size in stages[loan.evictor].leaving]
+            moves = transfers_with(schedule, loan.evictor, loan.lender)
+            own[loan.lender] += remote_bytes(moves, dict(enumerate(sizes)))
     return tuple(own)
 
 
@@ -149,6 +158,9 @@ def solve(
 ) -> Lending:
     """The best lending; the fullest stage as empty as can be, or with ``limit`` the fewest bytes.
 
+    Slots are counted as the largest activation of their evictor when it is looked for; its peaks
+    are those of the schedule that follows.
+
     Args:
         schedule: of F and B alone.
         stages: what each was measured to need.
@@ -160,8 +172,10 @@ def solve(
     """
     asked = needs(schedule, stages)
     if to_host:
-        return on_host(asked, limit)
-    return emptiest(asked) if limit is None else within(asked, limit)
+        found = on_host(asked, limit)
+    else:
+        found = emptiest(asked) if limit is None else within(asked, limit)
+    return replace(found, peaks=foretold(lend(schedule, arrangement(found)), stages))
 
 
 def arrangement(lending: Lending) -> Arrangement:

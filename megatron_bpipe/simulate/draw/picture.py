@@ -176,9 +176,7 @@ def _moves(simulation: Simulation, sizes: Sequence[StageBytes] | None) -> list[M
         stage, op = transfer.stage, transfer.op
         size = 0
         if sizes is not None:
-            here = sizes[stage]
-            size = here.activation[0] if here.moved is None else here.moved
-            size = share(size, op.moved[1], schedule.parts)
+            size = share(sizes[stage].leaving(op.chunk), op.moved[1], schedule.parts)
         span = (transfer.start, transfer.end)
         out.append(move_of(op, stage, schedule.to_host, schedule.p, span, size))
     return out

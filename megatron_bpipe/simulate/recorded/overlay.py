@@ -25,7 +25,7 @@ def overlay(recording: Recording, title: str) -> Panel:
     The simulation knows the means of the op times only: what lies apart is variation from
     micro-batch to micro-batch and what the recording's machine did besides.
     """
-    schedule = _schedule(recording)
+    schedule = what_ran(recording)
     found = simulate(lower(schedule), measured_costs(recording))
     ghost = panel_of(found, measured_bytes(recording), "predicted", "s")
     real = panel(recording, title)
@@ -34,8 +34,8 @@ def overlay(recording: Recording, title: str) -> Panel:
     return replace(real, ghost=ghost, facts=(*real.facts, ("predicted", text)))
 
 
-def _schedule(recording: Recording) -> Schedule:
-    """What ran, as the catalogue makes it; where it had loans of its own, as it was recorded."""
+def what_ran(recording: Recording) -> Schedule:
+    """The schedule of a recording: the catalogue's, or with loans of its own what was recorded."""
     run = recording.run
     lines = tuple(
         tuple(seen.op for seen in stage if seen.op.kind.logical) for stage in recording.stages

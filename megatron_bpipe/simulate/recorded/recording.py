@@ -196,7 +196,7 @@ def measured_bytes(recording: Recording) -> tuple[StageBytes, ...]:
         other = None if own_loans else partner(stage, p)
         slots = recording.run.stages[other].pool_slots if other is not None else 0
         pool = recording.pool_bytes[other] if other is not None else 0
-        moved = round(pool / (slots * v)) if slots else None
+        moved = (round(pool / (slots * v)),) if slots else None
         left = recording.run.stages[stage].left_for_weight_bytes
         kept = left / activation if left is not None and activation else 1.0
         out.append(StageBytes((activation,), moved=moved, kept_for_weight=kept))
