@@ -20,6 +20,18 @@ SPLIT_BACKWARD: Refusals = {
         "--delay-wgrad-compute",
         "it belongs to Megatron's combined 1F1B; W sets it where it is needed",
     ),
+    "overlap_dispatch_backward_with_experts_wgrad": (
+        "--overlap-dispatch-backward-with-experts-wgrad",
+        "experts then compute their weight gradients in B, at a time of their own",
+    ),
+    "tensor_parallel_num_weight_shards": (
+        "--tensor-parallel-num-weight-shards",
+        "a layer then gathers its weight in B and scatters its gradient there",
+    ),
+    "expert_tensor_parallel_num_weight_shards": (
+        "--expert-tensor-parallel-num-weight-shards",
+        "a layer then gathers its weight in B and scatters its gradient there",
+    ),
     "mtp_num_layers": (
         "--mtp-num-layers",
         "tied embeddings then get one part of their gradient in B and one in W",

@@ -1,10 +1,11 @@
-"""Run core_loop.py: stock and BPipe in a loop on megatron.core alone."""
+"""Stock and ours in loops on megatron.core alone: core_loop.py and split_core_loop.py."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,6 +30,11 @@ MODES = (
     "own process groups",
     *INTERLEAVED_MODES,
 )
+
+
+ZB_H1_CASES = tuple(f"zb-h1{how}" for how in ("", ", distributed", ", distributed, fused"))
+BALANCED_CASES = tuple(f"bpipe {case}" for case in ZB_H1_CASES)
+V_SHAPES = ("v-half", "v-min", "v-zb")
 
 
 @dataclass(frozen=True)
@@ -82,3 +88,19 @@ def core_loop(
             equal = all(answer["equal"] for answer in answers)
             found[mode, transport] = Outcome(equal, answers[0]["evicted"])
     return found
+
+
+def split_loop(megatron: Megatron, folder: Path, *which: str) -> list[dict[str, Any]]:
+    """What each rank found with schedules that split the backward: case -> bitwise equal.
+
+    Args:
+        megatron: where to run.
+        folder: for the ranks' answers.
+        which: ``zb-h1``, ``v``.
+
+    Raises:
+        AssertionError: a rank failed; has the end of its output.
+    """
+    result = megatron.script("split_core_loop.py", [str(folder), *which], world=RANKS, timeout=180)
+    assert result.ok, result.logs
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(RANKS)]

@@ -32,5 +32,11 @@ def gpt(
     ]
 
 
+def without(flags: list[str], flag: str) -> list[str]:
+    """``flags`` without ``flag`` and its value."""
+    at = flags.index(flag)
+    return flags[:at] + flags[at + 2 :]
+
+
 TAMPER = {"call": "tests.harness.rank:tamper_with_loads", "with": {"byte": 1026}}
 ALLOCATOR = {"call": "tests.harness.rank:allocator_agrees", "with": {}}

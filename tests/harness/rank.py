@@ -114,15 +114,27 @@ def gradient_accumulation_fusion(job: dict[str, Any]) -> None:
     """Stand in for apex's CUDA extension, so that Megatron's fused path runs on a CPU.
 
     The fused path accumulates into ``weight.main_grad`` inside the backward: it needs the saved
-    weight to be the Parameter itself.
+    weight to be the Parameter itself. Each rank writes how often it did so in the last step.
     """
     from types import SimpleNamespace
 
     from megatron.core.tensor_parallel import layers
     from megatron.training import argument_utils, arguments
 
+    calls = 0
+
     def accumulate(inputs: torch.Tensor, gradient: torch.Tensor, main: torch.Tensor) -> None:
+        nonlocal calls
+        calls += 1
         main.add_(gradient.t() @ inputs)
+
+    def count(step: int, model: Any, result: Any) -> None:
+        nonlocal calls
+        assert calls, "no weight gradient took the fused path"
+        Path(job["out"], f"fused{os.environ['RANK']}.json").write_text(str(calls))
+        calls = 0
+
+    after_each_step(count)
 
     extension: Any = SimpleNamespace(
         wgrad_gemm_accum_fp32=accumulate, wgrad_gemm_accum_fp16=accumulate

@@ -173,6 +173,22 @@ assert torch.cuda.default_generators[torch.cuda.current_device()] is torch.defau
     )
 
 
+def test_a_data_loader_draws_beside_the_generator(check: Check) -> None:
+    """The control is the seed that it has drawn."""
+    check(
+        """
+before = torch.cuda.get_rng_state()
+loader = torch.utils.data.DataLoader(range(4))
+iter(loader)
+assert torch.equal(torch.cuda.get_rng_state(), before)
+torch.manual_seed(5)
+drawn = torch.empty((), dtype=torch.int64).random_().item()
+torch.manual_seed(5)
+assert iter(loader)._base_seed == drawn
+"""
+    )
+
+
 def test_megatrons_generators_are_saved_and_restored(check: Check) -> None:
     check(
         """

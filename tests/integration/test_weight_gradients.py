@@ -7,6 +7,7 @@ says whether it delays, and ``backward_dw``, which computes the oldest entry of 
 from __future__ import annotations
 
 from collections import deque
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -111,6 +112,18 @@ def test_a_layer_built_without_is_refused() -> None:
         WeightGradients([model])
 
 
+def test_a_layer_that_megatron_builds_without_has_its_weight_gradient_in_b() -> None:
+    """The MXFP8 head, whatever the configuration says."""
+    order: list[str] = []
+    model = torch.nn.Sequential(Delayed(order, "body"), Delayed(order, "head", delay=False))
+    model.config = SimpleNamespace(delay_wgrad_compute=True)
+    weights = WeightGradients([model])
+    with weights.left_by(ActivationKey(0)):
+        model[0](torch.randn(4, 8).requires_grad_()).sum().backward()
+    weights.compute(ActivationKey(0))
+    assert order == ["body"]
+
+
 def test_the_configuration_takes_the_setting() -> None:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -149,3 +162,28 @@ def test_used_twice_in_one_forward_is_added_up_first() -> None:
         output.sum().backward()
     weights.compute(key)
     assert torch.equal(weight.grad, other.grad)
+
+
+def test_a_gradient_wider_than_the_layer_is_rounded_first() -> None:
+    """As Megatron's main does for logits in fp32 (``output_dtype``) of a layer in bf16."""
+    from megatron.core.tensor_parallel import layers
+
+    torch.manual_seed(0)
+    weight = torch.nn.Parameter(torch.randn(8, 8, dtype=torch.bfloat16))
+    x = torch.randn(4, 8, dtype=torch.bfloat16)
+    wide = torch.randn(4, 8)
+    weights = WeightGradients([torch.nn.Identity()])
+    stock = layers.linear_with_grad_accumulation_and_async_allreduce
+    named = {"allreduce_dgrad": False, "sequence_parallel": False, "tp_group": None}
+
+    def mixed(*positional: Any, **given: Any) -> torch.Tensor:
+        return stock(*positional, **given).float()
+
+    mixed.warned = True  # type: ignore[attr-defined]
+    linear = weights._wrapped(mixed)
+    output = linear(x.requires_grad_(), weight, None, gradient_accumulation_fusion=False, **named)
+    key = ActivationKey(0)
+    with weights.left_by(key):
+        output.backward(wide)
+    weights.compute(key)
+    assert torch.equal(weight.grad, wide.bfloat16().t() @ x.detach())

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.harness.models import ALLOCATOR, gpt
+from tests.harness.models import ALLOCATOR, gpt, without
 
 if TYPE_CHECKING:
     from _pytest.mark import ParameterSet
@@ -27,6 +27,7 @@ LLAMA = [
 DISTRIBUTED_OPTIMIZER = [
     *("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"),
 ]
+GROWING = "a batch size that grows"
 DEFERRED = ("--defer-embedding-wgrad-compute", "--wgrad-deferral-limit", "4")
 
 
@@ -100,8 +101,13 @@ COMBINATIONS = {
         quick=True,  # stands by default for each of its parts, which --all trains alone
     ),
     "MoE, 4 experts": Combination(4, four(*MOE)),
-    "ramp-up of the batch size": Combination(
-        4, four("--rampup-batch-size", "6", "2", "40", microbatches=8)
+    GROWING: Combination(
+        4,
+        # in tokens: 3, 3, 5, 5, 5 and then 8 micro-batches of 2 sequences of 64
+        [
+            *without(four(), "--global-batch-size"),
+            *("--step-batch-size-schedule", "0:6 768:10 2560:16"),
+        ],
     ),
     "rerun state machine": Combination(4, four("--rerun-mode", "validate_results")),
     "per-token loss": Combination(4, four("--calculate-per-token-loss")),

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.harness import Megatron
+from tests.harness import Megatron, Result
 from tests.harness.compare import difference, evicted
 from tests.harness.models import TAMPER, gpt
-from tests.training.combinations import COMBINATIONS, cases
+from tests.training.combinations import COMBINATIONS, GROWING, cases
 
 
 @pytest.mark.parametrize("name", cases(COMBINATIONS))
@@ -28,6 +28,34 @@ def test_bitwise_equal(megatron: Megatron, name: str) -> None:
     for stage in bpipe.memory["stages"]:
         assert stage["evicted_bytes"] == stage["loaded_bytes"]
         assert stage["peak_microbatches"] <= bpipe.memory["budget"]
+
+
+def microbatches(result: Result) -> list[int]:
+    """Forwards of stage 0 in each iteration."""
+    iterations = result.timeline(0)["iterations"]
+    return [sum(event["op"].startswith("F") for event in events) for events in iterations]
+
+
+@pytest.mark.long
+def test_the_batch_grows_in_the_case_that_says_so(megatron: Megatron) -> None:
+    """Counted in runs: a release that ignored the flag would make the case above test nothing."""
+    case = COMBINATIONS[GROWING]
+    wanted = [3, 3, 5, 5, 5, 8, 8, 8, 8, 8][: megatron.steps]
+    for extra in ([], ["--bpipe"]):
+        found = microbatches(megatron.train([*case.flags, *extra]))
+        assert found == wanted[-len(found) :]  # the report has the last iterations
+        assert len(set(found)) > 1
+
+
+@pytest.mark.long
+def test_weight_gradients_are_fused_in_the_cases_that_say_so(megatron: Megatron) -> None:
+    """Counted in the stand-in's kernel: 4 matrices of a layer and the head, 16 micro-batches."""
+    case = COMBINATIONS["dp2 distributed optimizer, overlaps, gradient-accumulation fusion"]
+    for extra in ([], ["--bpipe"], ["--bpipe-schedule", "zb-h1"]):
+        run = megatron.train([*case.flags, *extra], world=case.world, hooks=case.hooks)
+        assert run.ok, run.logs
+        found = [int((run.out / f"fused{rank}.json").read_text()) for rank in range(case.world)]
+        assert found == [32] * 6 + [40] * 2, extra
 
 
 TWO_SIDED = ["pp4", "pp8", "tp2 with sequence parallelism", "m < p", "odd p, 5"]
@@ -118,16 +146,20 @@ def test_the_loss_falls(megatron: Megatron) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("first", ["stock", "bpipe"])
 def test_resume_across_bpipe_on_and_off(megatron: Megatron, tmp_path: Path, first: str) -> None:
-    """Five steps with, five without, from a checkpoint: what ten steps of stock give."""
+    """Five steps with, five without, from a checkpoint: what ten steps of stock give.
+
+    Dropout draws on from where the checkpoint left it.
+    """
+    flags = COMBINATIONS["dropout"].flags
     extra = {"stock": [], "bpipe": ["--bpipe"]}
     other = "bpipe" if first == "stock" else "stock"
     save = ["--save", str(tmp_path), "--save-interval", "5", "--exit-interval", "5"]
-    begun = megatron.train([*gpt(4), *save, *extra[first]], dump_at=5)
+    begun = megatron.train([*flags, *save, *extra[first]], dump_at=5)
     assert begun.ok, begun.logs
     load = ["--load", str(tmp_path)]
-    resumed = megatron.train([*gpt(4), *load, *extra[other]], dump_at=5)
+    resumed = megatron.train([*flags, *load, *extra[other]], dump_at=5)
     assert resumed.ok, resumed.logs
-    whole = megatron.train(gpt(4))
+    whole = megatron.train(flags)
     assert evicted(begun if first == "bpipe" else resumed) > 0
     for one, another in zip(whole.states, resumed.states, strict=True):
         assert one["params"].keys() == another["params"].keys()

@@ -3,12 +3,17 @@
 Dropout and weight initialisation draw from the generator of the device they run on,
 which here is the CPU's. So Megatron's ``CudaRNGStatesTracker``
 (``core/tensor_parallel/random.py``) must save, seed and restore that one.
+
+A data loader draws a seed on the host whenever it is iterated. On a GPU that leaves the numbers of
+dropout alone, so it must here: a run that is resumed makes its loaders after it has restored them.
 """
 
+import functools
 import logging
 from collections.abc import Callable, Iterable
 
 import torch
+from torch.utils.data import dataloader
 
 from megatron_bpipe.integration.checks.hook_points import RANDOM
 from megatron_bpipe.integration.cpu.replace import replace
@@ -55,6 +60,18 @@ def _is_not_cpu_changed(record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith("CPU RNG state changed within GPU RNG context")
 
 
+def _begin_aside(stock: Callable[..., None]) -> Callable[..., None]:
+    """The start of a loader's iterator, which leaves the generator as it was."""
+
+    @functools.wraps(stock)
+    def begin(iterator: object, loader: object) -> None:
+        state = _get_state()
+        stock(iterator, loader)
+        _set_state(state)
+
+    return begin
+
+
 def install() -> None:
     """Let every way to reach the CUDA generator lead to the CPU's."""
     for module in (torch.cuda, torch.cuda.random):
@@ -70,5 +87,7 @@ def install() -> None:
             set_rng_state=_set_state,
             set_rng_state_all=_set_state_all,
         )
+    iterator = dataloader._BaseDataLoaderIter
+    replace(iterator, __init__=_begin_aside(iterator.__init__))
     replace(torch.cuda, default_generators=_TheGenerator((torch.default_generator,)))
     logging.getLogger(RANDOM).addFilter(_is_not_cpu_changed)

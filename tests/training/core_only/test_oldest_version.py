@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from tests.harness import Megatron
-from tests.harness.core import MODES, TRANSPORTS, Outcome, core_loop, modes_of
+from tests.harness.core import (
+    BALANCED_CASES,
+    MODES,
+    TRANSPORTS,
+    ZB_H1_CASES,
+    Outcome,
+    core_loop,
+    modes_of,
+    split_loop,
+)
 from tests.harness.overlays import RELEASES, NoOverlay, overlay
 
 # what calls functions that changed since; scripts/version_matrix.py runs all modes on all releases
@@ -40,6 +50,14 @@ def found(
 def test_bitwise_equal(found: Outcomes, mode: str, transport: str) -> None:
     assert found[mode, transport].equal
     assert found[mode, transport].evicted > 0
+
+
+def test_zb_h1_is_bitwise_equal(oldest: Megatron, tmp_path: Path) -> None:
+    """Plain and under BPipe; all other releases, and the V placement: `test_split_backward.py`."""
+    answers = split_loop(oldest, tmp_path, "zb-h1")
+    for answer in answers:
+        assert [answer[case] for case in (*ZB_H1_CASES, *BALANCED_CASES)] == [True] * 6, answer
+    assert all(answers[0][f"{case}, evicted"] > 0 for case in BALANCED_CASES)
 
 
 def test_it_is_known(oldest: Megatron) -> None:

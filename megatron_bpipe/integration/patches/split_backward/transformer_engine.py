@@ -22,20 +22,25 @@ import torch
 def delayed_layers(chunk: torch.nn.Module) -> list[Any]:
     """The layers of a model chunk that put their weight gradients off, in a backward's order.
 
+    Where the configuration asked for it, a layer that does not (Megatron's MXFP8 head) was meant
+    so, and has its weight gradient in B.
+
     Raises:
-        ValueError: a layer could, but was built without.
+        ValueError: a layer could, but the configuration did not ask.
     """
+    asked = getattr(getattr(chunk, "config", None), "delay_wgrad_compute", False)
     found: list[Any] = []
     for name, module in chunk.named_modules():
         trained = any(parameter.requires_grad for parameter in module.parameters(recurse=False))
         if not trained or not hasattr(module, "wgrad_store"):
             continue
-        if not module.wgrad_store.delay_wgrad_compute():
+        if module.wgrad_store.delay_wgrad_compute():
+            found.append(module)
+        elif not asked:
             raise ValueError(
                 f"bpipe: layer {name} of Transformer Engine was built with weight gradients in "
                 "B; set delay_wgrad_compute of the configuration before the model is built"
             )
-        found.append(module)
     return found[::-1]
 
 

@@ -170,6 +170,7 @@ class _Deferred(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (local_input,) = ctx.saved_tensors
+        gradient = gradient.to(local_input.dtype)  # logits may be wider, as main's output_dtype
         ctx.queue.add(ctx.layer, local_input.detach(), gradient)
         bias_gradient = None
         if ctx.has_bias:
