@@ -13,11 +13,13 @@ from tests.harness import Megatron
 
 RANKS = 4
 TRANSPORTS = ("shm", "p2p")
+IN_PARTS = ", in parts"  # at the end of a mode: with --bpipe-parts 4
 INTERLEAVED_MODES = (
     "interleaved",
     "interleaved, messages not overlapped",
     "interleaved, variable lengths",
     "interleaved, variable lengths, messages not overlapped",
+    "interleaved, variable lengths, in parts",
 )
 MODES = (
     "plain",
@@ -28,6 +30,8 @@ MODES = (
     "outputs not deallocated",
     "gradients finalised",
     "own process groups",
+    "plain, in parts",
+    "variable lengths, in parts",
     *INTERLEAVED_MODES,
 )
 

@@ -24,6 +24,7 @@ from megatron_bpipe.schedule import (
 )
 from megatron_bpipe.schedule.bases.interleaved import interleaved
 from megatron_bpipe.schedule.handshake import check_handshake
+from tests.schedule import own_forward
 from tests.schedule.oracle import counts_in_parts, exhaustive_in_parts, lives_in_parts, words
 
 
@@ -71,6 +72,32 @@ def test_least_budgets_of_four_parts(p, m, u, least):
 @pytest.mark.parametrize(("p", "m"), [(4, 12), (6, 18), (8, 24)])
 def test_eight_parts_reach_half_of_what_a_pair_holds(p, m):
     assert least_budget(one_f_one_b(p, m), 8) == (p + 1) / 2
+
+
+LONG = pytest.mark.long
+
+
+@pytest.mark.parametrize(
+    ("p", "m", "u", "budget", "inside"),
+    [
+        (3, 5, 2, 2.5, 2.5),
+        (3, 5, 4, 2.25, 2),
+        (4, 8, 2, 3, 3),
+        (5, 7, 2, 3.5, 3),
+        pytest.param(4, 8, 4, 2.75, 2.5, marks=LONG),
+    ],
+)
+def test_what_leaving_in_the_own_forward_would_gain(p, m, u, budget, inside):
+    """docs/parts.md, which says why it is not built: (p+1)/2 from fewer parts."""
+    assert least_budget(one_f_one_b(p, m), u) == own_forward.least(p, m, u, inside=False) == budget
+    assert own_forward.least(p, m, u, inside=True) == inside
+
+
+@LONG
+def test_how_much_less_would_travel_at_the_published_budget():
+    whole, inside = (own_forward.moved(4, 12, 4, 12, inside) for inside in (False, True))
+    assert sum(moved(balance(one_f_one_b(4, 12), 3, 4))) == whole == 4
+    assert inside == 3
 
 
 @pytest.mark.parametrize(("p", "m", "less"), [(4, 12, 0.33), (5, 12, 0.25), (8, 24, 0.18)])

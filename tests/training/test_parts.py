@@ -6,9 +6,11 @@ live storages.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_bpipe.simulate.recorded.overlay import overlay
 from megatron_bpipe.simulate.recorded.recording import read_report
@@ -172,6 +174,28 @@ def test_over(megatron: Megatron, flags: list[str], transport: str) -> None:
     budget = "2.75" if flags is DEEP else "4"
     other = [*flags, *FOUR, "--bpipe-budget", budget, "--bpipe-transport", transport]
     check(megatron.train(flags, steps=4), megatron.train(other, steps=4))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("first", ["stock", "parts"])
+def test_resume_across_parts_on_and_off(megatron: Megatron, tmp_path: Path, first: str) -> None:
+    """Two steps with, two without, from a checkpoint: what four steps of stock give."""
+    begin, go_on = (DEEP, [*DEEP, *LEAST]) if first == "stock" else ([*DEEP, *LEAST], DEEP)
+    save = ["--save", str(tmp_path), "--save-interval", "2", "--exit-interval", "2"]
+    begun = megatron.train([*begin, *save], steps=4, dump_at=2)
+    assert begun.ok, begun.logs
+    resumed = megatron.train([*go_on, "--load", str(tmp_path)], steps=4, dump_at=2)
+    assert resumed.ok, resumed.logs
+    assert evicted(begun if first == "parts" else resumed) > 0
+    whole = megatron.train(DEEP, steps=4)
+    for one, another in zip(whole.states, resumed.states, strict=True):
+        for name in ("params", "grads"):
+            assert one[name].keys() == another[name].keys()
+            assert all(map(torch.equal, one[name].values(), another[name].values()))
+    losses = [step["lm loss"] for step in whole.states[-1]["losses"]]
+    halves = [step["lm loss"] for run in (begun, resumed) for step in run.states[-1]["losses"]]
+    assert len(halves) == 4
+    assert all(map(torch.equal, losses, halves))
 
 
 @pytest.mark.long

@@ -27,6 +27,7 @@ from megatron.core.transformer.dot_product_attention import DotProductAttention
 
 import megatron_bpipe
 from megatron_bpipe.integration.patches.process_groups import default_groups
+from tests.harness.core import IN_PARTS
 
 STAGES, MICROBATCHES, SIZE, LONGEST, VOCABULARY = 4, 8, 2, 64, 128
 CHUNKS = 2  # of the interleaved modes
@@ -184,10 +185,13 @@ def run(schedule, mode, models, iteration, *, forward_only):
 dist.init_process_group("gloo")
 parallel_state.initialize_model_parallel(pipeline_model_parallel_size=STAGES)
 found = {}
-for mode in json.loads(sys.argv[1]):
+for name in json.loads(sys.argv[1]):
+    mode = name.removesuffix(IN_PARTS)
     expected = train(mode)
     for transport in ("shm", "p2p"):
-        options = megatron_bpipe.Options(bpipe=True, transport=transport, deadline=60.0)
+        options = megatron_bpipe.Options(
+            bpipe=True, transport=transport, parts=1 if mode == name else 4, deadline=60.0
+        )
         megatron_bpipe.install(options)
         actual = train(mode)
         from megatron_bpipe.integration.install import session
@@ -196,6 +200,6 @@ for mode in json.loads(sys.argv[1]):
         evicted = dataclasses.asdict(store.totals)["evicted"] if store is not None else 0
         megatron_bpipe.uninstall()
         equal = len(actual) == len(expected) and all(map(torch.equal, actual, expected))
-        found[f"{mode}, {transport}"] = {"equal": equal, "evicted": evicted}
+        found[f"{name}, {transport}"] = {"equal": equal, "evicted": evicted}
 with open(f"{sys.argv[2]}/{os.environ['RANK']}.json", "w") as file:
     json.dump(found, file)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import pytest
 
 from tests.harness import Megatron
-from tests.harness.core import MODES, TRANSPORTS, Outcome, core_loop, modes_of
+from tests.harness.core import IN_PARTS, MODES, TRANSPORTS, Outcome, core_loop, modes_of
 
-LONG = ("interleaved, variable lengths, messages not overlapped",)  # both are among the others
+LONG = (
+    "interleaved, variable lengths, messages not overlapped",  # both are among the others
+    *(mode for mode in MODES if mode.endswith(IN_PARTS)),
+)
 Outcomes = dict[tuple[str, str], Outcome]
 
 
