@@ -221,8 +221,10 @@ class Session:
 
     def flush(self) -> None:
         """Forget what forwards of the next iterations have done, if any have run."""
-        if self.pipeline is not None:
-            self.pipeline.discard()
+        if self.pipeline is not None and self.pipeline.discard():
+            for kept in (self.store, self.acceptor_end):
+                if kept is not None:
+                    kept.forget()
 
     def failed(self, error: BaseException) -> None:
         """The iteration has failed: forget all of it, so that training can be started again."""

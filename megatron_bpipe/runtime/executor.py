@@ -21,7 +21,7 @@ from __future__ import annotations
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Protocol
@@ -104,6 +104,7 @@ class ScheduleExecutor:
         name: str = "this stage",
         range_of: Callable[[str], AbstractContextManager[object]] | None = None,
         ends_empty: bool = True,
+        leaving: Collection[ActivationKey] = (),
     ) -> None:
         """Of one iteration.
 
@@ -116,6 +117,7 @@ class ScheduleExecutor:
             name: of this stage, for messages.
             range_of: gets the text of each op and is around it: for a profiler's ranges.
             ends_empty: nothing is left when the ops have run; not so without a flush.
+            leaving: what begins here and leaves in a later iteration, whole.
         """
         self._ops = ops
         self._range_of = range_of
@@ -125,7 +127,7 @@ class ScheduleExecutor:
         self._observers = observers
         self._name = name
         self._ends_empty = ends_empty
-        self._leaving: dict[ActivationKey, set[int]] = {}
+        self._leaving: dict[ActivationKey, set[int]] = {key: {0} for key in leaving}
         for op in ops:
             if op.kind is Kind.EVICT:
                 self._leaving.setdefault(op.key, set()).add(op.moved[1])

@@ -29,10 +29,11 @@ from megatron_bpipe.schedule.ops import ActivationKey, PartKey
 
 @dataclass
 class Totals:
-    """Bytes moved since the start."""
+    """Bytes moved since the start; ``forgotten``: went out and will never come back."""
 
     evicted: int = 0
     loaded: int = 0
+    forgotten: int = 0
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Measured:
 
 @dataclass
 class ActivationStore:
-    """Micro-batches of one iteration that leave this stage.
+    """Micro-batches that leave this stage; of one iteration, where each ends with a flush.
 
     Args:
         connect: gives the transport, from the bytes of the largest activation; called once, before
@@ -176,6 +177,17 @@ class ActivationStore:
         if activation is not None:
             activation.consume()
 
+    def forget(self) -> None:
+        """Between iterations: no backward of what is held will ever run."""
+        assert not self._transfers, "an iteration ends when its transfers are over"
+        for activation in self._held.values():
+            for part in activation.parts:
+                if part.state is State.REMOTE:
+                    assert self.transport is not None
+                    self.transport.release(part.key)
+        self._held.clear()
+        self.totals.forgotten = self.totals.evicted - self.totals.loaded
+
     def check_empty(self) -> None:
         """After an iteration nothing may be left.
 
@@ -183,7 +195,9 @@ class ActivationStore:
             RuntimeError: with what is left.
         """
         occupied = self.transport.occupied_bytes if self.transport else 0
-        if self._held or self._transfers or occupied or self.totals.evicted != self.totals.loaded:
+        totals = self.totals
+        still = totals.evicted - totals.loaded - totals.forgotten
+        if self._held or self._transfers or occupied or still:
             left = [part for held in self._held.values() for part in held.parts]
             states = ", ".join(f"{part.key}: {part.state.value!r}" for part in left)
             raise RuntimeError(

@@ -83,6 +83,9 @@ class StagePlan:
             sizes: for each chunk, of the parts of one of its activations.
             lender: on this stage only; None: on whoever lends.
         """
+        if self.grain == 1:  # also where what leaves returns in a later iteration
+            loans = (loan for loan in self.borrows if lender in (None, loan.lender))
+            return sum(loan.slots for loan in loans) * sizes[0][0]
         moves = Kind.EVICT, Kind.LOAD
         ops = [op for op in self.ops if op.kind not in moves or lender in (None, op.other)]
         return remote_bytes(ops, sizes)

@@ -243,6 +243,19 @@ def test_a_backward_before_the_load_is_refused(weight, ends):
         output.sum().backward()
 
 
+def test_what_is_forgotten_is_not_left_over(weight, ends):
+    """As it is after an iteration whose forwards ahead are thrown away."""
+    store, _ = ends
+    _, output = micro_batch(weight)
+    store.measure(0, output)
+    store.capture(0, output)
+    store.evict(0)
+    store.finish_evict(0)
+    store.forget()
+    store.check_empty()
+    assert store.totals.forgotten == store.totals.evicted > 0
+
+
 def test_something_left_over_is_reported(weight, ends):
     store, _ = ends
     _, output = micro_batch(weight)

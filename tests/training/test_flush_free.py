@@ -254,7 +254,8 @@ REFUSALS = {
     "rerun": (["--rerun-mode", "validate_results"], "use --rerun-mode disabled"),
     "m < p - 1": (["--global-batch-size", "2"], "two weight versions need p-1 = 3 or more"),
     "interleaving": (["--num-virtual-stages-per-pipeline-rank", "2"], "does not fit a model of 2"),
-    "balanced": (["--bpipe"], "cannot be balanced yet"),
+    "parts": (["--bpipe", "--bpipe-parts", "2"], "travels whole"),
+    "a small budget": (["--bpipe", "--bpipe-budget", "2"], "the least is 3"),
 }
 
 

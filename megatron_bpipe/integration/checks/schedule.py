@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from megatron_bpipe.integration.checks.chimera import check_both_ways
+from megatron_bpipe.integration.checks.flush_free import check_balance
 from megatron_bpipe.integration.checks.split_backward import check_split_backward
 from megatron_bpipe.integration.checks.v_placement import check_v_placement
 from megatron_bpipe.integration.log import abort
@@ -55,6 +56,8 @@ def check_schedule(args: Any, options: Options, count: int | None) -> str | None
     measured = options.balance == MEASURED
     if measured:
         _check_measured(options.schedule)
+    if options.schedule is not None and CATALOGUE[options.schedule].without_flush is not None:
+        return check_balance(args, options, count)
     _check_parts(options)
     p = args.pipeline_model_parallel_size
     group = getattr(args, "microbatch_group_size_per_vp_stage", None) if chunks > 1 else None

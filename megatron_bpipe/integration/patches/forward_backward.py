@@ -121,6 +121,7 @@ def _iteration(
     executor = ScheduleExecutor(
         *(plan.ops, stage, store, lent, session.observers(), name, ranges),
         ends_empty=pipeline is None or pipeline.flushes,
+        leaving=() if pipeline is None else pipeline.leaving,
     )
     with weights.deferred() if weights is not None else nullcontext():
         executor.run()

@@ -138,8 +138,8 @@ def lagging(given: argparse.Namespace) -> tuple[str, ...]:
     return (
         f"--bpipe-schedule {given.bpipe_schedule} changes the optimisation: weights lag by "
         f"{found.lags}, and as many more versions of them are counted in the memory. Its plans are "
-        "those named 1F1B, without its bubble in the steady state, which the predicted time still "
-        "has; add --rerun-mode disabled",
+        "those named 1F1B and BPipe, without the bubble in the steady state, which the predicted "
+        "time still has; add --rerun-mode disabled",
     )
 
 

@@ -58,8 +58,8 @@ class LinkWatch:
 
     @property
     def saw_transfers(self) -> bool:
-        """Whether anything moved."""
-        return bool(self._transfers)
+        """Whether anything moved beside forwards, by which it is judged."""
+        return bool(self._transfers and self._forwards)
 
     def verdict(self, share: float = EXPOSED) -> str | None:
         """What to tell the user; None if neither direction was waited for longer than allowed.

@@ -128,5 +128,8 @@ class AcceptorEnd(Protocol):
     def finish(self) -> None:
         """Raise unless every transfer of the iteration is over and nothing is left."""
 
+    def forget(self) -> None:
+        """What is kept here will never be asked for; between iterations, on both ends."""
+
     def close(self) -> None:
         """Free the pool."""

@@ -61,6 +61,9 @@ class SharedMemoryAcceptor:
     def finish(self) -> None:
         """Nothing can be under way on this side."""
 
+    def forget(self) -> None:
+        """The evictor keeps the books."""
+
     def close(self) -> None:
         """Free the pool (its pages go when the evictor has unmapped them too)."""
         if self._descriptor >= 0:

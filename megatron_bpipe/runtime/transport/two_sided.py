@@ -150,6 +150,15 @@ class TwoSidedAcceptor:
         if self._held:
             raise TransportError(f"pair {self._pair}: micro-batches {sorted(self._held)} are left")
 
+    def forget(self) -> None:
+        """See `AcceptorEnd`."""
+        jobs, self._jobs = self._jobs, []
+        for job in jobs:
+            job.wait()
+        self._held.clear()
+        self._free += self._memory.values()
+        self._memory.clear()
+
     def close(self) -> None:
         """Stop the thread, free the memory."""
         self._worker.close()
@@ -161,6 +170,7 @@ class TwoSidedAcceptor:
         for job in self._jobs:
             if job.error is not None:
                 job.wait()  # raises: do not go on computing after a lost transfer
+        self._jobs = [job for job in self._jobs if not job.done.is_set()]
         self._jobs.append(self._worker.start(label, action))
 
     def _room(self, size: int) -> torch.Tensor:

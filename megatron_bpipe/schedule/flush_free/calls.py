@@ -13,6 +13,9 @@ Between two calls a loop may gather all ranks (a gradient norm, a timer).  So a 
 the call in which it is sent: the receiver takes it in the same call, even if it needs it in the
 next only.  With Megatron's messages that means a cut behind the batch (SB, RF) that follows the
 last backward; with time labels, messages are sorted by (sender's call, label).
+
+An acceptor is ahead of its evictor: its call t is over when the evictor's is not yet.  So AC and RT
+belong to the call of the E and L that they answer, too, and the rest of them stands at its end.
 """
 
 from __future__ import annotations
@@ -20,18 +23,21 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import accumulate
 
 from megatron_bpipe.schedule.errors import ScheduleError
 from megatron_bpipe.schedule.handshake import first_message, run_handshake
+from megatron_bpipe.schedule.lowering.answers import answers, with_answers
 from megatron_bpipe.schedule.lowering.batches import batch_size
 from megatron_bpipe.schedule.lowering.exchanges import exchanges, merge
-from megatron_bpipe.schedule.lowering.lower import in_1f1b_order, lower
+from megatron_bpipe.schedule.lowering.lower import in_1f1b_order, lower, with_waits
 from megatron_bpipe.schedule.lowering.routes import known_activations, peer
-from megatron_bpipe.schedule.ops import MESSAGES, Kind, Op, Schedule
+from megatron_bpipe.schedule.ops import MESSAGES, Kind, Op, Schedule, borrowers
 from megatron_bpipe.schedule.programs import times
 from megatron_bpipe.schedule.validation.validate import validate
 
-Calls = tuple[tuple[tuple[Op, ...], ...], ...]  # call -> stage -> its ops
+Piece = tuple[Op, ...]  # of a line, in one call
+Calls = tuple[tuple[Piece, ...], ...]  # call -> stage
 
 
 def lowered_calls(schedule: Schedule, m: int) -> Calls:
@@ -46,6 +52,8 @@ def lowered_calls(schedule: Schedule, m: int) -> Calls:
     """
     plain = in_1f1b_order(schedule)
     lines = _cut_as_megatron(schedule, m) if plain else _cut_by_label(schedule, m)
+    if any(op.kind is Kind.EVICT for line in schedule.stages for op in line):
+        lines = _answered(schedule, lines)
     _prove(schedule, lines)
     return tuple(tuple(line[call] for line in lines) for call in range(len(lines[0])))
 
@@ -63,16 +71,14 @@ def cut_points(line: Sequence[Op], m: int) -> list[int]:
     return [last[call] + 1 for call in sorted(last)]
 
 
-def _cut_as_megatron(schedule: Schedule, m: int) -> list[list[tuple[Op, ...]]]:
+def _cut_as_megatron(schedule: Schedule, m: int) -> list[list[Piece]]:
     """Megatron's messages; a cut stands behind those that follow a call's last backward."""
     lines = []
-    for line in lower(schedule).stages:
+    for line in lower(schedule, answered=False).stages:
         cuts = []
         for cut in cut_points(line, m):
             at = cut
             while at < len(line) and line[at].kind in (Kind.EVICT_WAIT, Kind.LOAD_WAIT):
-                at += 1
-            while at < len(line) and line[at].kind in (Kind.ACCEPT, Kind.RETURN):
                 at += 1
             if at < len(line) and line[at].kind is Kind.SEND_BACKWARD:
                 at += batch_size(line, at)
@@ -81,7 +87,7 @@ def _cut_as_megatron(schedule: Schedule, m: int) -> list[list[tuple[Op, ...]]]:
     return lines
 
 
-def _cut_by_label(schedule: Schedule, m: int) -> list[list[tuple[Op, ...]]]:
+def _cut_by_label(schedule: Schedule, m: int) -> list[list[Piece]]:
     """Messages sorted by (sender's call, label), each label made one of its call."""
     ends = times(schedule)
     late = 1 + max(map(max, ends))
@@ -104,9 +110,35 @@ def _cut_by_label(schedule: Schedule, m: int) -> list[list[tuple[Op, ...]]]:
         for call in range(max(of) + 1):
             here = [i for i, c in enumerate(of) if c == call]
             shifted = [over[i] + call * late for i in here]
-            pieces.append(merge([line[i] for i in here], shifted, by_call[call]))
+            merged = merge([line[i] for i in here], shifted, by_call[call])
+            pieces.append(with_waits(merged))
         lines.append(pieces)
     return lines
+
+
+def _answered(schedule: Schedule, lines: Sequence[Sequence[Piece]]) -> list[list[Piece]]:
+    """The acceptors' pieces with AC and RT, in the calls of their evictors' E and L."""
+    whole = tuple(tuple(op for piece in line for op in piece) for line in lines)
+    over = times(replace(schedule, stages=whole, lowered=True), transfers=False)
+    begins = [list(accumulate(map(len, line[:-1]), initial=0)) for line in lines]
+
+    def part(stage: int, call: int) -> tuple[Piece, Sequence[int]]:
+        piece, begin = lines[stage][call], begins[stage][call]
+        return piece, over[stage][begin : begin + len(piece)]
+
+    out = []
+    for acceptor, line in enumerate(lines):
+        pieces = []
+        for call in range(len(line)):
+            posted = [
+                one
+                for stage in borrowers(schedule, acceptor)
+                for one in answers(schedule, stage, acceptor, *part(stage, call))
+            ]
+            posted.sort(key=lambda one: one[0])
+            pieces.append(with_answers(*part(acceptor, call), posted))
+        out.append(pieces)
+    return out
 
 
 def _calls_of(line: Sequence[Op], cuts: Sequence[int]) -> list[int]:
@@ -126,13 +158,13 @@ def _producer(
     return source, Kind.FORWARD if forward else Kind.BACKWARD, message.activation
 
 
-def _pieces(line: Sequence[Op], cuts: Sequence[int]) -> list[tuple[Op, ...]]:
+def _pieces(line: Sequence[Op], cuts: Sequence[int]) -> list[Piece]:
     begins = [0, *cuts[:-1]]
     ends = [*cuts[:-1], len(line)]
     return [tuple(line[begin:end]) for begin, end in zip(begins, ends, strict=True)]
 
 
-def _prove(schedule: Schedule, lines: Sequence[Sequence[tuple[Op, ...]]]) -> None:
+def _prove(schedule: Schedule, lines: Sequence[Sequence[Piece]]) -> None:
     """Raise ScheduleError unless the calls together are a valid schedule that never gets stuck.
 
     Also with a gathering of all stages before each call and at each stage's first message, and no
@@ -161,7 +193,7 @@ def _prove(schedule: Schedule, lines: Sequence[Sequence[tuple[Op, ...]]]) -> Non
         )
 
 
-def _check_calls_of_messages(lowered: Schedule, lines: Sequence[Sequence[tuple[Op, ...]]]) -> None:
+def _check_calls_of_messages(lowered: Schedule, lines: Sequence[Sequence[Piece]]) -> None:
     """What is sent in a call is received in it."""
     known = known_activations(lowered)
     # (from, to, forward, micro-batch) -> call

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
 from megatron_bpipe.schedule.bases.catalogue import CATALOGUE, ScheduleSpec
 from megatron_bpipe.schedule.bases.pipedream import WithoutFlush
+from megatron_bpipe.schedule.flush_free.balanced import Patterns, balanced_run, patterns
 from megatron_bpipe.schedule.flush_free.calls import Calls, lowered_calls
-from megatron_bpipe.schedule.ops import ActivationKey, Kind, Op, Schedule
+from megatron_bpipe.schedule.ops import ActivationKey, Kind, Loan, Op, Schedule
 from megatron_bpipe.schedule.stage_plan import StagePlan
+from megatron_bpipe.schedule.validation.occupancy import loans_of
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class CallPlan:
             exist now.
         flushes: whether the pipeline is empty when the call ends, on all stages.
         carried: micro-batches whose forward has run and whose backward has not, when it ends.
+        leaving: those of them that a later call evicts.
     """
 
     stage: StagePlan
@@ -39,11 +42,13 @@ class CallPlan:
     oldest: int
     flushes: bool
     carried: frozenset[ActivationKey]
+    leaving: frozenset[ActivationKey]
 
 
 def horizon(spec: ScheduleSpec) -> int:
     """How many calls before a flush must know of it."""
-    return max(_without_flush(spec).lag(spec.p, stage) for stage in range(spec.p)) + 1
+    calls = max(_without_flush(spec).lag(spec.p, stage) for stage in range(spec.p)) + 1
+    return max(calls, _patterns(spec).horizon) if spec.balanced else calls
 
 
 def versions_kept(spec: ScheduleSpec, stage: int) -> int:
@@ -76,15 +81,18 @@ def _call(spec: ScheduleSpec, stage: int, before: int, after: int) -> CallPlan:
     later = [op for call in calls[before + 1 :] for op in call[stage]]
     begun = {op.key for call in calls[: before + 1] for op in call[stage] if _is(op, Kind.FORWARD)}
     ended = {op.key for call in calls[: before + 1] for op in call[stage] if _is(op, Kind.BACKWARD)}
+    carried = frozenset(begun - ended)
+    leaving = carried & {op.key for op in later if _is(op, Kind.EVICT)}
     needed = [op.version for op in later if op.version is not None and op.kind.computation]
+    loans = _loans(spec)
     plan = StagePlan(
         name=spec.name,
         ops=ops,
         chunks=1,
         budget=schedule.budget,
         labelled=_labelled(calls),
-        borrows=(),
-        lends=(),
+        borrows=tuple(loan for loan in loans if loan.evictor == stage),
+        lends=tuple(loan for loan in loans if loan.lender == stage),
     )
     return CallPlan(
         stage=plan,
@@ -92,14 +100,46 @@ def _call(spec: ScheduleSpec, stage: int, before: int, after: int) -> CallPlan:
         first=before * spec.m,
         oldest=min([*needed, before + 1]),
         flushes=after == 0,
-        carried=frozenset(begun - ended),
+        carried=carried,
+        leaving=leaving,
     )
 
 
 @lru_cache(maxsize=16)
 def _run(spec: ScheduleSpec, iterations: int) -> tuple[Schedule, Calls]:
-    schedule = _without_flush(spec).run(spec.p, spec.m, iterations)
+    schedule = whole_run(spec, iterations)
     return schedule, lowered_calls(schedule, spec.m)
+
+
+def whole_run(spec: ScheduleSpec, iterations: int) -> Schedule:
+    """The logical schedule from one flush to the next, balanced if the specification says so.
+
+    Raises:
+        ValueError: for sizes that the schedule does not work with; `BudgetError` for a budget that
+            is too small.
+    """
+    schedule = _without_flush(spec).run(spec.p, spec.m, iterations)
+    return balanced_run(schedule, _patterns(spec), spec.m) if spec.balanced else schedule
+
+
+@lru_cache(maxsize=16)
+def _patterns(spec: ScheduleSpec) -> Patterns:
+    run = partial(_without_flush(spec).run, spec.p, spec.m)
+    calls = horizon(replace(spec, balanced=False))
+    return patterns(run, spec.m, 6 * calls + 1, spec.budget)
+
+
+@lru_cache(maxsize=16)
+def _loans(spec: ScheduleSpec) -> tuple[Loan, ...]:
+    """What is lent in any run: pools stay the same from call to call."""
+    if not spec.balanced:
+        return ()
+    most: dict[tuple[int, int], int] = {}
+    for iterations in range(1, 2 * horizon(spec) + 2):
+        for loan in loans_of(whole_run(spec, iterations)):
+            pair = loan.evictor, loan.lender
+            most[pair] = max(most.get(pair, 0), loan.slots)
+    return tuple(Loan(*pair, slots) for pair, slots in most.items())
 
 
 def _without_flush(spec: ScheduleSpec) -> WithoutFlush:
@@ -118,15 +158,17 @@ def _shifted(plan: CallPlan, calls: int, m: int) -> CallPlan:
         version = None if op.version is None else op.version + calls
         return replace(op, microbatch=op.microbatch + calls * m, version=version)
 
+    def moved(keys: frozenset[ActivationKey]) -> frozenset[ActivationKey]:
+        return frozenset(key._replace(microbatch=key.microbatch + calls * m) for key in keys)
+
     return CallPlan(
         stage=replace(plan.stage, ops=tuple(map(later, plan.stage.ops))),
         number=plan.number + calls,
         first=plan.first + calls * m,
         oldest=plan.oldest + calls,
         flushes=plan.flushes,
-        carried=frozenset(
-            key._replace(microbatch=key.microbatch + calls * m) for key in plan.carried
-        ),
+        carried=moved(plan.carried),
+        leaving=moved(plan.leaving),
     )
 
 

@@ -82,18 +82,22 @@ def _by_label(schedule: Schedule) -> list[tuple[Op, ...]]:
     lines = []
     ends = times(schedule)
     for line, over, posted in zip(schedule.stages, ends, exchanges(schedule, ends), strict=True):
-        merged = merge(line, over, posted)
-        out: list[Op] = []
-        transfers: list[Op] = []
-        for op in merged:
-            out.append(op)
-            if op.kind is Kind.EVICT or op.kind is Kind.LOAD:
-                transfers.append(op)
-            elif op.kind.computation:
-                out += map(_wait, transfers)
-                transfers.clear()
-        lines.append(tuple(out))
+        lines.append(with_waits(merge(line, over, posted)))
     return lines
+
+
+def with_waits(line: Sequence[Op]) -> tuple[Op, ...]:
+    """A line with EW and LW behind the computations beside which E and L run."""
+    out: list[Op] = []
+    transfers: list[Op] = []
+    for op in line:
+        out.append(op)
+        if op.kind is Kind.EVICT or op.kind is Kind.LOAD:
+            transfers.append(op)
+        elif op.kind.computation:
+            out += map(_wait, transfers)
+            transfers.clear()
+    return tuple(out)
 
 
 def _as_megatron(schedule: Schedule) -> list[tuple[Op, ...]]:

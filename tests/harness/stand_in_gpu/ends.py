@@ -53,6 +53,10 @@ class InProcess:
         """See `AcceptorEnd`."""
         self.ask("finish")
 
+    def forget(self) -> None:
+        """See `AcceptorEnd`."""
+        self.ask("forget")
+
     def close(self) -> None:
         """See `AcceptorEnd`; ends the process."""
         try:
@@ -108,6 +112,10 @@ class OnThread:
         for call in self._calls:
             call.result(SECONDS)
         self._acceptor_end.result(SECONDS).finish()
+
+    def forget(self) -> None:
+        """See `AcceptorEnd`."""
+        self._later(lambda: self._acceptor_end.result().forget())
 
     def close(self) -> None:
         """See `AcceptorEnd`."""

@@ -127,6 +127,26 @@ def test_bytes_come_back_as_they_left(open_pair: Callable[[int], Ends]) -> None:
     ends.acceptor.finish()
 
 
+def test_what_is_forgotten_leaves_its_room(open_pair: Callable[[int], Ends]) -> None:
+    """Both ends forget: nothing is left over, and others take the place."""
+    ends = open_pair(64 * 2**10)
+    ends.evict(3, pieces(0, 30_000))
+    ends.evict(4, pieces(1, 30_000))
+    ends.evictor.release(3)
+    ends.evictor.release(4)
+    ends.acceptor.forget()
+    ends.acceptor.finish()
+    assert ends.evictor.occupied_bytes == 0
+    lent = ends.acceptor.pool_bytes
+    out, back = pieces(2, 30_000), [torch.zeros(30_000, dtype=torch.uint8)]
+    for i in (5, 6, 7):
+        ends.evict(i, out)
+        ends.load(i, back)
+    assert torch.equal(back[0], out[0])
+    assert ends.acceptor.pool_bytes == lent
+    ends.acceptor.finish()
+
+
 def test_a_micro_batch_with_nothing_to_move(open_pair: Callable[[int], Ends]) -> None:
     """As the first, which says how large the pool is, and between others."""
     ends = open_pair(0)

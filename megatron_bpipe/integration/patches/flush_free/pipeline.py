@@ -18,7 +18,7 @@ from megatron_bpipe.integration.patches.stage import MegatronStage, StageCall
 from megatron_bpipe.runtime.weight_versions import WeightVersions
 from megatron_bpipe.schedule.bases.catalogue import ScheduleSpec
 from megatron_bpipe.schedule.flush_free.plan import CallPlan, call_plan
-from megatron_bpipe.schedule.ops import Op
+from megatron_bpipe.schedule.ops import ActivationKey, Op
 from megatron_bpipe.schedule.stage_plan import StagePlan
 
 PlainStage = MegatronStage | ChunkedStage
@@ -87,6 +87,11 @@ class Pipeline:
         """What this stage does in the call."""
         assert self.plan is not None
         return self.plan.stage
+
+    @property
+    def leaving(self) -> frozenset[ActivationKey]:
+        """What is carried to a later call, and leaves only there."""
+        return self.plan.leaving if self.plan is not None else frozenset()
 
     @property
     def flushes(self) -> bool:

@@ -62,6 +62,9 @@ class IpcAcceptor:
     def finish(self) -> None:
         """Nothing can be under way on this side."""
 
+    def forget(self) -> None:
+        """The evictor keeps the books."""
+
     def close(self) -> None:
         """Free the pool once it is unmapped over there.
 

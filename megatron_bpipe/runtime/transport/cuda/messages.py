@@ -205,6 +205,11 @@ class NcclAcceptor:
         if self._held:
             raise TransportError(f"pair {self._pair}: micro-batches {sorted(self._held)} are left")
 
+    def forget(self) -> None:
+        """See `AcceptorEnd`."""
+        self._free += self._held.values()
+        self._held.clear()
+
     def close(self) -> None:
         """Free the slots, leave the group."""
         for index in list(self._under_way):

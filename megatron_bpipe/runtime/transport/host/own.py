@@ -91,6 +91,9 @@ class NoPool:
     def finish(self) -> None:
         """Nothing can be under way."""
 
+    def forget(self) -> None:
+        """Nothing is here."""
+
     def close(self) -> None:
         """Nothing to free."""
 

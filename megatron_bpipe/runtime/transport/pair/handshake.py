@@ -266,6 +266,11 @@ class LentPool:
         if self._opened is not None:
             self._opened.finish()
 
+    def forget(self) -> None:
+        """See `AcceptorEnd`."""
+        if self._opened is not None:
+            self._opened.forget()
+
     def close(self) -> None:
         """See `AcceptorEnd`."""
         opened, self._opened = self._opened, None

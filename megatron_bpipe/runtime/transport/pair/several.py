@@ -44,6 +44,11 @@ class LentPools:
         for pool in self._pools.values():
             pool.finish()
 
+    def forget(self) -> None:
+        """See `AcceptorEnd`."""
+        for pool in self._pools.values():
+            pool.forget()
+
     @property
     def pool_bytes(self) -> int:
         """Bytes lent now."""
