@@ -68,6 +68,19 @@ def flush_unexpectedly(job: dict[str, Any], after: int) -> None:
     after_each_step(flush)
 
 
+def started_earlier(job: dict[str, Any], after: int, minutes: int) -> None:
+    """From a step on the run has lasted so many minutes longer."""
+    from megatron.training import training
+
+    from tests.harness.rank import after_each_step
+
+    def put_back(number: int, model: Any, result: Any) -> None:
+        if number == after:
+            training._TRAIN_START_TIME -= 60 * minutes
+
+    after_each_step(put_back)
+
+
 def signal_after(job: dict[str, Any], step: int) -> None:
     """Ask this rank to end, as a scheduler does, after a step."""
     import os

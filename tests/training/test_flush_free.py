@@ -18,7 +18,7 @@ from megatron_bpipe.schedule.ops import Kind
 from megatron_bpipe.simulate.recorded.overlay import overlay
 from megatron_bpipe.simulate.recorded.recording import read_report
 from tests.harness import Megatron, Result
-from tests.harness.compare import difference
+from tests.harness.compare import difference, evicted
 from tests.harness.models import gpt
 from tests.training.combinations import FUSION, LLAMA
 
@@ -26,6 +26,7 @@ ONCE = ["--rerun-mode", "disabled"]
 DROPOUT = ["--attention-dropout", "0.1", "--hidden-dropout", "0.1"]
 UNTIED = ["--untie-embeddings-and-output-weights"]
 SGD = ["--optimizer", "sgd"]
+TORCH = ["--ckpt-format", "torch"]  # checkpoints that are written fast
 EVALUATION = ["--eval-iters", "2", "--eval-interval", "3"]
 
 
@@ -145,12 +146,14 @@ def test_a_report_shows_iterations_one_after_the_other(megatron: Megatron) -> No
     assert dict(overlay(recording, "2bw").facts)["bubble"].endswith("%")
 
 
-def run_ahead(megatron: Megatron, *extra: str, **more: Any) -> Result:
+def run_ahead(
+    megatron: Megatron, *extra: str, schedule: str = "pipedream-2bw", **more: Any
+) -> Result:
     """With dropout in attention only: on the CPU the default generator, which other dropout draws
     from, is also the data loader's, and stock runs do not resume bitwise."""
-    flags = [*gpt(4, 4, None, *ONCE, "--attention-dropout", "0.1"), *extra]
-    flags += ["--bpipe-schedule", "pipedream-2bw"]
-    return megatron.train(flags, **more)
+    m = 1 if schedule == "pipedream" else 4
+    flags = [*gpt(4, m, None, *ONCE, "--attention-dropout", "0.1"), *extra]
+    return megatron.train([*flags, "--bpipe-schedule", schedule], **more)
 
 
 def assert_continues(whole: Result, resumed: Result) -> None:
@@ -165,12 +168,54 @@ def assert_continues(whole: Result, resumed: Result) -> None:
     assert all(map(torch.equal, losses[-len(after) :], after))
 
 
-def test_a_resumed_run_equals_one_that_goes_on(megatron: Megatron, tmp_path: Path) -> None:
-    whole = run_ahead(megatron, "--save", str(tmp_path / "whole"), "--save-interval", "4", steps=8)
-    save = ["--save", str(tmp_path / "part"), "--save-interval", "4", "--exit-interval", "4"]
-    begun = run_ahead(megatron, *save, steps=8, dump_at=4)
+@pytest.mark.parametrize("balanced", [True, pytest.param(False, marks=pytest.mark.long)])
+def test_a_resumed_run_equals_one_that_goes_on(
+    megatron: Megatron, tmp_path: Path, balanced: bool
+) -> None:
+    """The first step after the checkpoint has no lag, the second one has."""
+    flags = ["--bpipe"] if balanced else []
+    save = ["--save", str(tmp_path), "--save-interval", "2", *TORCH]
+    whole = run_ahead(megatron, *flags, *save, steps=4)
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("2")  # as if it had ended there
+    resumed = run_ahead(megatron, *flags, "--load", str(tmp_path), *TORCH, steps=4, dump_at=2)
+    assert_continues(whole, resumed)
+    assert not balanced or evicted(resumed) > 0
+
+
+EXITS: dict[str, tuple[list[str], list[dict[str, Any]], str]] = {
+    "an interval": (["--exit-interval", "4"], [], "exiting program at iteration 4"),
+    "a signal": (
+        ["--exit-signal-handler"],
+        [{"call": "tests.harness.delayed:signal_after", "with": {"step": 4}}],
+        "exiting program after receiving SIGTERM",
+    ),
+    "so many minutes": (
+        ["--exit-duration-in-mins", "60"],
+        [{"call": "tests.harness.delayed:started_earlier", "with": {"after": 4, "minutes": 61}}],
+        "exiting program after 6",
+    ),
+}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("schedule", ["pipedream-2bw", "pipedream"])
+@pytest.mark.parametrize("balanced", [False, True])
+@pytest.mark.parametrize("why", EXITS)
+def test_a_run_that_exits_resumes(
+    megatron: Megatron, tmp_path: Path, why: str, schedule: str, balanced: bool
+) -> None:
+    """What ended it was not known beforehand, but for the interval; it is as if it had been."""
+    flags, hooks, said = EXITS[why]
+    choice = ["--bpipe"] if balanced else []
+    kind = {"schedule": schedule}
+    flush = {"call": "tests.harness.delayed:flush_unexpectedly", "with": {"after": 4}}
+    whole = run_ahead(megatron, *choice, **kind, hooks=[flush], steps=8)
+    save = ["--save", str(tmp_path), "--save-interval", "1000", *TORCH]
+    begun = run_ahead(megatron, *choice, *save, *flags, **kind, hooks=hooks, steps=8, dump_at=4)
     assert begun.ok, begun.logs
-    resumed = run_ahead(megatron, "--load", str(tmp_path / "part"), steps=8, dump_at=4)
+    assert said in begun.log(0)
+    load = ["--load", str(tmp_path), *TORCH]
+    resumed = run_ahead(megatron, *choice, *load, **kind, steps=8, dump_at=4)
     assert_continues(whole, resumed)
 
 
@@ -187,19 +232,6 @@ def test_what_ran_ahead_of_an_unexpected_flush_has_never_run(
     ours = megatron.train([*flags, "--bpipe-schedule", name], hooks=[flush], steps=7)
     reference = megatron.train(flags, hooks=[delay(lags, (3,))], steps=7)
     assert difference(ours, reference) is None
-
-
-@pytest.mark.long
-def test_a_run_that_a_signal_ended_resumes(megatron: Megatron, tmp_path: Path) -> None:
-    flush = {"call": "tests.harness.delayed:flush_unexpectedly", "with": {"after": 3}}
-    whole = run_ahead(megatron, hooks=[flush], steps=8)
-    signal = {"call": "tests.harness.delayed:signal_after", "with": {"step": 3}}
-    save = ["--save", str(tmp_path), "--save-interval", "1000", "--exit-signal-handler"]
-    begun = run_ahead(megatron, *save, hooks=[signal], steps=8, dump_at=3)
-    assert begun.ok, begun.logs
-    assert "exiting program after receiving SIGTERM" in begun.log(0)
-    resumed = run_ahead(megatron, "--load", str(tmp_path), steps=8, dump_at=5)
-    assert_continues(whole, resumed)
 
 
 @pytest.mark.long

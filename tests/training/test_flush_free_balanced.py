@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,9 +17,7 @@ from tests.training.test_flush_free import (
     DROPOUT,
     ONCE,
     STEPS,
-    assert_continues,
     delay,
-    run_ahead,
 )
 
 BALANCED = ["--bpipe"]
@@ -107,18 +104,6 @@ def test_what_ran_ahead_of_an_unexpected_flush(megatron: Megatron, transport: st
     assert difference(ours, megatron.train(flags, hooks=[delay([1] * 4, (3,))], steps=7)) is None
     evictor = ours.memory["stages"][0]
     assert evictor["loaded_bytes"] < evictor["evicted_bytes"]
-
-
-@pytest.mark.long
-def test_a_resumed_run_equals_one_that_goes_on(megatron: Megatron, tmp_path: Path) -> None:
-    whole = run_ahead(megatron, *BALANCED, "--save", str(tmp_path), "--save-interval", "4", steps=8)
-    assert evicted(whole) > 0
-    (tmp_path / "latest_checkpointed_iteration.txt").write_text("4")  # as if it had ended there
-    resumed = run_ahead(megatron, *BALANCED, "--load", str(tmp_path), steps=8, dump_at=4)
-    assert_continues(whole, resumed)
-    other = str(tmp_path / "unbalanced")
-    unbalanced = run_ahead(megatron, "--save", other, "--save-interval", "4", steps=8)
-    assert_continues(unbalanced, resumed)
 
 
 @pytest.mark.long
