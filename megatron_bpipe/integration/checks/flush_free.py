@@ -85,8 +85,9 @@ def check_balance(args: Any, options: Options, count: int | None) -> str | None:
         runs = [whole_run(spec, n) for n in range(1, 2 * horizon(spec) + 2)]
     except BudgetError as error:
         abort(
-            f"--bpipe-budget {quantity(error.budget)} is too small for {options.schedule} on {p} "
-            f"stages: the least is {quantity(error.least)}; raise it or leave the flag out"
+            f"--bpipe-schedule {options.schedule} cannot keep --bpipe-budget "
+            f"{quantity(error.budget)} on {p} stages: the least is {quantity(error.least)}; raise "
+            "it or leave the flag out"
         )
     if any(op.kind is Kind.EVICT for run in runs for line in run.stages for op in line):
         return None
