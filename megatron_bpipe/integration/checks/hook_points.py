@@ -279,7 +279,7 @@ _BOTH_WAYS = tuple(
         (TRAINING, "build_train_valid_test_data_iterators", (), (), ""),
         (TRAINING, "get_megatron_optimizer", ("config", "model_chunks"), (), ""),
         (TRAINING, "save_checkpoint", ("iteration", "model", "optimizer"), (), ""),
-        (TRAINING, "load_checkpoint", ("ddp_model", "optimizer", "pp_group"), (), ""),
+        (TRAINING, "load_checkpoint", ("ddp_model", "optimizer", "pp_group >=0.16"), (), ""),
         (MODEL_BUILDER, "unimodal_build_distributed_models", (), (), ">=0.19"),
         (DATA_PARALLEL, "DistributedDataParallel", (), ("__init__",), ""),
         (OPTIMIZER, "ChainedOptimizer", (), ("chained_optimizers",), ""),
