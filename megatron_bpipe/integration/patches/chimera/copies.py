@@ -93,7 +93,7 @@ class Copies(Mirror):
         everyone: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, (tuple(pipeline), tuple(replicas)))
         pipelines = {rank: pipe for rank, (pipe, _) in enumerate(everyone)}
-        # from torch 2.9 the order can be kept; it decides in which order more than two are summed
+        # newer torch can keep the order; it decides in which order more than two are summed
         kept = "sort_ranks" in inspect.signature(dist.new_group).parameters
         order: dict[str, Any] = {"sort_ranks": False} if kept else {}
         for down in sorted({replicas for _, replicas in everyone}):
