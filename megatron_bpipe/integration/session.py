@@ -79,6 +79,7 @@ class Session:
     _closing: threading.Thread | None = None
     _links: LinkSampler = field(default_factory=LinkSampler)
     _written: bool = False
+    _priced: bool = False
     _stage: int | None = None
 
     def observe(
@@ -215,9 +216,19 @@ class Session:
                 self._links.iteration_over(),
                 pools.first_spill(),
                 pools.coarse_parts(),
+                self._price(),
             ):
                 if said is not None:
                     log_rank(f"pair {self.pools.pair}: {said}")
+
+    def _price(self) -> str | None:
+        """With a memory limit, once: whether moving or recomputing is cheaper on this stage."""
+        group = self._group() if self._group is not None else None
+        if self.options.memory_limit is None or self._priced or group is None:
+            return None
+        said = self._links.moving_or_recomputing(group.rank(), group.size())
+        self._priced = said is not None
+        return said
 
     def flush(self) -> None:
         """Forget what forwards of the next iterations have done, if any have run."""

@@ -87,6 +87,20 @@ def test_a_short_copy_that_is_waited_for_is_no_fault_of_the_link() -> None:
     assert "--bpipe-budget" not in said
 
 
+@pytest.mark.parametrize(
+    ("waits", "said"),
+    [
+        (0.02, "waited for 20.0 of 2000.0 ms of an iteration; to recompute all layers of stage 1 "),
+        (0.02, "instead would take 100.0 ms: moving is cheaper"),  # two forwards of 50 ms
+        (0.3, "recomputing is cheaper, --bpipe-recompute 0,N,0 with N its layers"),
+    ],
+)
+def test_moving_or_recomputing(waits: float, said: str) -> None:
+    text = iteration(evict=0.1, load=0.3, evict_waits=waits).moving_or_recomputing(1, 3)
+    assert text.startswith("4096.0 MiB out and back at 5.0 GiB/s are")  # 4 copies, 0.8 s
+    assert said in text
+
+
 def test_an_iteration_without_transfers_shows_nothing() -> None:
     assert not watch().saw_transfers
     assert iteration().saw_transfers

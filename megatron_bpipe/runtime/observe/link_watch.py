@@ -80,6 +80,28 @@ class LinkWatch:
                 return waited_for(DIRECTIONS[kind], exposed, whole, size, copy, forward)
         return None
 
+    def moving_or_recomputing(self, stage: int, stages: int) -> str:
+        """Which of the two is cheaper on this stage, with what was seen; as `verdict`.
+
+        Moving costs what is waited for, recomputing all layers one forward more a micro-batch.
+        """
+        whole = self.between(self._forwards[0][0], self.mark())
+        again = sum(self.between(*marks) for marks in self._forwards)
+        transfers = [one for each in self._transfers.values() for one in each]
+        exposed = sum(transfer.exposed for transfer in transfers)
+        spans = [transfer.span for transfer in transfers]
+        copying = sum(end - start for start, end in spans)
+        text = (
+            f"{sum(self._sizes) / MIB:.1f} MiB out and back at "
+            f"{_rate(sum(self._sizes) / max(copying, 1e-9))} are waited for {exposed * 1e3:.1f} of "
+            f"{whole * 1e3:.1f} ms of an iteration; to recompute all layers of stage {stage} "
+            f"instead would take {again * 1e3:.1f} ms: "
+        )
+        if exposed <= again:
+            return f"{text}moving is cheaper"
+        numbers = ",".join("N" if x == stage else "0" for x in range(stages))
+        return f"{text}recomputing is cheaper, --bpipe-recompute {numbers} with N its layers"
+
 
 @dataclass
 class LinkSampler:
@@ -94,6 +116,12 @@ class LinkSampler:
     _until: int = 1
     _slow: int = 0  # looks in a row
     _told: bool = False
+    _seen: LinkWatch | None = None  # the last that saw transfers
+
+    def moving_or_recomputing(self, stage: int, stages: int) -> str | None:
+        """`LinkWatch.moving_or_recomputing` of an iteration that has just been watched, or None."""
+        seen, self._seen = self._seen, None
+        return seen.moving_or_recomputing(stage, stages) if seen is not None else None
 
     def iteration_over(self) -> str | None:
         """An iteration with a store is over; returns what to tell the user, if anything."""
@@ -106,6 +134,7 @@ class LinkSampler:
         if not seen.saw_transfers:  # no micro-batch left this time
             self.watch = watch()
             return None
+        self._seen = seen
         said = seen.verdict(EXPOSED / 2 if self._told else EXPOSED)
         self._slow = 0 if said is None else self._slow + 1
         if 0 < self._slow < IN_A_ROW:
