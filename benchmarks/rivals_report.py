@@ -85,8 +85,8 @@ def predict(
 
     From what the stock 1F1B run recorded: bytes of one micro-batch on each stage and, unless ops
     are paced, mean seconds of its forward and backward. A chunk is an equal part, B and W are half
-    a backward each, copies are hidden. What a recomputing run keeps is taken from its own
-    recording.
+    a backward each, copies are hidden. A message takes what makes the forecast of the stock run its
+    own time (`seconds_of_message`). What a recomputing run keeps is taken from its own recording.
 
     Args:
         rival: what is predicted.
@@ -102,11 +102,34 @@ def predict(
     recorded = measured_costs(stock)
     if pace:
         even = StageCosts((pace,), (2 * pace,))
-        recorded = Costs((even,) * stock.run.p, send=recorded.send)
+        recorded = Costs((even,) * stock.run.p)
+    recorded = replace(recorded, send=seconds_of_message(recorded, stock.run.m, stock.seconds))
     simulation = simulate(schedule, _costs(rival, recorded))
     sizes = measured_bytes(own if rival.recomputed else stock)
     peak = max(memory_peaks(simulation, _sizes(rival, sizes, left)))
     return simulation.seconds + rest, peak
+
+
+def seconds_of_message(whole: Costs, m: int, seconds: float) -> float:
+    """What a message between two stages takes if 1F1B's iteration takes so long.
+
+    It stands for all that a process spends on one beside waiting for the other's computation.
+
+    Args:
+        whole: of a stage's ops; its own seconds of a message are not looked at.
+        m: micro-batches.
+        seconds: of stock 1F1B's iteration, without the optimizer.
+    """
+    schedule = lower(make(ScheduleSpec("1f1b", len(whole.stages), m)))
+
+    def taken(send: float) -> float:
+        return simulate(schedule, replace(whole, send=send)).seconds
+
+    low, high = 0.0, seconds
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if taken(middle) < seconds else (low, middle)
+    return low
 
 
 def made_again(rival: Rival, stock: Recording, own: Recording, layers: int) -> int:

@@ -41,6 +41,8 @@ from megatron_bpipe.planner.output.show import (
 from megatron_bpipe.planner.search import Found, Plan, Progress, search
 from megatron_bpipe.planner.space import Question
 from megatron_bpipe.planner.uncertainty import KNOWN, Uncertainty, uncertainty
+from megatron_bpipe.planner.ways import ways_of_schedule
+from megatron_bpipe.schedule.bases.catalogue import CATALOGUE
 
 TRIAL = ("--mock-data", "--tokenizer-type", "NullTokenizer", "--train-iters", "20")
 """Beside a model without data: enough for Megatron to start."""
@@ -129,7 +131,6 @@ def _task(args: argparse.Namespace) -> _Task:
     question = Question(
         *(asked.model, cluster, batch, asked.fixed, attentions),
         uneven=not args.even_layers,
-        distributed_optimizer=asked.fixed.settings.without_flush is None,
     )
     if args.profile is None:
         predictor = from_layer_model(asked.element, cluster.overhead, state=asked.state)
@@ -250,11 +251,17 @@ def _shown(found: Found, top: int) -> list[Plan]:
 
 
 def _chosen(task: _Task, found: Found) -> Plan | None:
-    """The plan that the command is for: with --bpipe the best that has it."""
+    """The plan that the command is for: the best that has the schedule and BPipe as asked for."""
     fixed = task.asked.fixed
-    if not fixed.bpipe:
-        return found.best_of()
-    return found.best_of(*(("host offload",) if fixed.transport == "host" else BALANCED))
+    if fixed.bpipe and fixed.transport == "host":
+        return found.best_of("host offload")
+    if fixed.schedule is not None:
+        plain, balanced = ways_of_schedule(fixed.schedule)
+        may_balance = fixed.bpipe and not CATALOGUE[fixed.schedule].v_placed
+        return found.best_of(*((balanced,) if may_balance else (plain, balanced)))
+    if fixed.bpipe:
+        return found.best_of(*BALANCED)
+    return found.best_of()
 
 
 def _outside(task: _Task, plan: Plan | None) -> tuple[str, ...]:

@@ -164,6 +164,11 @@ WITHOUT_FLUSH: Refusals = {
 stages that are ahead, or goes back to an iteration that is over."""
 
 
+OPTIMIZERS = ("adam", "sgd")
+RERUN = "disabled"
+"""What schedules without a flush take of --optimizer and of --rerun-mode."""
+
+
 def refusals_of(name: str) -> Refusals:
     """All of one schedule of the catalogue."""
     entry = CATALOGUE[name]

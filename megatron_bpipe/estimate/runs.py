@@ -13,6 +13,7 @@ from typing import Literal, get_args
 from megatron_bpipe.estimate.errors import EstimateError
 from megatron_bpipe.estimate.models import LayerKind, Model
 from megatron_bpipe.estimate.settings import DEFAULT, Recompute, Settings
+from megatron_bpipe.schedule.bases.catalogue import CATALOGUE, Entry
 
 Attention = Literal["none", "recompute", "flash", "full"]
 """How attention is computed: stock; recomputed in the backward (selective); flash attention; or
@@ -78,7 +79,8 @@ class Run:
     two only ``bpipe`` goes with ``chunks`` above 1 (interleaved 1F1B).  ``budget`` is that of both
     in micro-batches of a whole stage, None BPipe's, with chunks the least.
     ``partition`` has the layers of each stage; empty: the same on all.  With chunks it has those of
-    each chunk in the order that a micro-batch meets them, stage x's c-th at c p + x.
+    each chunk in the order that a micro-batch meets them (``part``).
+    ``schedule`` is one of the catalogue's that runs; None: Megatron's own, 1F1B or interleaved.
     ``recompute`` replaces what ``attention`` says of recomputation; ``unfused`` is for "full"
     with attention outside one kernel.
 
@@ -100,6 +102,30 @@ class Run:
     recompute: Recompute | None = None
     unfused: bool = False
     settings: Settings = DEFAULT
+    schedule: str | None = None
+
+    @property
+    def base(self) -> str:
+        """The schedule's name in the catalogue, before anything is balanced."""
+        return self.schedule or ("interleaved" if self.chunks > 1 else "1f1b")
+
+    @property
+    def entry(self) -> Entry:
+        """What the catalogue says of it."""
+        return CATALOGUE[self.base]
+
+    @property
+    def head_stage(self) -> int:
+        """The stage with the final norm, the output layer and the loss."""
+        return 0 if self.entry.v_placed else self.layout.pp - 1
+
+    def part(self, stage: int, chunk: int) -> int:
+        """Which of the model's p v parts a chunk of a stage is.
+
+        Stage x's c-th is c p + x; under the V placement its second one is 2p-1-x.
+        """
+        p = self.layout.pp
+        return 2 * p - 1 - stage if chunk and self.entry.v_placed else chunk * p + stage
 
     @property
     def evicts(self) -> bool:
@@ -147,6 +173,7 @@ class Run:
         layers, p = self.model.layers, self.layout.pp
         if self.chunks < 1:
             raise EstimateError(f"chunks is {self.chunks}: give at least 1")
+        self._check_base()
         if self.host and (self.bpipe or self.chunks > 1):
             raise EstimateError(
                 f"bpipe {self.bpipe}, host {self.host} and {self.chunks} chunks: host offload goes "
@@ -169,6 +196,22 @@ class Run:
             by = "number of stages" if self.chunks == 1 else "number of stages x chunks"
             _divides(parts, layers, "layers", by)
 
+    def _check_base(self) -> None:
+        if self.schedule is None:
+            return
+        if self.schedule not in CATALOGUE or not self.entry.executed:
+            raise EstimateError(f"schedule {self.schedule!r} does not run in Megatron's loop")
+        wanted = self.entry.chunks
+        if self.chunks != wanted if wanted is not None else self.chunks == 1:
+            raise EstimateError(
+                f"schedule {self.schedule} does not fit {self.chunks} chunk(s) a stage, it has "
+                f"{wanted or '2 or more'}"
+            )
+        if self.evicts and (self.entry.v_placed or self.entry.without_flush is not None):
+            raise EstimateError(f"schedule {self.schedule} has nothing that BPipe could balance")
+        if self.host and self.schedule != "1f1b":
+            raise EstimateError(f"schedule {self.schedule} does not go with host offload")
+
     @property
     def micro_batches(self) -> int:
         """Micro-batches of one iteration in each pipeline (m)."""
@@ -188,11 +231,13 @@ class Run:
         """Transformer layers of a stage, 0 to p-1."""
         if not self.partition:
             return self.model.layers // self.layout.pp
-        return sum(self.partition[stage :: self.layout.pp])
+        return sum(self.partition[self.part(stage, chunk)] for chunk in range(self.chunks))
 
     def kinds_of(self, stage: int, chunk: int | None = None) -> Counter[LayerKind]:
         """How many layers of each kind a stage has, or one chunk of it."""
-        return _kinds(self.model, self.layout.pp, self.chunks, self.partition, stage, chunk)
+        chunks = range(self.chunks) if chunk is None else (chunk,)
+        parts = tuple(self.part(stage, c) for c in chunks)
+        return _kinds(self.model, self.layout.pp * self.chunks, self.partition, parts)
 
     def extra_of(self, stage: int) -> int:
         """Layers of multi-token prediction on a stage: all are on the last one."""
@@ -201,15 +246,14 @@ class Run:
 
 @lru_cache(maxsize=65536)
 def _kinds(
-    model: Model, p: int, chunks: int, partition: tuple[int, ...], stage: int, chunk: int | None
+    model: Model, parts: int, partition: tuple[int, ...], mine: tuple[int, ...]
 ) -> Counter[LayerKind]:
-    parts = p * chunks
-    sizes = partition or (model.layers // parts,) * parts
+    """How many layers of each kind these of a model's parts have."""
     found: Counter[LayerKind] = Counter()
     if not model.moe_layers and not partition:
-        found[model.kind(0)] = model.layers // parts * (chunks if chunk is None else 1)
+        found[model.kind(0)] = model.layers // parts * len(mine)
         return found
-    mine = range(stage, parts, p) if chunk is None else (chunk * p + stage,)
+    sizes = partition or (model.layers // parts,) * parts
     starts = [0]
     for size in sizes:
         starts.append(starts[-1] + size)

@@ -58,8 +58,7 @@ class Settings:
     ``grad_fusion``: gradients of weights accumulated inside the matrix product;
     ``loss_fusion``: cross entropy in one kernel; ``scatter_messages``: what a stage sends is split
     over its tensor-parallel ranks and gathered on the other side, as Megatron did before sequence
-    parallelism (2104.04473, section 4.1); ``deterministic``: kernels without atomic additions;
-    ``without_flush``: a schedule of that kind, which keeps older versions of the weights.
+    parallelism (2104.04473, section 4.1); ``deterministic``: kernels without atomic additions.
     """
 
     grad_overlap: bool = True
@@ -69,7 +68,6 @@ class Settings:
     loss_fusion: bool = False
     scatter_messages: bool = False
     deterministic: bool = False
-    without_flush: str | None = None
 
 
 DEFAULT = Settings()

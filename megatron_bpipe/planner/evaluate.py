@@ -193,14 +193,28 @@ def exchange_on(cluster: Cluster, exchange: float | None) -> float | None:
 def least_seconds(candidate: Candidate) -> float:
     """A bound from below: no stage can be faster than its own work, the fill and the drain.
 
+    Where the backward is split, the drain is B alone, up to stage 0 and its W: either that follows
+    all F and B of a stage, or its W is part of its work.  Without a flush there is neither.
+
     Needs no schedule, which is what a search of thousands of candidates would spend its time on.
     """
     run, paces = candidate.run, candidate.machine.paces
-    work = [sum(map(sum, stage_seconds(run, x, pace))) for x, pace in enumerate(paces)]
+    costs = [stage_seconds(run, x, pace) for x, pace in enumerate(paces)]
+    m, chunks = run.micro_batches, run.chunks
+    work = [sum(map(sum, parts)) for parts in costs]
+    if run.entry.without_flush is not None:
+        return m * max(work)
     bound, before = 0.0, 0.0
-    for seconds in work:
-        bound = max(bound, before / run.chunks + run.micro_batches * seconds)
-        before += seconds
+    if not run.entry.splits_backward:
+        for seconds in work:
+            bound = max(bound, before / chunks + m * seconds)
+            before += seconds
+        return bound
+    after = 0.0
+    for seconds, (forward, backward, weight) in zip(work, costs, strict=True):
+        without = m * (seconds - sum(weight)) + after + costs[0][2][0]
+        bound = max(bound, before + max(m * seconds, without))
+        before, after = before + forward[0], after + backward[0]
     return bound
 
 
@@ -233,9 +247,12 @@ def _so_many(run: Run, m: int) -> Run:
 
 
 def _simulated(candidate: Candidate, stored: Stored) -> float:
-    first, step = _windows(candidate.run)
+    run = candidate.run
+    if run.entry.without_flush is not None:
+        return _steady(candidate, stored)
+    first, step = _windows(run)
     return at_steady_pace(
-        lambda n: _iteration(candidate, n, stored), candidate.run.micro_batches, first, step
+        lambda n: _iteration(candidate, n, stored), run.micro_batches, first, step
     )
 
 
@@ -244,9 +261,22 @@ def _windows(run: Run) -> tuple[int, int]:
     p = run.layout.pp
     if run.host:
         return 8 * p, 4 * p  # a slow link takes longer to fall as far behind as it will
-    if run.chunks > 1 or run.bpipe:
-        return 4 * p, 2 * p
-    return 2 * p, 1
+    if run.base == "1f1b" and not run.bpipe:
+        return 2 * p, 1
+    return 4 * p, 2 * p
+
+
+def _steady(candidate: Candidate, stored: Stored) -> float:
+    """One iteration of many without a flush: what one more takes, with its optimizer step."""
+    run = candidate.run
+    part = _so_many(run, min(run.micro_batches, 2 * run.layout.pp))
+    begun = 1 + -(-2 * run.layout.pp // part.micro_batches) + run.layout.pp
+    costs = costs_for(part, lowered_of(part), candidate.machine, stored)
+    seconds = [
+        simulate(lowered_of(part, n), costs, network_for(candidate.machine)).seconds
+        for n in (begun, begun + 1)
+    ]
+    return run.micro_batches / part.micro_batches * (seconds[1] - seconds[0]) + costs.once
 
 
 def _iteration(candidate: Candidate, m: int, stored: Stored) -> float:

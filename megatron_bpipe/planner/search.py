@@ -85,11 +85,13 @@ class Looked:
     fitting: dict[str, list[tuple[float, Candidate, Memory]]] = field(default_factory=dict)
     too_large: dict[tuple[str, str], TooLarge] = field(default_factory=dict)
     number: int = 0
+    schedules: set[str] = field(default_factory=set)
 
     def add(self, candidate: Candidate, memory: Memory) -> None:
         """One more candidate."""
         self.number += 1
         run = candidate.run
+        self.schedules.add(run.base)
         bound = mfu_of(candidate, least_seconds(candidate))
         way = way_of(run)
         if memory.fits != "no":
@@ -126,9 +128,11 @@ def search(
                 progress(looked.number, None)
     except KeyboardInterrupt:
         interrupted = True
-    if not looked.number:
+    asked = question.fixed.schedule
+    if not looked.number or (asked and not interrupted and asked not in looked.schedules):
         why = "; ".join(f"{reason} ({n})" for reason, n in refused.reasons().items())
-        raise EstimateError(f"nothing to plan: {why or 'no shape divides as it must'}")
+        what = f" with --bpipe-schedule {asked}" if asked else ""
+        raise EstimateError(f"nothing to plan{what}: {why or 'no shape divides as it must'}")
     best: list[Plan] = []
     for group in looked.fitting.values():
         try:

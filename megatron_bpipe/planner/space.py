@@ -19,13 +19,16 @@ from megatron_bpipe.planner.inputs.cluster import Cluster
 from megatron_bpipe.planner.inputs.flags import Fixed
 
 MICRO_BATCHES = (1, 2, 4, 8, 16)
+OTHERS = ("zb-h1", "v-half", "v-min", "v-zb")
+"""Schedules beside Megatron's own that are looked at unless something forbids them."""
 
 
 @dataclass(frozen=True)
 class Question:
     """What is planned: a model on a cluster, a batch, and what is already decided.
 
-    ``uneven``: whether stages may have unlike numbers of layers.
+    ``uneven``: whether stages may have unlike numbers of layers; ``schedules``: looked at beside
+    Megatron's own.
     """
 
     model: Model
@@ -36,6 +39,14 @@ class Question:
     micro_batches: tuple[int, ...] = MICRO_BATCHES
     distributed_optimizer: bool = True
     uneven: bool = True
+    schedules: tuple[str, ...] = OTHERS
+
+    def may_run(self, schedule: str) -> bool:
+        """Whether this one is to be looked at: asked for, or no flag is against it."""
+        fixed = self.fixed
+        return schedule == fixed.schedule or (
+            schedule in self.schedules and schedule not in fixed.refused
+        )
 
 
 @dataclass

@@ -1,45 +1,29 @@
 """Every way to run a shape (``planner.space``), with what each needs.
 
 A *way* is how its pipeline runs (``WAYS``): 1F1B (layers dealt out evenly, or balanced),
-interleaved, each with BPipe and a budget, or evictions to the host.  Evictions only cost time, so
-they are looked at where the same without them does not surely fit, or where the user asks for them.
+interleaved, ZB-H1, the V shapes, each but the last with BPipe and a budget, or evictions to the
+host; and what the user asks for besides.  Evictions only cost time, so they are looked at where the
+same without them does not surely fit, or where the user asks for them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 
 from megatron_bpipe.estimate.errors import EstimateError
-from megatron_bpipe.estimate.memory.stages import BORDERLINE, GIB, memory_by_stage
 from megatron_bpipe.estimate.runs import Run
 from megatron_bpipe.estimate.time.scheduled import budgets_of
 from megatron_bpipe.planner.evaluate import Candidate, Memory, Predictor, memory_of, place
-from megatron_bpipe.planner.partition import StageLimits, balanced_partition, uneven_chunks
-from megatron_bpipe.planner.space import Question, Refused
+from megatron_bpipe.planner.partition import uneven_chunks
+from megatron_bpipe.planner.shape import Shape, with_layers
+from megatron_bpipe.planner.space import OTHERS, Question, Refused
+from megatron_bpipe.schedule.bases.catalogue import CATALOGUE
 from megatron_bpipe.schedule.ops import default_budget
 
 MOST_CHUNKS = 8
-
-
-@dataclass(frozen=True)
-class Shape:
-    """One shape on a cluster, with what every way to run it needs.
-
-    ``base`` plain 1F1B as ``shapes`` has it, ``fast`` the partitions that are fast.
-    """
-
-    question: Question
-    base: Candidate
-    fast: tuple[tuple[int, ...], ...]
-    predictor: Predictor
-
-    @cached_property
-    def fits_plainly(self) -> bool:
-        """Whether 1F1B surely fits with a partition that is fast."""
-        candidates = (replace(self.base, run=_with(self.base.run, part)) for part in self.fast)
-        return any(memory_of(c, self.predictor).fits == "yes" for c in candidates)
+MOST_BUDGETS = 4
+"""Of BPipe on ZB-H1."""
 
 
 def ways(
@@ -52,10 +36,13 @@ def ways(
         except EstimateError as error:
             refused.add(error)
             continue
-        shape = Shape(question, base, tuple(_partitions(question, base)), predictor)
+        shape = Shape(question, base, predictor)
         for families in WAYS.values():
-            for family in families(shape):
-                yield from _tried(family, shape, refused)
+            try:
+                for family in families(shape):
+                    yield from _tried(family, shape, refused)
+            except EstimateError as error:  # no schedule of these sizes
+                refused.add(error)
 
 
 Family = Sequence[Run]
@@ -64,14 +51,9 @@ Family = Sequence[Run]
 
 def _plain(shape: Shape) -> Iterator[Family]:
     """1F1B with the partitions that are fast, and with the fastest that fits."""
-    question, base = shape.question, shape.base
-    if base.run.chunks > 1:
-        return
-    limited: list[tuple[int, ...]] = []
-    if not question.fixed.layers.uneven:
-        limited = _unlike(question, base, _most_layers(base, shape.predictor))
-    for partition in dict.fromkeys([*shape.fast, *limited]):
-        yield [_with(base.run, partition)]
+    run = shape.base.run
+    if run.chunks == 1:
+        yield from ([with_layers(run, part)] for part in shape.with_fitting(run))
 
 
 def _interleaved(shape: Shape) -> Iterator[Family]:
@@ -120,7 +102,7 @@ def _interleaved_bpipe(shape: Shape) -> Iterator[Family]:
     if fixed.transport == "host":
         return
     for run in _chunked(shape):
-        if not fixed.bpipe and _surely_fits(run, shape):
+        if not fixed.bpipe and shape.surely_fits(run):
             continue
         try:
             budgets = budgets_of(run)
@@ -133,11 +115,62 @@ def _interleaved_bpipe(shape: Shape) -> Iterator[Family]:
         yield [replace(run, bpipe=True, budget=budget) for budget in budgets]
 
 
-def _surely_fits(run: Run, shape: Shape) -> bool:
-    try:
-        return memory_of(replace(shape.base, run=run), shape.predictor).fits == "yes"
-    except EstimateError:
-        return False
+def _zb_h1(shape: Shape) -> Iterator[Family]:
+    """ZB-H1 with the partitions that 1F1B is tried with."""
+    yield from ([run] for run in _zb_h1_runs(shape))
+
+
+def _zb_h1_runs(shape: Shape) -> Iterator[Run]:
+    run = shape.base.run
+    if run.chunks == 1 and run.layout.pp > 1 and shape.question.may_run("zb-h1"):
+        run = replace(run, schedule="zb-h1")
+        yield from (with_layers(run, part) for part in shape.with_fitting(run))
+
+
+def _zb_h1_bpipe(shape: Shape) -> Iterator[Family]:
+    """BPipe on ZB-H1 at a few budgets: W comes as early as each asks, so each is a new schedule."""
+    fixed = shape.question.fixed
+    if fixed.transport == "host":
+        return
+    for run in _zb_h1_runs(shape):
+        budgets = _few(_budgets(shape, shape.surely_fits(run)))
+        yield [replace(run, bpipe=True, budget=budget) for budget in budgets]
+
+
+def _few(budgets: Sequence[float | None]) -> list[float | None]:
+    """At most ``MOST_BUDGETS`` of them, first and last among them."""
+    last, most = len(budgets) - 1, MOST_BUDGETS - 1
+    if last <= most:
+        return list(budgets)
+    return [budgets[round(last * n / most)] for n in range(MOST_BUDGETS)]
+
+
+def _v_shape(name: str) -> Callable[[Shape], Iterator[Family]]:
+    """One of the V shapes: two chunks a stage, down and back up."""
+
+    def families(shape: Shape) -> Iterator[Family]:
+        base = shape.base.run
+        if base.layout.pp == 1 or not shape.question.may_run(name):
+            return
+        parts = 2 * base.layout.pp
+        anyhow = (base.model.layers - parts + 1,) + (1,) * (parts - 1)
+        if anyhow[0] < 1:
+            return
+        run = replace(base, schedule=name, chunks=2, partition=anyhow)
+        yield from ([with_layers(run, part)] for part in shape.two_ways(run))
+
+    return families
+
+
+def _asked(shape: Shape) -> Iterator[Family]:
+    """What is asked for beside all these: a schedule without a flush, GPipe."""
+    name, run = shape.question.fixed.schedule, shape.base.run
+    if name is None or name in (*OTHERS, "1f1b", "interleaved") or run.chunks > 1:
+        return
+    if CATALOGUE[name].without_flush is not None:
+        run = replace(run, distributed_optimizer=False)
+    run = replace(run, schedule=name)
+    yield from ([with_layers(run, part)] for part in shape.with_fitting(run))
 
 
 WAYS: dict[str, Callable[[Shape], Iterator[Family]]] = {
@@ -145,82 +178,74 @@ WAYS: dict[str, Callable[[Shape], Iterator[Family]]] = {
     "interleaved": _interleaved,
     "BPipe": _bpipe,
     "interleaved BPipe": _interleaved_bpipe,
+    "ZB-H1": _zb_h1,
+    "BPipe on ZB-H1": _zb_h1_bpipe,
+    "V-Half": _v_shape("v-half"),
+    "V-Min": _v_shape("v-min"),
+    "V-ZB": _v_shape("v-zb"),
     "host offload": _host,
+    "asked for": _asked,
 }
 """Every way by its name (``way_of``)."""
+_NAMES = {
+    "1f1b": "1F1B",
+    "zb-h1": "ZB-H1",
+    "v-half": "V-Half",
+    "v-min": "V-Min",
+    "v-zb": "V-ZB",
+    "gpipe": "GPipe",
+    "gpipe-lifo": "GPipe, last in first out",
+    "pipedream": "PipeDream",
+    "pipedream-2bw": "PipeDream-2BW",
+    "continuous": "ContinuousPipe",
+}
 
 
 def way_of(run: Run) -> str:
-    """The name of the way that a run has among ``WAYS``."""
-    if run.bpipe:
-        return "interleaved BPipe" if run.chunks > 1 else "BPipe"
+    """The name of the way that a run has among ``WAYS``, or of what was asked for."""
     if run.host:
         return "host offload"
-    return "interleaved" if run.chunks > 1 else "1F1B"
+    plain = _NAMES.get(run.base, run.base)
+    return _balanced(plain) if run.bpipe else plain
 
 
-def _partitions(question: Question, base: Candidate) -> list[tuple[int, ...]]:
-    """Even (empty), where layers divide, and balanced in time."""
-    run = base.run
-    if question.fixed.layers.words:
-        return [run.partition]
-    layers, p = run.model.layers, run.layout.pp
-    even: list[tuple[int, ...]] = [] if layers % p else [()]
-    return [*even, *_unlike(question, base, [layers] * p)]
+def ways_of_schedule(name: str) -> tuple[str, str]:
+    """Those of a schedule of the catalogue: as it is, and with BPipe."""
+    plain = _NAMES.get(name, name)
+    return plain, _balanced(plain)
 
 
-def _unlike(question: Question, base: Candidate, most: Sequence[int]) -> list[tuple[int, ...]]:
-    """The partition balanced in time, with at most so many layers a stage, if stages are unlike."""
-    if not question.uneven:
-        return []
-    found = balanced_partition(_limits(base, most), base.run.model.layers)
-    return [found] if found is not None and len(set(found)) > 1 else []
-
-
-def _limits(base: Candidate, most: Sequence[int]) -> list[StageLimits]:
-    """Time of each stage's layers and output layer, with the most layers each may have."""
-    paces = base.machine.paces
-    heads = [0.0] * (len(paces) - 1) + [paces[-1].head]
-    return [
-        StageLimits(pace.layer, head, limit)
-        for pace, head, limit in zip(paces, heads, most, strict=True)
-    ]
-
-
-def _most_layers(candidate: Candidate, predictor: Predictor) -> list[int]:
-    """How many layers surely fit on each stage: without eviction memory is linear in them."""
-    one, two = (_with_layers(candidate.run, k, predictor) for k in (1, 2))
-    most = []
-    for gpu, with_one, with_two in zip(candidate.gpus, one, two, strict=True):
-        room = (1 - BORDERLINE) * gpu.memory_gib * GIB - with_one
-        most.append(max(0, 1 + int(room // (with_two - with_one))))
-    return most
-
-
-def _with_layers(run: Run, layers: int, predictor: Predictor) -> list[int]:
-    """Bytes of each stage if each had so many layers."""
-    model = replace(run.model, layers=layers * run.layout.pp, moe_layers="")
-    stored = predictor.stored_for(run)
-    alike = replace(run, model=model, partition=())
-    stages = memory_by_stage(alike, stored.kernels, stored.state, stored.overhead)
-    return [stage.total for stage in stages]
+def _balanced(plain: str) -> str:
+    return {"1F1B": "BPipe", "interleaved": "interleaved BPipe"}.get(plain, f"BPipe on {plain}")
 
 
 def _evicting(shape: Shape, way: str) -> Iterator[Family]:
-    """The budget that is given, or those from the largest that saves something to BPipe's own."""
+    """1F1B at each budget, with the partitions that are fast."""
+    run = shape.base.run
+    if run.chunks > 1:
+        return
+    for partition in shape.fast:
+        whole = replace(with_layers(run, partition), bpipe=way == "bpipe", host=way == "host")
+        budgets = _budgets(shape, shape.fits_plainly)
+        yield [replace(whole, budget=budget) for budget in budgets]
+
+
+def _budgets(shape: Shape, fits: bool) -> list[float | None]:
+    """The one that is given, or those from the largest that saves something to BPipe's own (None).
+
+    None at all where the same without BPipe ``fits`` and nobody asks for it.
+    """
     run, fixed = shape.base.run, shape.question.fixed
     p = run.layout.pp
-    if p == 1 or run.chunks > 1 or not (fixed.bpipe or not shape.fits_plainly):
-        return
-    held, least = min(p, run.micro_batches), default_budget(p)
-    budgets: Sequence[float] = range(held - 1, least - 1, -1)
+    if p == 1 or (fits and not fixed.bpipe):
+        return []
     if fixed.budget is not None:
-        budgets = (fixed.budget,)
-    elif fixed.bpipe and not budgets:
-        budgets = (least,)
-    for partition in shape.fast:
-        whole = replace(_with(run, partition), bpipe=way == "bpipe", host=way == "host")
-        yield [replace(whole, budget=None if n == least else n) for n in budgets]
+        return [fixed.budget]
+    held, least = min(p, run.micro_batches), default_budget(p)
+    found: list[float | None] = list(range(held - 1, least, -1))
+    if held > least or fixed.bpipe:
+        found.append(None)
+    return found
 
 
 def _tried(family: Family, shape: Shape, refused: Refused) -> Iterator[tuple[Candidate, Memory]]:
@@ -259,7 +284,3 @@ def _looked_at(run: Run, shape: Shape, refused: Refused) -> tuple[Candidate, Mem
     except EstimateError as error:
         refused.add(error)
         return None
-
-
-def _with(run: Run, partition: tuple[int, ...]) -> Run:
-    return replace(run, partition=partition)

@@ -50,6 +50,20 @@ RUNS = {
     "BPipe, budget": replace(RUN, bpipe=True, budget=6, partition=(3, 4, 4, 4, 4, 4, 5, 4)),
     "interleaved BPipe": replace(RUN, bpipe=True, chunks=2, budget=9.5),
     "host offload": replace(RUN, host=True, budget=6),
+    "ZB-H1": replace(RUN, schedule="zb-h1"),
+    "BPipe on ZB-H1": replace(RUN, schedule="zb-h1", bpipe=True, budget=6),
+    "V-Half": replace(RUN, schedule="v-half", chunks=2),
+    "V-Min, uneven": replace(
+        RUN, schedule="v-min", chunks=2, partition=(2, 2, 2, 2, 2, 2, 3, 2, 2, 2, 2, 2, 2, 2, 2, 1)
+    ),
+    "V-ZB, replicas": replace(
+        RUN,
+        schedule="v-zb",
+        chunks=2,
+        layout=Layout(tp=2, pp=4, dp=4, sequence_parallel=True),
+        distributed_optimizer=True,
+    ),
+    "PipeDream-2BW": replace(RUN, schedule="pipedream-2bw", layout=Layout(tp=1, pp=4, dp=2)),
     "replicas": replace(
         RUN, layout=Layout(tp=2, pp=4, dp=4, sequence_parallel=True), distributed_optimizer=True
     ),
@@ -94,6 +108,7 @@ def test_megatron_takes_every_way_to_run(megatron: Megatron) -> None:
             "bpipe": run.bpipe or run.host,
             "bpipe_budget": run.budget,
             "bpipe_transport": "host" if run.host else "auto",
+            "bpipe_schedule": run.schedule,
             "use_distributed_optimizer": run.distributed_optimizer,
             "recompute_granularity": {"recompute": "selective", "full": "full"}.get(run.attention),
             "virtual_pipeline_model_parallel_size": run.chunks if run.chunks > 1 else None,

@@ -69,7 +69,10 @@ def plan(
     *,
     uneven: bool = True,
 ) -> Found:
-    question = Question(model_named(name), PAPER, GLOBAL_BATCH, fixed, attentions, uneven=uneven)
+    """With the schedules that the paper had."""
+    question = Question(
+        *(model_named(name), PAPER, GLOBAL_BATCH, fixed, attentions), uneven=uneven, schedules=()
+    )
     return search(question, predictor)
 
 

@@ -72,6 +72,11 @@ VARIANTS = [
     replace(RUN, chunks=5),
     replace(RUN, chunks=2, bpipe=True, budget=9.5),
     replace(RUN, chunks=5, bpipe=True),
+    replace(RUN, schedule="zb-h1"),
+    replace(RUN, schedule="zb-h1", bpipe=True, budget=6),
+    replace(RUN, schedule="v-half", chunks=2),
+    replace(RUN, schedule="v-min", chunks=2, partition=(4, 6, 5, 5, 5, 5, 5, 5, *(5,) * 7, 5)),
+    replace(RUN, schedule="v-zb", chunks=2),
     replace(RUN, layout=Layout(tp=4, pp=5, dp=1)),
 ]
 

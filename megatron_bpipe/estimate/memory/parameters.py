@@ -94,9 +94,10 @@ def mtp_parameters(model: Model, layout: Layout) -> Parameters:
 
 
 def stage_parameters(run: Run, stage: int) -> Parameters:
-    """One stage: its layers, the embedding on the first, final norm and output layer on the last.
+    """One stage: its layers, the embedding on the first, norm and output layer on the head's.
 
-    ``stage`` counts from 0 to p-1.
+    That is the last one, under the V placement the first; it has a copy of tied embeddings of its
+    own there too.  ``stage`` counts from 0 to p-1.
     """
     model, layout = run.model, run.layout
     found = Parameters(0, 0)
@@ -104,7 +105,7 @@ def stage_parameters(run: Run, stage: int) -> Parameters:
         found += layer_parameters(model, layout, kind).times(number)
     vocab = padded_vocab(model.vocab, layout.tp, model.vocab_multiple)
     words = vocab // layout.tp * model.hidden
-    last = stage == layout.pp - 1
+    last = stage == run.head_stage
     dense = 0
     if stage == 0:
         dense += words + _positions(model)

@@ -2,9 +2,9 @@
 
 Weights, gradients and optimizer state follow the parameters; activations follow the schedule: how
 many micro-batches a stage holds, and how many slots it lends, is read from the very schedule that
-is executed (1F1B, or that with the balance pass), transfers in flight counted on both sides.  On
-top comes what is there for a moment only: the loss with its logits, what a layer's backward makes,
-the word embedding's gradient.
+is executed, transfers in flight counted on both sides.  Where it splits the backward, what waits
+between B and W is counted in its own bytes, chunk by chunk.  On top comes what is there for a
+moment only: the loss with its logits, what a layer's backward makes, the word embedding's gradient.
 
 Units: bytes per GPU; GiB = 2^30 bytes where named so.
 """
@@ -20,6 +20,7 @@ from megatron_bpipe.estimate.memory.activations import (
     FUSED,
     NOTHING,
     Kernels,
+    Sizes,
     chunk_bytes,
     expert_rows,
     layer_activations,
@@ -29,9 +30,10 @@ from megatron_bpipe.estimate.memory.activations import (
     whole_layer,
 )
 from megatron_bpipe.estimate.memory.parameters import matrix_shapes, stage_parameters
+from megatron_bpipe.estimate.memory.weight_gradients import left_for_weight
 from megatron_bpipe.estimate.models import padded_vocab
 from megatron_bpipe.estimate.runs import Run
-from megatron_bpipe.estimate.time.scheduled import held_by_stage
+from megatron_bpipe.estimate.time.scheduled import held_by_stage, moments_by_stage
 from megatron_bpipe.schedule.bases.catalogue import ScheduleSpec
 from megatron_bpipe.schedule.flush_free.plan import versions_kept
 from megatron_bpipe.schedule.ops import partner
@@ -71,8 +73,9 @@ FP32 = StateBytes(weights=4, gradients=4, optimizer=8)
 class StageMemory:
     """One GPU of one stage, in bytes.
 
-    ``activations`` are this stage's own micro-batches, ``pool`` the slots it lends, ``logits`` the
-    output layer's working memory (last stage), ``recompute`` what one layer makes anew in its
+    ``activations`` are this stage's own micro-batches, with what waits for their W, ``pool`` the
+    slots it lends, ``logits`` the output layer's working memory (on its stage), ``recompute`` what
+    one layer makes anew in its
     backward, ``backward`` the gradients that are alive in a layer's backward, ``embedding`` the
     word embedding's gradient, which is there when one micro-batch is gone already.
     ``overhead`` is a named constant.
@@ -112,16 +115,20 @@ def memory_by_stage(
     state: StateBytes = BF16,
     overhead: int = FIXED_OVERHEAD,
 ) -> tuple[StageMemory, ...]:
-    """The peak of each stage from 0 to p-1 under 1F1B, with BPipe where the run has it."""
+    """The peak of each stage from 0 to p-1 under the run's schedule."""
     sizes = layer_sizes(run, kernels)
     each = tuple(micro_batch_bytes(run, x, kernels, sizes) for x in range(run.layout.pp))
     alike = (_logits(run, kernels), _recomputed(run, kernels), _layer_gradients(run, kernels))
+    own = _held_bytes(run, each, sizes, kernels)
     first = chunk_bytes(run, 0, 0, sizes)
-    embedding = max(0, _embedding_gradient(run, kernels) - first)  # its first chunk is gone by then
+    if run.entry.splits_backward:
+        first -= left_for_weight(run, 0, False, kernels, 0)  # which waits for W
+    # its first chunk is gone by then
+    embedding = max(0, _embedding_gradient(run, kernels) - max(0, first))
     found = []
     for stage in range(run.layout.pp):
-        memory = _stage_memory(run, stage, each, kernels, state)
-        logits = alike[0] if stage == run.layout.pp - 1 else 0
+        memory = _stage_memory(run, stage, own[stage], each, kernels, state)
+        logits = alike[0] if stage == run.head_stage else 0
         found.append(
             StageMemory(
                 *memory, logits, *alike[1:], embedding if stage == 0 else 0, overhead=overhead
@@ -153,11 +160,11 @@ def verdict(needed_gib: float, capacity_gib: float = 80.0) -> Verdict:
 
 
 def _stage_memory(
-    run: Run, stage: int, each: Sequence[int], kernels: Kernels, state: StateBytes
+    run: Run, stage: int, own: int, each: Sequence[int], kernels: Kernels, state: StateBytes
 ) -> tuple[int, int, int, int, int]:
     """Weights, gradients, optimizer, activations and pool of one stage.
 
-    ``each`` has the bytes of one micro-batch on every stage.
+    ``own`` bytes of its activations; ``each`` has those of one micro-batch on every stage.
     """
     layout, held = run.layout, held_by_stage(run)
     parameters = stage_parameters(run, stage)
@@ -170,15 +177,42 @@ def _stage_memory(
         _versions(run, stage) * state.weights * parameters.total,
         state.gradients * parameters.total + _placeholders(run, stage, kernels),
         round(state.optimizer * optimizer),
-        held[stage][0] * (each[stage] // run.chunks),
+        own,
         0 if other is None else held[other][1] * (each[other] // run.chunks),
     )
 
 
+def _held_bytes(run: Run, each: Sequence[int], sizes: Sizes, kernels: Kernels) -> list[int]:
+    """Activations of every stage at their peak."""
+    if not run.entry.splits_backward:
+        held = held_by_stage(run)
+        return [held[x][0] * (bytes_ // run.chunks) for x, bytes_ in enumerate(each)]
+    found = []
+    for stage, moments in enumerate(moments_by_stage(run)):
+        has_head = stage == run.head_stage
+        whole, left = [], []
+        for chunk in range(run.chunks):
+            ends = has_head and chunk == run.chunks - 1
+            whole.append(chunk_bytes(run, stage, chunk, sizes))
+            left.append(left_for_weight(run, stage, ends, kernels, chunk))
+        whole[0] += each[stage] - sum(whole)  # what the embedding keeps
+        head = head_saved_bytes(run, kernels) if has_head else 0
+        found.append(
+            max(
+                sum(n * size for n, size in zip(moment.whole, whole, strict=True))
+                + sum(n * size for n, size in zip(moment.waiting, left, strict=True))
+                + moment.heads * head
+                for moment in moments
+            )
+        )
+    return found
+
+
 def _versions(run: Run, stage: int) -> int:
     """Of its weights that a stage keeps: more than one under a schedule without a flush."""
-    name = run.settings.without_flush
-    return 1 if name is None else versions_kept(ScheduleSpec(name, run.layout.pp, 1), stage)
+    if run.entry.without_flush is None:
+        return 1
+    return versions_kept(ScheduleSpec(run.base, run.layout.pp, 1), stage)
 
 
 def _placeholders(run: Run, stage: int, kernels: Kernels) -> int:

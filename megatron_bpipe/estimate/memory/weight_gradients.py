@@ -40,12 +40,13 @@ def left_by_layer(run: Run, kind: LayerKind, kernels: Kernels = FUSED) -> int:
     return kernels.element * elements
 
 
-def left_for_weight(run: Run, stage: int, head: bool, kernels: Kernels = FUSED) -> int:
-    """Of one micro-batch on one stage; ``head``: with the output layer."""
+def left_for_weight(
+    run: Run, stage: int, head: bool, kernels: Kernels = FUSED, chunk: int | None = None
+) -> int:
+    """Of one micro-batch on one stage, or one chunk of it; ``head``: with the output layer."""
     total = 0
-    for chunk in range(run.chunks):
-        for kind, number in run.kinds_of(stage, chunk).items():
-            total += number * left_by_layer(run, kind, kernels)
+    for kind, number in run.kinds_of(stage, chunk).items():
+        total += number * left_by_layer(run, kind, kernels)
     if head:
         model, t = run.model, run.layout.tp
         padded = padded_vocab(model.vocab, t, model.vocab_multiple)

@@ -9,6 +9,8 @@
 * products at the rate of their shape on this GPU (``matrix_products``), attention likewise;
 * traffic: norms, activation functions, dropout and residual additions, rotations, permutations of
   experts' tokens, each as many times through memory as its kernel reads and writes;
+* where a schedule computes the weights' gradients apart (W), B has all but their products.  What
+  ran beside these is then exposed in B; with sequence parallelism W gathers the input again;
 * messages: with sequence parallelism a gather and a scatter around attention and around the FFN,
   without it a sum after each.  Backwards the gather of a column-parallel layer's input runs beside
   the product of its input's gradient, and the scatter (or sum) of that gradient beside the product
@@ -24,7 +26,7 @@ Units: seconds, bytes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_bpipe.estimate.hardware import Gpu
 from megatron_bpipe.estimate.memory.activations import FUSED, Kernels, expert_rows
@@ -39,7 +41,7 @@ from megatron_bpipe.estimate.time.kernels.collectives import (
 )
 from megatron_bpipe.estimate.time.kernels.head_time import embedding_seconds, head_seconds
 from megatron_bpipe.estimate.time.kernels.matrix_products import KERNEL, Product, forward_backward
-from megatron_bpipe.estimate.time.layer_time import Pace, StageTimes
+from megatron_bpipe.estimate.time.layer_time import Apart, Pace, StageTimes
 
 UNFUSED_NORMS = (34, 60)
 """Passes over the hidden state of two RMSNorms of single operations, each to fp32 (3), square (4),
@@ -58,12 +60,15 @@ the job has more than one node.  5 % and more among the eight GPUs of one node
 class Part:
     """One part of a layer: seconds forwards and backwards, and what --recompute-modules calls it.
 
-    ``repeated`` is what its recomputation takes.
+    ``repeated`` is what its recomputation takes; ``inputs`` and ``weights`` are B and W where the
+    backward is split (``inputs`` None: there is no W).
     """
 
     forward: float
     backward: float
     modules: tuple[str, ...] = ()
+    inputs: float | None = None
+    weights: float = 0.0
 
     @property
     def repeated(self) -> float:
@@ -97,32 +102,35 @@ def _pace(run: Run, gpu: Gpu, kernels: Kernels) -> Pace:
         return tuple(slower * value for value in seconds)
 
     kind = model.kind(model.layers - 1)
-    forward, backward, again = paced(*layer_seconds(run, gpu, kernels, kind))
-    dense: tuple[float, float, float] | None = None
+    forward, backward, again, *split = paced(*layer_seconds(run, gpu, kernels, kind))
+    dense, dense_split = None, None
     if kind == "moe" and model.moe_layers:
-        first, second, third = paced(*layer_seconds(run, gpu, kernels, "dense"))
-        dense = first, second, third
-    head_forward, head_backward = paced(*head_seconds(run, gpu, kernels))
+        first, second, third, *both = paced(*layer_seconds(run, gpu, kernels, "dense"))
+        dense, dense_split = (first, second, third), (both[0], both[1])
+    head_forward, head_backward, *heads = paced(*head_seconds(run, gpu, kernels))
     embedding = slower * embedding_seconds(run, gpu, kernels)
-    return Pace(forward, backward, head_forward, head_backward, again, dense, embedding)
+    apart = Apart((split[0], split[1]), (heads[0], heads[1]), dense_split)
+    return Pace(forward, backward, head_forward, head_backward, again, dense, embedding, apart)
 
 
 def layer_seconds(
     run: Run, gpu: Gpu, kernels: Kernels, kind: LayerKind
-) -> tuple[float, float, float]:
-    """Forward, backward, and what of the backward is recomputation of the whole layer."""
+) -> tuple[float, float, float, float, float]:
+    """Forward, backward, what of it is recomputation of the whole layer; B and W if it is split."""
     found = layer_parts(run, gpu, kernels, kind)
     forward = sum(part.forward for part in found.values())
     backward = sum(part.backward for part in found.values())
+    inputs = sum(p.backward if p.inputs is None else p.inputs for p in found.values())
+    weights = sum(part.weights for part in found.values())
     recompute = run.recomputes
     if recompute.method:
-        return forward, backward + forward, forward
+        return forward, backward + forward, forward, inputs + forward, weights
     again = sum(
         part.repeated
         for part in found.values()
         if any(module in recompute.modules for module in part.modules)
     )
-    return forward, backward + again, 0.0
+    return forward, backward + again, 0.0, inputs + again, weights
 
 
 def layer_parts(run: Run, gpu: Gpu, kernels: Kernels, kind: LayerKind) -> dict[str, Part]:
@@ -195,9 +203,9 @@ def _ffn(
     first = _column(run, gpu, kernels, Product(tokens, widths * width // t, h))
     second = _row(run, gpu, kernels, Product(tokens, h, width // t))
     return {
-        "ffn in": Part(first.forward, first.backward, (module,)),
+        "ffn in": replace(first, modules=(module,)),
         "activation": _activation(gpu, kernels, model.gated, tokens * width // t, (module,)),
-        "ffn out": Part(second.forward, second.backward, (module,)),
+        "ffn out": replace(second, modules=(module,)),
     }
 
 
@@ -249,13 +257,13 @@ def _linear(
     run: Run, gpu: Gpu, kernels: Kernels, products: list[Product], modules: tuple[str, ...]
 ) -> Part:
     """Linear layers without messages."""
-    forward = backward = 0.0
+    forward = backward = weights = 0.0
     for product in products:
-        there, inputs, weights = forward_backward(
+        there, back, later = forward_backward(
             gpu, product, kernels.element, fused=run.settings.grad_fusion
         )
-        forward, backward = forward + there, backward + inputs + weights
-    return Part(forward, backward, modules)
+        forward, backward, weights = forward + there, backward + back, weights + later
+    return Part(forward, backward + weights, modules, backward, weights)
 
 
 def _column(run: Run, gpu: Gpu, kernels: Kernels, product: Product) -> Part:
@@ -265,13 +273,14 @@ def _column(run: Run, gpu: Gpu, kernels: Kernels, product: Product) -> Part:
         gpu, product, kernels.element, fused=run.settings.grad_fusion
     )
     if layout.tp == 1:
-        return Part(there, inputs + weights)
+        return Part(there, inputs + weights, (), inputs, weights)
     if not layout.sequence_parallel:
         total = reduce_seconds(gpu, layout.tp, size)
-        return Part(there, inputs + max(weights, total))
+        return Part(there, inputs + max(weights, total), (), inputs + total, weights)
     message = gather_seconds(gpu, layout.tp, size)
     forward = _beside(run, there, message)
-    return Part(forward, max(inputs, message) + max(weights, message))
+    backward = max(inputs, message) + max(weights, message)
+    return Part(forward, backward, (), inputs + message, message + weights)
 
 
 def _row(run: Run, gpu: Gpu, kernels: Kernels, product: Product) -> Part:
@@ -281,11 +290,13 @@ def _row(run: Run, gpu: Gpu, kernels: Kernels, product: Product) -> Part:
         gpu, product, kernels.element, fused=run.settings.grad_fusion
     )
     if layout.tp == 1:
-        return Part(there, inputs + weights)
+        return Part(there, inputs + weights, (), inputs, weights)
     if not layout.sequence_parallel:
-        return Part(there + reduce_seconds(gpu, layout.tp, size), inputs + weights)
+        total = reduce_seconds(gpu, layout.tp, size)
+        return Part(there + total, inputs + weights, (), inputs, weights)
     message = gather_seconds(gpu, layout.tp, size)
-    return Part(_beside(run, there, message), _beside(run, inputs, message) + weights)
+    back = _beside(run, inputs, message)
+    return Part(_beside(run, there, message), back + weights, (), back, weights)
 
 
 def _beside(run: Run, product: float, message: float) -> float:

@@ -20,12 +20,26 @@ from megatron_bpipe.estimate.runs import Run
 
 
 @dataclass(frozen=True)
+class Apart:
+    """A backward split in two, (B, W) of one layer, of a dense one, and of the output layer.
+
+    B is the input's gradient with all that is recomputed, W the weights' gradients; attention,
+    norms and the like have no W.
+    """
+
+    layer: tuple[float, float]
+    head: tuple[float, float]
+    dense: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
 class Pace:
     """Forward and backward of one layer and of the output layer with its loss.
 
     ``again`` is what of the layer's backward is its recomputation as a whole; ``dense`` has
     forward, backward and that of the dense layers of a model whose others are mixtures of experts;
-    ``embedding`` is the gradient of the word embedding, on the first stage.
+    ``embedding`` is the gradient of the word embedding, on the first stage.  ``apart`` is what
+    backwards take where they are split, None: not known but from FLOPs (``weight_time``).
     """
 
     forward: float
@@ -35,6 +49,7 @@ class Pace:
     again: float = 0.0
     dense: tuple[float, float, float] | None = None
     embedding: float = 0.0
+    apart: Apart | None = None
 
     @property
     def layer(self) -> float:
@@ -47,23 +62,33 @@ class Pace:
         return self.head_forward + self.head_backward
 
     def of(
-        self, kinds: Mapping[LayerKind, int], recomputed: int | None = None
-    ) -> tuple[float, float]:
-        """Forward and backward of so many layers of each kind.
+        self,
+        kinds: Mapping[LayerKind, int],
+        recomputed: int | None = None,
+        apart: Apart | None = None,
+    ) -> tuple[float, float, float]:
+        """Forward, backward and W of so many layers of each kind.
 
-        ``recomputed`` says how many of them are recomputed as a whole, None: all.
+        ``recomputed`` says how many of them are recomputed as a whole, None: all; ``apart`` how
+        backwards are split, None: they are not.
         """
-        forward = backward = 0.0
+        forward = backward = weight = 0.0
         left = sum(kinds.values()) if recomputed is None else recomputed
         for kind, number in sorted(kinds.items()):
             there, back, again = self.forward, self.backward, self.again
+            split = apart.layer if apart else None
             if kind == "dense" and self.dense:
                 there, back, again = self.dense
+                split = apart.dense if apart else None
+            later = 0.0
+            if split:
+                back, later = split
             repeated = min(left, number)
             left -= repeated
             forward += number * there
             backward += number * back - (number - repeated) * again
-        return forward, backward
+            weight += number * later
+        return forward, backward, weight
 
 
 StageTimes = Callable[[Run, Gpu], Pace]

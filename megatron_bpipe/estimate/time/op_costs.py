@@ -17,6 +17,7 @@ from megatron_bpipe.estimate.runs import Run
 from megatron_bpipe.estimate.time.kernels.collectives import NETWORK_LATENCY, NETWORK_SHARE
 from megatron_bpipe.estimate.time.layer_time import Pace
 from megatron_bpipe.estimate.time.step_time import step_seconds
+from megatron_bpipe.estimate.time.weight_time import apart_of
 from megatron_bpipe.schedule.ops import Schedule
 from megatron_bpipe.simulate.costs import Costs, StageCosts
 from megatron_bpipe.simulate.network import Link, Network
@@ -61,19 +62,20 @@ def message_bytes(run: Run, kernels: Kernels = FUSED) -> int:
 
 
 def costs_for(run: Run, schedule: Schedule, machine: Machine, stored: Stored) -> Costs:
-    """Seconds of every op of this schedule: 1F1B, balanced or not, or interleaved."""
+    """Seconds of every op of the run's schedule; of its messages alike, whichever it is."""
     kernels = stored.kernels
     stages, once = [], 0.0
     for stage, (gpu, pace) in enumerate(zip(machine.gpus, machine.paces, strict=True)):
-        forward, backward = stage_seconds(run, stage, pace)
+        forward, backward, weight = stage_seconds(run, stage, pace)
         stages.append(
             StageCosts(
                 tuple(forward),
                 tuple(backward),
+                tuple(weight),
                 moved=micro_batch_bytes(run, stage, kernels) // run.chunks,
             )
         )
-        beside = (sum(forward), sum(backward))
+        beside = (sum(forward), 0.0 if run.entry.splits_backward else sum(backward))
         once = max(once, step_seconds(run, stage, gpu, machine.replicas, stored.state, beside))
     message = message_bytes(run, kernels)
     if machine.exchange is not None:
@@ -86,21 +88,21 @@ def costs_for(run: Run, schedule: Schedule, machine: Machine, stored: Stored) ->
     return Costs(tuple(stages), send=SYNCHRONISED + gathered, message=message, once=once)
 
 
-def stage_seconds(run: Run, stage: int, pace: Pace) -> tuple[list[float], list[float]]:
-    """Forward and backward of each chunk of a stage, for one micro-batch."""
+def stage_seconds(run: Run, stage: int, pace: Pace) -> tuple[list[float], list[float], list[float]]:
+    """Forward, backward and W (0 unless apart) of each chunk of a stage, for one micro-batch."""
     recompute = run.recomputes
     again = recompute.layers if recompute.method == "block" else None
-    forward, backward = [], []
-    for chunk in range(run.chunks):
-        there, back = pace.of(run.kinds_of(stage, chunk), again)
-        forward.append(there)
-        backward.append(back)
+    apart = apart_of(run, pace) if run.entry.splits_backward else None
+    chunks = [pace.of(run.kinds_of(stage, c), again, apart) for c in range(run.chunks)]
+    forward, backward, weight = (list(column) for column in zip(*chunks, strict=True))
     if stage == 0:
         backward[0] += pace.embedding
-    if stage == run.layout.pp - 1:
+    if stage == run.head_stage:
         forward[-1] += pace.head_forward + run.model.mtp * pace.forward
-        backward[-1] += pace.head_backward + run.model.mtp * pace.backward
-    return forward, backward
+        backward[-1] += apart.head[0] if apart else pace.head_backward
+        backward[-1] += run.model.mtp * pace.backward
+        weight[-1] += apart.head[1] if apart else 0.0
+    return forward, backward, weight
 
 
 def network_for(machine: Machine) -> Network:

@@ -34,7 +34,7 @@ def step_seconds(
     """Optimizer and data-parallel messages of one stage.
 
     ``link`` bytes/s of gathers between its replicas; ``beside`` seconds of one micro-batch's
-    forward and backward there.
+    forward and backward there, beside which messages may run (after the last W there is none).
     """
     layout, settings = run.layout, run.settings
     parameters = stage_parameters(run, stage)

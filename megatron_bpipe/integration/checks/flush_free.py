@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_bpipe.estimate.refusals import WITHOUT_FLUSH
+from megatron_bpipe.estimate.refusals import OPTIMIZERS, RERUN, WITHOUT_FLUSH
 from megatron_bpipe.integration.checks.refused import given
 from megatron_bpipe.integration.log import abort
 from megatron_bpipe.integration.options import Options
@@ -17,9 +17,6 @@ from megatron_bpipe.schedule.bases.catalogue import CATALOGUE, ScheduleSpec
 from megatron_bpipe.schedule.flush_free.plan import horizon, whole_run
 from megatron_bpipe.schedule.ops import Kind, quantity
 from megatron_bpipe.schedule.validation.occupancy import peak
-
-OPTIMIZERS = ("adam", "sgd")
-RERUN = "disabled"
 
 
 def check_flush_free(args: Any, options: Options, count: int | None) -> None:

@@ -23,10 +23,11 @@ from megatron_bpipe.planner.inputs.given_model import given_model
 from megatron_bpipe.planner.inputs.given_settings import (
     NOT_MODELLED,
     attention_of,
-    lagging,
     not_modelled,
+    of_schedule,
     recompute_of,
     recompute_words,
+    refused_schedules,
     settings_of,
     state_of,
 )
@@ -37,7 +38,8 @@ class Fixed:
     """What the user has decided; None: the planner searches it.
 
     ``attention_words`` are the flags of attention and recomputation as they were given.
-    ``transport`` is that of ``--bpipe-transport``.
+    ``transport`` and ``schedule`` are those of ``--bpipe-transport`` and ``--bpipe-schedule``;
+    ``refused`` has for each schedule that a given flag forbids what the check before training says.
     """
 
     tp: int | None = None
@@ -54,6 +56,8 @@ class Fixed:
     bpipe: bool | None = None
     budget: float | None = None
     transport: str | None = None
+    schedule: str | None = None
+    refused: Mapping[str, str] = field(default_factory=dict)
     settings: Settings = DEFAULT
 
 
@@ -97,6 +101,8 @@ def read_flags(words: Sequence[str]) -> Asked:
         bpipe=True if given.bpipe else None,
         budget=_budget(given),
         transport=given.bpipe_transport,
+        schedule=given.bpipe_schedule,
+        refused=refused_schedules(given, words),
         settings=settings_of(given),
     )
     batch, own = given.global_batch_size, given.step_batch_size_schedule is not None
@@ -115,7 +121,7 @@ def read_flags(words: Sequence[str]) -> Asked:
         2 if half else 4,
         tuple(kept),
         state_of(given) if half else FP32,
-        (*not_modelled(given), *lagging(given)),
+        (*not_modelled(given), *of_schedule(given)),
         own,
         "bf16" if given.bf16 else "fp16" if given.fp16 else "fp32",
     )
@@ -172,7 +178,8 @@ _HOW: _Flags = {
     **dict.fromkeys(("no-gradient-accumulation-fusion", "cross-entropy-loss-fusion")),
     **{"main-grads-dtype": "fp32", "main-params-dtype": "fp32"},
     **{"exp-avg-dtype": "fp32", "exp-avg-sq-dtype": "fp32"},
-    **dict.fromkeys(("step-batch-size-schedule", "bpipe-schedule"), str),
+    **dict.fromkeys(("step-batch-size-schedule", "optimizer", "rerun-mode"), str),
+    **{"save": str, "ckpt-format": str, "dist-ckpt-optim-fully-reshardable": None},
     **{name.replace("_", "-"): "?" for name in NOT_MODELLED},
 }
 """Flags of how a run computes that predictions take into account, or say that they do not."""
@@ -187,6 +194,7 @@ _DECIDED: _Flags = {
     "recompute-modules": "*",
     **dict.fromkeys(("attention-backend", "recompute-granularity", "recompute-method"), str),
     **dict.fromkeys(("pipeline-model-parallel-layout", "bpipe-transport", "bpipe-budget"), str),
+    "bpipe-schedule": str,
     **dict.fromkeys(("sequence-parallel", "use-distributed-optimizer", "bpipe")),
     **dict.fromkeys(("recompute-activations", "use-flash-attn")),
     **dict.fromkeys(("overlap-grad-reduce", "overlap-param-gather")),

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import itertools
+from collections.abc import Sequence
 
 from megatron_bpipe.estimate.errors import EstimateError
 from megatron_bpipe.estimate.memory.stages import BF16, FP16, FP32, StateBytes
+from megatron_bpipe.estimate.refusals import OPTIMIZERS, RERUN, refusals_of
 from megatron_bpipe.estimate.runs import Attention
 from megatron_bpipe.estimate.settings import Recompute, Settings
-from megatron_bpipe.schedule.bases.catalogue import CATALOGUE
-from megatron_bpipe.schedule.bases.pipedream import WithoutFlush
+from megatron_bpipe.schedule.bases.catalogue import CATALOGUE, EXECUTED
 
 NOT_MODELLED = {
     "fp8_format": "matrix products in fp8",
@@ -101,7 +103,6 @@ def settings_of(given: argparse.Namespace) -> Settings:
         grad_fusion=not given.no_gradient_accumulation_fusion,
         loss_fusion=given.cross_entropy_loss_fusion,
         deterministic=given.deterministic_mode,
-        without_flush=given.bpipe_schedule if _flush_free(given) is not None else None,
     )
 
 
@@ -125,22 +126,58 @@ def state_of(given: argparse.Namespace) -> StateBytes:
     return StateBytes(state.weights, gradients, optimizer)
 
 
-def _flush_free(given: argparse.Namespace) -> WithoutFlush | None:
+def refused_schedules(given: argparse.Namespace, words: Sequence[str]) -> dict[str, str]:
+    """For each schedule that these flags forbid why, as the checks before training have it.
+
+    Raises EstimateError where it is the schedule that is asked for, or one that does not run.
+    """
+    values = {word.split("=")[0]: word for word in words if word.startswith("--")}
+    off = {first for first, second in itertools.pairwise(words) if second == "0"}
+    found: dict[str, str] = {}
+    for name in EXECUTED:
+        for flag, why in refusals_of(name).values():
+            if flag in values and flag not in off and not values[flag].endswith("=0"):
+                found.setdefault(name, f"{flag}: {why}")
+        entry = CATALOGUE[name]
+        if entry.v_placed and given.save and given.ckpt_format == "torch":
+            found.setdefault(name, "--ckpt-format torch: it holds each rank's own layers")
+        if entry.without_flush is not None:
+            if given.rerun_mode not in (None, RERUN):
+                found.setdefault(name, f"--rerun-mode {given.rerun_mode}: use {RERUN}")
+            if given.optimizer not in (None, *OPTIMIZERS):
+                found.setdefault(name, f"--optimizer {given.optimizer}: use one of {OPTIMIZERS}")
+    asked = given.bpipe_schedule
+    if asked is not None and asked not in EXECUTED:
+        raise EstimateError(f"--bpipe-schedule {asked}: use one of {', '.join(EXECUTED)}")
+    if asked is None:
+        return found
+    if asked in found:
+        raise EstimateError(f"--bpipe-schedule {asked} cannot run with {found[asked]}")
+    if CATALOGUE[asked].both_ways:
+        raise EstimateError(f"--bpipe-schedule {asked}: it runs, but the planner does not know it")
+    if CATALOGUE[asked].without_flush is not None and given.bpipe:
+        raise EstimateError(
+            f"--bpipe-schedule {asked}: the planner knows it without --bpipe only; plan without, "
+            "and add --bpipe to the command"
+        )
+    return found
+
+
+def of_schedule(given: argparse.Namespace) -> tuple[str, ...]:
+    """What to say of the schedule that is asked for."""
     entry = CATALOGUE.get(given.bpipe_schedule)
-    return entry.without_flush if entry is not None else None
-
-
-def lagging(given: argparse.Namespace) -> tuple[str, ...]:
-    """What to say of a schedule without a flush."""
-    found = _flush_free(given)
-    if found is None:
+    if entry is None:
         return ()
-    return (
-        f"--bpipe-schedule {given.bpipe_schedule} changes the optimisation: weights lag by "
-        f"{found.lags}, and as many more versions of them are counted in the memory. Its plans are "
-        "those named 1F1B and BPipe, without the bubble in the steady state, which the predicted "
-        "time still has; add --rerun-mode disabled",
-    )
+    name = f"--bpipe-schedule {given.bpipe_schedule}"
+    if entry.without_flush is not None:
+        return (
+            f"{name} changes the optimisation: weights lag by {entry.without_flush.lags}, and as "
+            "many more versions of them are counted in the memory. Its time is that of the steady "
+            "state without a bubble, which needs the settings of docs/flush-free.md",
+        )
+    if entry.v_placed and given.bpipe:
+        return (f"{name} is as full on every stage: --bpipe has nothing to balance there",)
+    return ()
 
 
 def not_modelled(given: argparse.Namespace) -> tuple[str, ...]:

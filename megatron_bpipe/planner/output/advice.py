@@ -1,4 +1,7 @@
-"""One sentence: use BPipe or not, what it should bring, how sure that is.  MFU in per cent."""
+"""Use BPipe or not, what it should bring, how sure that is; and whether another schedule wins.
+
+Units: MFU in per cent, seconds of an iteration, GiB of the fullest GPU.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ from megatron_bpipe.planner.uncertainty import Uncertainty
 
 ALONE = ("1F1B", "interleaved")
 BALANCED = ("BPipe", "interleaved BPipe")
+APART = ("ZB-H1", "BPipe on ZB-H1", "V-Half", "V-Min", "V-ZB")
+"""Ways that compute weight gradients apart."""
 
 
 def gain_of_bpipe(found: Found) -> float | None:
@@ -16,7 +21,33 @@ def gain_of_bpipe(found: Found) -> float | None:
 
 
 def advice(found: Found, unsure: Uncertainty, extrapolated: bool) -> str:
-    """The sentence; ``extrapolated``: the plans lie outside the runs that the error is from."""
+    """A sentence on BPipe, and one on the ways that compute weight gradients apart.
+
+    ``extrapolated``: the plans lie outside the runs that the error is from.
+    """
+    own = _of_bpipe(found, unsure, extrapolated)
+    apart = found.best_of(*APART)
+    if apart is None:
+        return own
+    other = found.best_of(*ALONE, *BALANCED, "host offload")
+    if other is None:
+        return f"Use {_short(apart)}, {_needs(apart)}: nothing else fits. {UNTRIED}"
+    gain = apart.mfu - other.mfu
+    compared = f"{_short(apart)} should take {_needs(apart)}, {_short(other)} {_needs(other)}"
+    if gain > unsure.gain and other.way in BALANCED:
+        return f"Do not use BPipe: {compared}. {UNTRIED} Of Megatron's own schedules: {own}"
+    if gain > unsure.gain:
+        return f"{own} {compared}. {UNTRIED}"
+    if gain > 0:
+        return f"{own} {compared}, less apart than what is uncertain. {UNTRIED}"
+    return f"{own} Weight gradients apart bring nothing: {compared}."
+
+
+UNTRIED = "No run on a GPU stands behind the former: measure both before you adopt it."
+
+
+def _of_bpipe(found: Found, unsure: Uncertainty, extrapolated: bool) -> str:
+    """BPipe against Megatron's own schedules without it."""
     with_it, without = found.best_of(*BALANCED), found.best_of(*ALONE)
     error = f"{'at least ' if extrapolated else ''}+-{unsure.gain:.1f}"
     if with_it is None and without is None:
@@ -53,3 +84,11 @@ def _everything_fits(found: Found) -> bool:
 def _short(plan: Plan) -> str:
     run = plan.candidate.run
     return f"{plan.way} with micro-batch {run.micro_batch} and attention {run.attention!r}"
+
+
+def _needs(plan: Plan) -> str:
+    return f"{plan.seconds:.3g} s an iteration and {_fullest(plan):.1f} GiB"
+
+
+def _fullest(plan: Plan) -> float:
+    return plan.memory.needed[plan.memory.tightest]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megatron_bpipe.estimate.models import Model
+from megatron_bpipe.estimate.refusals import RERUN
 from megatron_bpipe.estimate.runs import Run
 from megatron_bpipe.planner.inputs.flags import Fixed
 from megatron_bpipe.schedule.ops import quantity
@@ -116,6 +117,9 @@ def plan_flags(
         flags += _expert_flags(run, kept)
     if run.distributed_optimizer:
         flags += ["--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"]
+    elif run.entry.without_flush is not None and layout.dp > 1:
+        flags.append("--overlap-grad-reduce")
+    flags += _schedule(run, {word.split("=")[0] for word in kept})
     flags += fixed.layers.words or _layers(run)
     flags += fixed.attention_words or _attention(run)
     if run.bpipe or run.host:
@@ -137,6 +141,19 @@ def _expert_flags(run: Run, kept: Sequence[str]) -> list[str]:
         flags.append("--moe-grouped-gemm")
     if "--moe-token-dispatcher-type" not in flat:
         flags += ["--moe-token-dispatcher-type", "alltoall"]
+    return flags
+
+
+def _schedule(run: Run, kept: set[str]) -> list[str]:
+    """The schedule, and what the checks before training ask for beside it."""
+    if run.schedule is None:
+        return []
+    flags = ["--bpipe-schedule", run.schedule]
+    if run.entry.without_flush is not None and "--rerun-mode" not in kept:
+        flags += ["--rerun-mode", RERUN]
+    by_parameter = "--dist-ckpt-optim-fully-reshardable"
+    if run.entry.v_placed and run.distributed_optimizer and "--save" in kept:
+        flags += [] if by_parameter in kept else [by_parameter]
     return flags
 
 

@@ -40,7 +40,7 @@ def plans_table(plans: Sequence[Plan]) -> str:
 def way_text(run: Run) -> str:
     """How a pipeline runs, with what that takes."""
     way = way_of(run)
-    if run.chunks > 1:
+    if run.chunks > 1 and not run.entry.v_placed:
         way = f"{way}, {run.chunks} chunks"
     return f"{way}, budget {quantity(_budget(run))}" if run.evicts else way
 
@@ -89,6 +89,7 @@ def plan_data(plan: Plan) -> dict[str, object]:
     run = plan.candidate.run
     return {
         "way": plan.way,
+        "schedule": run.base,
         "layout": asdict(run.layout),
         "micro_batch": run.micro_batch,
         "micro_batches": run.micro_batches,

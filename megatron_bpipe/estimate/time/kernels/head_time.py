@@ -20,8 +20,12 @@ FUSED_LOSS_FORWARD, FUSED_LOSS_BACKWARD = 6, 4
 """In one kernel: logits read twice, their gradient written in place; scaled backwards."""
 
 
-def head_seconds(run: Run, gpu: Gpu, kernels: Kernels) -> tuple[float, float]:
-    """Forward and backward of final norm, output layer and loss of one micro-batch."""
+def head_seconds(run: Run, gpu: Gpu, kernels: Kernels) -> tuple[float, float, float, float]:
+    """Forward and backward of final norm, output layer and loss of one micro-batch.
+
+    Then the backward split in two, B and W: what ran beside the product of the weights is exposed
+    in B, and W gathers its input again.
+    """
     model, layout, e = run.model, run.layout, kernels.element
     bandwidth = gpu.memory_bandwidth * gpu.memory_share
     vocab = padded_vocab(model.vocab, layout.tp, model.vocab_multiple) // layout.tp
@@ -36,9 +40,12 @@ def head_seconds(run: Run, gpu: Gpu, kernels: Kernels) -> tuple[float, float]:
     if layout.sequence_parallel:
         message = gather_seconds(gpu, layout.tp, e * run.tokens * model.hidden)
     heads = 1 + model.mtp
+    rest = loss[1] * logits + 3 * line
     return (
         heads * (there + loss[0] * logits + 2 * line + message),
-        heads * (inputs + max(weights, message) + loss[1] * logits + 3 * line),
+        heads * (inputs + max(weights, message) + rest),
+        heads * (inputs + message + rest),
+        heads * (weights + message),
     )
 
 
