@@ -43,11 +43,13 @@ MODULES = {
     "tensor_parallel": hook_points.TENSOR_PARALLEL,
     "linear_layers": hook_points.LAYERS,
     "optimizers": hook_points.OPTIMIZER,
+    "distrib_optimizer": hook_points.DISTRIBUTED_OPTIMIZER,
 }
 # a variable or attribute of this name is an instance of these classes of Megatron
 CLASSES = {
     "communicator": ("P2PCommunicator",),
     "config": ("TransformerConfig",),
+    "optimizer_config": ("OptimizerConfig",),
     "groups": ("ProcessGroupCollection", "GradFinalizeProcessGroups"),
     "timers": ("Timers",),
     "timer": ("Timer",),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -18,12 +19,14 @@ from megatron_bpipe.integration.log import Abort
 from megatron_bpipe.integration.patches.v_placement.checkpoints import with_placement_checked
 from tests.harness import Megatron, Result
 from tests.harness.compare import difference, difference_across_placements, whole_model
+from tests.harness.live_bytes import microbatches_held
 from tests.harness.models import gpt
 from tests.training.combinations import DISTRIBUTED_OPTIMIZER, LLAMA, MOE, Combination
 
 BY_NAME = {"call": "tests.harness.rank:parameters_by_name", "with": {}}
 TURN = {"call": "tests.harness.rank:wrong_at_the_turn", "with": {}}
 APART = {"call": "tests.harness.rank:tied_gradients_stay_apart", "with": {}}
+APEX = {"call": "tests.harness.fused_adam:instead_of_torch", "with": {}}
 UNTIED = "--untie-embeddings-and-output-weights"
 FULL = [
     *("--recompute-granularity", "full", "--recompute-method", "uniform"),
@@ -56,6 +59,8 @@ COMBINATIONS = {
         8, chunked(4, UNTIED, *DISTRIBUTED_OPTIMIZER, "--no-align-grad-reduce", m=16)
     ),
     "bf16": Combination(4, chunked(4, UNTIED, "--bf16")),
+    "bf16, tied": Combination(4, chunked(4, "--bf16")),
+    "dp2, tied": Combination(8, chunked(4, "--overlap-grad-reduce", m=16)),
     "full recompute": Combination(4, chunked(4, UNTIED, *FULL)),
     "selective recompute": Combination(
         4, chunked(4, UNTIED, "--recompute-granularity", "selective")
@@ -69,6 +74,7 @@ COMBINATIONS = {
     ),
 }
 LAYERS = {"two layers a chunk, by layout": 2}
+RESHARDABLE = ["--dist-ckpt-optim-fully-reshardable", "--no-ckpt-fully-parallel-save"]
 STEPS = 3
 
 
@@ -112,6 +118,26 @@ def test_tied_gradients_that_stay_apart_are_seen(megatron: Megatron) -> None:
     assert difference_across_placements(stock, apart, 4) is not None
 
 
+@pytest.mark.long
+def test_tied_embeddings_have_one_weight_and_one_optimizer_state(megatron: Megatron) -> None:
+    """Live storage of stage 0 beside two untied ends: weight, two moments and Adam's step fewer."""
+    watch = {"call": "tests.harness.live_bytes:watch", "with": {"at": STEPS}}
+
+    def live(*extra: str) -> Result:
+        flags = [*chunked(4, *extra), "--bpipe-schedule", "v-half"]
+        found = megatron.train(flags, steps=STEPS, hooks=[BY_NAME, watch])
+        assert found.ok, found.logs
+        return found
+
+    tied, untied = live(), live(UNTIED)
+    weights = untied.states[0]["params"].items()
+    (size,) = [4 * each.numel() for name, each in weights if "word_embeddings" in name]
+    seen = [int((run.out / "live0").read_text()) for run in (untied, tied)]
+    assert seen[0] - seen[1] == 3 * size + 4
+    both = [int((run.out / "live1").read_text()) for run in (untied, tied)]
+    assert both[0] == both[1]
+
+
 def test_losses_are_on_the_last_rank_and_stages_alike(megatron: Megatron) -> None:
     """The log's and the report's losses; live storage of every stage beside interleaving's 5.5."""
     stock = run(megatron, UNTIED_4, 4)
@@ -128,6 +154,16 @@ def test_losses_are_on_the_last_rank_and_stages_alike(megatron: Megatron) -> Non
     held = [stage["peak_activation_bytes"] for stage in placed.memory["stages"]]
     assert max(held) < 0.65 * stock.memory["stages"][0]["peak_activation_bytes"]
     assert max(held) < 1.2 * min(held)
+
+
+@pytest.mark.parametrize(("schedule", "paper"), [("v-min", 2), ("v-half", 3), ("v-zb", 4)])
+def test_live_storage_is_what_the_paper_states(
+    megatron: Megatron, schedule: str, paper: int
+) -> None:
+    """(p+4)/3, (p+2)/2 and p micro-batches, counted in bytes of each stage (docs/schedules.md)."""
+    placed = run(megatron, UNTIED_4, 4, schedule)
+    held = [microbatches_held(placed.timeline(stage)) for stage in range(4)]
+    assert max(held) == pytest.approx(paper, abs=0.35), held
 
 
 def test_nothing_to_balance(megatron: Megatron) -> None:
@@ -150,9 +186,22 @@ def test_evaluation(megatron: Megatron, schedule: str) -> None:
 
 
 SCHEDULES = {"v-half": ["--bpipe-schedule", "v-half"], "v-zb": ["--bpipe-schedule", "v-zb"]}
-# Not with the distributed optimizer: without Apex or Transformer Engine, so on every CPU, stock
-# Megatron cannot load its state (distrib_optimizer.py, ``assert len(steps) == 1``).
 WAYS = [("v-half", "interleaved"), ("interleaved", "v-half"), ("v-half", "1f1b"), ("1f1b", "v-zb")]
+
+
+def flags_of(schedule: str, stages: int, *extra: str) -> list[str]:
+    if schedule == "1f1b":
+        return gpt(stages, 8, 2 * stages, "--clip-grad", "0", *extra)
+    return chunked(stages, *extra) + SCHEDULES.get(schedule, [])
+
+
+def saved(
+    megatron: Megatron, folder: Path, flags: list[str], hooks: list[dict[str, Any]]
+) -> Result:
+    """Three steps of six, then a checkpoint."""
+    save = ["--save", str(folder), "--save-interval", "3", "--exit-interval", "3"]
+    flags = [*flags, *save, "--ckpt-format", "torch_dist"]
+    return megatron.train(flags, steps=6, dump_at=3, hooks=hooks)
 
 
 @pytest.mark.long
@@ -162,26 +211,60 @@ def test_resume_across_placements(
     megatron: Megatron, tmp_path: Path, first: str, second: str, extra: tuple[str, ...]
 ) -> None:
     """Three steps under one, three under the other: six of stock, bit for bit."""
+    resumes(megatron, tmp_path, (first, second), 4, extra, ("params", "grads"), [BY_NAME])
 
-    def flags(schedule: str) -> list[str]:
-        if schedule == "1f1b":
-            return gpt(4, 8, 8, "--clip-grad", "0", *extra)
-        return chunked(4, *extra) + SCHEDULES.get(schedule, [])
 
-    whole = megatron.train(chunked(4, *extra), steps=6, hooks=[BY_NAME])
-    save = ["--save", str(tmp_path), "--save-interval", "3", "--exit-interval", "3"]
-    save += ["--ckpt-format", "torch_dist"]
-    begun = megatron.train([*flags(first), *save], steps=6, dump_at=3, hooks=[BY_NAME])
+@pytest.mark.long
+def test_1f1b_s_distributed_optimizer_goes_on_under_v(megatron: Megatron, tmp_path: Path) -> None:
+    """With a stand-in for Apex's Adam, without which stock cannot load its own state (below)."""
+    extra = (*DISTRIBUTED_OPTIMIZER, *RESHARDABLE)
+    resumes(megatron, tmp_path, ("1f1b", "v-zb"), 2, extra, ("params",), [BY_NAME, APEX])
+
+
+def resumes(
+    megatron: Megatron,
+    folder: Path,
+    ways: tuple[str, str],
+    stages: int,
+    extra: tuple[str, ...],
+    compared: tuple[str, ...],
+    hooks: list[dict[str, Any]],
+) -> None:
+    first, second = ways
+    whole = megatron.train(chunked(stages, *extra), steps=6, hooks=hooks)
+    begun = saved(megatron, folder, flags_of(first, stages, *extra), hooks)
     assert begun.ok, begun.logs
-    resumed = megatron.train([*flags(second), "--load", str(tmp_path)], steps=6, dump_at=3)
+    load = ["--load", str(folder)]
+    resumed = megatron.train(
+        [*flags_of(second, stages, *extra), *load], steps=6, dump_at=3, hooks=hooks[1:]
+    )
     assert resumed.ok, resumed.logs
-    parts = {"interleaved": lambda x: 4 + x}
+    parts = {"interleaved": lambda x: stages + x}
     per_part = 2 if second == "1f1b" else 1
-    for what in ("params", "grads"):
-        one = whole_model(whole, what, 4, 1, lambda x: 4 + x)
-        other = whole_model(resumed, what, 4, per_part, parts.get(second, lambda x: 7 - x))
+    for what in compared:
+        one = whole_model(whole, what, stages, 1, lambda x: stages + x)
+        other = whole_model(
+            resumed, what, stages, per_part, parts.get(second, lambda x: 2 * stages - 1 - x)
+        )
         assert one.keys() == other.keys()
         assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("schedule", ["interleaved", "v-half"])
+def test_stock_cannot_load_its_distributed_optimizer_here(
+    megatron: Megatron, tmp_path: Path, schedule: str
+) -> None:
+    """Not what the placement does: interleaving fails alike. We say so when the run begins."""
+    extra = (*DISTRIBUTED_OPTIMIZER, *RESHARDABLE)
+    begun = saved(megatron, tmp_path, flags_of("interleaved", 2, *extra), [])
+    assert begun.ok, begun.logs
+    flags = [*flags_of(schedule, 2, *extra), "--load", str(tmp_path)]
+    resumed = megatron.train(flags, steps=6)
+    assert not resumed.ok
+    assert "assert len(steps) == 1" in resumed.logs
+    said = f"bpipe: --load {tmp_path}: Megatron, stock too, cannot load the state of"
+    assert (said in resumed.log(0)) is (schedule == "v-half")
 
 
 @pytest.mark.long
@@ -235,5 +318,21 @@ def test_checkpoints_that_cannot_be_read(
 )
 def test_what_cannot_be_is_refused_by_name(megatron: Megatron, given: list[str], said: str) -> None:
     refused = megatron.train([*UNTIED_4, "--bpipe-schedule", "v-half", *given], steps=1)
+    assert set(refused.status.values()) == {2}
+    assert said in refused.log(0)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ([], "cannot save tied embeddings in parallel over data parallelism"),
+        (DISTRIBUTED_OPTIMIZER, "cannot save the state of --use-distributed-optimizer"),
+    ],
+)
+def test_what_cannot_be_saved_at_data_parallel_size_2(
+    megatron: Megatron, given: list[str], said: str
+) -> None:
+    flags = [*chunked(2), "--bpipe-schedule", "v-half", "--save", "/nowhere", *given]
+    refused = megatron.train(flags, steps=1)
     assert set(refused.status.values()) == {2}
     assert said in refused.log(0)

@@ -6,6 +6,7 @@ Stock here is Megatron's own 1F1B with its own messages.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -23,7 +24,8 @@ from megatron_bpipe.simulate.recorded.recording import (
     read_report,
 )
 from tests.harness import Megatron
-from tests.harness.compare import difference, evicted
+from tests.harness.compare import difference, difference_across_placements, evicted
+from tests.harness.live_bytes import microbatches_held
 from tests.harness.models import TAMPER, gpt
 from tests.training.combinations import (
     DISTRIBUTED_OPTIMIZER,
@@ -131,6 +133,36 @@ def test_a_weight_gradient_left_out_is_seen(megatron: Megatron) -> None:
     assert difference(stock, megatron.train([*four(), *ZB_H1], hooks=[lost])) is not None
 
 
+def delayed(delay: bool, lose: bool = False) -> dict[str, Any]:
+    how = {"delay": delay, "lose": lose}
+    return {"call": "tests.harness.delayed_linear:like_transformer_engine", "with": how}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("lose", [False, True])
+@pytest.mark.parametrize("schedule", ["zb-h1", "v-half"])
+def test_transformer_engines_way(megatron: Megatron, schedule: str, lose: bool) -> None:
+    """Layers that put their weight gradients off themselves, by a stand-in, under DP 2.
+
+    Where one gradient is lost, it is seen.
+    """
+    ours = ["--bpipe-schedule", schedule]
+    if schedule == "zb-h1":
+        flags = gpt(2, 4, None, *DISTRIBUTED_OPTIMIZER)
+        stock = megatron.train(flags, steps=3, hooks=[delayed(False)])
+        split = megatron.train([*flags, *ours], steps=3, hooks=[delayed(True, lose)])
+        found = difference(stock, split)
+    else:
+        by_name = {"call": "tests.harness.rank:parameters_by_name", "with": {}}
+        virtual = ("--num-virtual-stages-per-pipeline-rank", "2", "--clip-grad", "0")
+        flags = gpt(2, 8, 4, *virtual, *DISTRIBUTED_OPTIMIZER)
+        stock = megatron.train(flags, steps=3, hooks=[delayed(False), by_name])
+        hooks = [delayed(True, lose), by_name]
+        split = megatron.train([*flags, *ours], steps=3, hooks=hooks)
+        found = difference_across_placements(stock, split, 2)
+    assert (found is not None) is lose
+
+
 GPT = Model(
     name="gpt", hidden=64, heads=4, kv_heads=4, layers=4, seq=64, vocab=257, ffn=256, gated=False,
     norm="layernorm", bias=True, tied_embeddings=True, learned_positions=True, dropout=False,
@@ -160,6 +192,19 @@ def test_the_memory_model_knows_what_waits_for_w(
     run = Run(model, layout, 2, 16, "none")
     predicted = left_for_weight(run, 1, head=False, kernels=local_kernels(element))
     assert [stage["left_for_weight_bytes"] for stage in stages[1:3]] == [predicted] * 2
+
+
+def test_live_storage_is_what_the_paper_states(megatron: Megatron) -> None:
+    """No stage more than 1F1B's first, p micro-batches, counted in bytes (docs/schedules.md).
+
+    On the others most wait for W, with 16 of the 18 s b h elements that a layer's forward left.
+    """
+    stock, split = megatron.train(four()), megatron.train([*four(), *ZB_H1])
+    before = [microbatches_held(stock.timeline(stage)) for stage in range(4)]
+    held = [microbatches_held(split.timeline(stage)) for stage in range(4)]
+    assert before == pytest.approx([4, 3, 2, 1], abs=0.05)
+    assert max(held) < 4.05, held
+    assert min(held) > 16 / 18 * 4 - 0.05, held
 
 
 def test_bytes_between_b_and_w(megatron: Megatron) -> None:

@@ -11,6 +11,7 @@ import torch
 from megatron_bpipe.integration.checks.flush_free import check_flush_free
 from megatron_bpipe.integration.checks.hook_points import KNOWN_RELEASES
 from megatron_bpipe.integration.checks.probe import missing, release
+from megatron_bpipe.integration.checks.resume import say_what_cannot_be_resumed
 from megatron_bpipe.integration.checks.schedule import check_schedule
 from megatron_bpipe.integration.log import abort, log_rank0
 from megatron_bpipe.integration.options import MEASURED, TRANSPORTS, Options
@@ -60,6 +61,7 @@ def check_arguments(args: Any, options: Options) -> str | None:
         abort(f"--bpipe cannot run with {flag} {given}; {remedy}")
     check_flush_free(args, options, _microbatches(args))
     _check_recompute(args, options.recompute)
+    say_what_cannot_be_resumed(args)
     notice = check_schedule(args, options, _microbatches(args))
     if notice is not None and options.recompute is not None:
         abort(f"--bpipe-recompute needs something to balance, but {notice}; drop it")

@@ -37,6 +37,8 @@ FUSED_KERNELS = "megatron.legacy.fused_kernels"
 ARGUMENTS = "megatron.training.arguments"
 TRAINING = "megatron.training.training"
 OPTIMIZER = "megatron.core.optimizer.optimizer"
+OPTIMIZERS = "megatron.core.optimizer"
+DISTRIBUTED_OPTIMIZER = "megatron.core.optimizer.distrib_optimizer"
 TRAINING_UTILS = "megatron.training.utils"
 CHECKPOINTING = "megatron.training.checkpointing"
 DIST_UTILS = "megatron.training.models.dist_utils"
@@ -253,6 +255,9 @@ _TRAINING = tuple(
     )
 )
 
+# read to say what stock cannot resume
+_RESUME = (HookPoint(DISTRIBUTED_OPTIMIZER, "HAVE_APEX_OR_TE", feature="training"),)
+
 # replaced under the V placement; reasons in patches/v_placement/__init__.py
 _V_PLACEMENT = tuple(
     HookPoint(module, name, parameters, releases=releases, feature="v_placement")
@@ -262,9 +267,18 @@ _V_PLACEMENT = tuple(
         (PARALLEL_STATE, "is_pipeline_last_stage", ("ignore_virtual", "vp_stage"), ""),
         (PARALLEL_STATE, "initialize_model_parallel", ("get_embedding_ranks",), ""),
         (TRAINING, "get_model", (), ""),
+        (TRAINING, "get_megatron_optimizer", ("config", "model_chunks"), ""),
         (DIST_UTILS, "build_virtual_pipeline_stages", (), ">=0.18"),
         (FINALIZE, "_allreduce_word_embedding_grads", ("model",), ""),
     )
+)
+_ONE_WEIGHT = (
+    HookPoint(
+        OPTIMIZERS,
+        "OptimizerConfig",
+        attributes=("use_distributed_optimizer", "optimizer"),
+        feature="v_placement",
+    ),
 )
 
 # replaced where a second pipeline goes up; reasons in patches/chimera/__init__.py
@@ -365,8 +379,10 @@ _PROFILE = tuple(
 HOOK_POINTS: tuple[HookPoint, ...] = (
     *_SCHEDULE,
     *_TRAINING,
+    *_RESUME,
     *_V_PLACEMENT,
     *_BOTH_WAYS,
+    *_ONE_WEIGHT,
     *_FLUSH_FREE,
     *_CPU,
     *_PROFILE,

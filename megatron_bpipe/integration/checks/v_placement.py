@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from megatron_bpipe.estimate.refusals import V_PLACED
@@ -35,11 +36,29 @@ def _check_save(args: Any, schedule: str) -> None:
             f"--bpipe-schedule {schedule} cannot save with --ckpt-format torch: it holds each "
             "rank's own layers, which another schedule would load as its own; use torch_dist"
         )
-    if is_by_bucket(args):
+    optimizer = getattr(args, "use_distributed_optimizer", False)
+    if optimizer and not getattr(args, "no_save_optim", False):
         abort(
-            f"--bpipe-schedule {schedule} cannot save the distributed optimizer by bucket: another "
-            "schedule would load it for its own layers; add --dist-ckpt-optim-fully-reshardable"
+            f"--bpipe-schedule {schedule} cannot save the state of --use-distributed-optimizer: "
+            "what was resumed from it did not train on bit for bit; add --no-save-optim, or drop "
+            "--use-distributed-optimizer"
         )
+    if _saves_both_ends(args):
+        abort(
+            f"--bpipe-schedule {schedule} cannot save tied embeddings in parallel over data "
+            "parallelism: both ends are on one rank, and Megatron would have it write them both; "
+            "add --no-ckpt-fully-parallel-save, or --untie-embeddings-and-output-weights"
+        )
+
+
+def _saves_both_ends(args: Any) -> bool:
+    """Whether a rank is told to save what embedding and head share once for each of them."""
+    if getattr(args, "untie_embeddings_and_output_weights", False):
+        return False
+    model = args.tensor_model_parallel_size * args.pipeline_model_parallel_size
+    model *= getattr(args, "context_parallel_size", 1)
+    copies = int(os.environ.get("WORLD_SIZE", "1")) // model
+    return copies > 1 and bool(getattr(args, "ckpt_fully_parallel_save", True))
 
 
 def is_by_rank(args: Any) -> bool:

@@ -14,10 +14,11 @@ parallel_state.get_pipeline_model_parallel_group       gives chunk 1 a group tha
 parallel_state.set_pipeline_model_parallel_rank        called: functions that ask the global rank
 parallel_state.is_pipeline_last_stage                  data sets are made outside of any chunk: the
                                                        last part is chunk 1 of stage 0
-parallel_state.initialize_model_parallel               both copies of tied embeddings are on stage
+parallel_state.initialize_model_parallel               both ends of tied embeddings are on stage
                                                        0, so that group is stage 0 alone
 training.get_model, (from 0.18)                        the model builder's arguments and context
 dist_utils.build_virtual_pipeline_stages
+training.get_megatron_optimizer                        gets one weight of both ends (`tied.py`)
 chunk 1's ``sharded_state_dict``                       reads layer offsets when it saves and loads
 finalize_model_grads._allreduce_word_embedding_grads   sums the tied gradients on stage 0
 checkpointing.check_checkpoint_args                    another placement in a format that cannot be

@@ -15,7 +15,7 @@ from megatron_bpipe.integration.checks.hook_points import (
 )
 from megatron_bpipe.integration.patches.v_placement.build import with_v_placed_chunks
 from megatron_bpipe.integration.patches.v_placement.mirror import UPWARD_CHUNK, Mirror
-from megatron_bpipe.integration.patches.v_placement.tied import with_local_sum
+from megatron_bpipe.integration.patches.v_placement.tied import with_local_sum, with_one_weight
 
 
 class Patches(Protocol):
@@ -46,6 +46,7 @@ def place_as_v(patches: Patches, use: Callable[[Mirror], None]) -> None:
 
     def build(mirror: Mirror, training: ModuleType) -> None:
         patches.replace(training, "get_model", lambda stock: with_v_placed_chunks(stock, mirror))
+        patches.replace(training, "get_megatron_optimizer", with_one_weight)
         patches.when_imported(DIST_UTILS, functools.partial(build_by_config, mirror))
 
     def build_by_config(mirror: Mirror, dist_utils: ModuleType) -> None:

@@ -1,15 +1,21 @@
 """Tied embeddings: both ends are on one stage, so what Megatron sends is done on the spot.
 
-As in Megatron each end keeps a copy, which starts equal and gets the sum of both gradients, so
-both stay equal.  Two copies on one stage need memory that Megatron has on two; in return the sums
-are Megatron's, bit for bit, whatever the data parallelism and the optimizer.
+Megatron adds each end's gradients up by itself over the micro-batches, reduces each over data
+parallelism, and then adds the two. Added up in one Parameter they would come in another order and
+round differently. So each end keeps a Parameter and its gradient, and the sums are Megatron's, bit
+for bit. The weight is one: both Parameters have one storage, and the optimizer knows the embedding
+alone. Only the distributed optimizer keeps two of everything: each chunk's weights lie in a buffer
+of its own, and it goes through every weight of a buffer.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
+
+CHANGES_IN_PLACE = ("adam", "sgd")  # and leaves a Parameter's storage where it is
 
 
 def tie(first: Any, last: Any) -> None:
@@ -17,6 +23,30 @@ def tie(first: Any, last: Any) -> None:
     if _shares(first, last):
         weight = last.shared_embedding_or_output_weight()
         weight.data.copy_(first.shared_embedding_or_output_weight().data)
+
+
+def with_one_weight(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """``get_megatron_optimizer``, which gets one weight of the two ends."""
+
+    @functools.wraps(stock)
+    def get_megatron_optimizer(*positional: Any, **named: Any) -> Any:
+        bound = inspect.signature(stock).bind(*positional, **named)
+        optimizer_config, chunks = (bound.arguments[name] for name in ("config", "model_chunks"))
+        by_buffer = optimizer_config.use_distributed_optimizer
+        by_buffer |= optimizer_config.optimizer not in CHANGES_IN_PLACE
+        first, last = map(unwrapped, (chunks[0], chunks[-1]))
+        if by_buffer or not _shares(first, last):
+            return stock(*positional, **named)
+        head = last.shared_embedding_or_output_weight()
+        head.data = first.shared_embedding_or_output_weight().data
+        trained = head.requires_grad
+        head.requires_grad_(False)  # what is not trained it leaves out
+        try:
+            return stock(*positional, **named)
+        finally:
+            head.requires_grad_(trained)
+
+    return get_megatron_optimizer
 
 
 def with_local_sum(stock: Callable[..., Any]) -> Callable[..., Any]:
