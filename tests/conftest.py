@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,30 +24,45 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what trains, and say what runs beside what under pytest-xdist (scripts/test.sh).
 
     What lies in ``tests/training`` is marked ``trains``; elsewhere tests say so themselves.
-    Trainings come first and all in one process, which shares their runs; the rest file by file.
+    What trains comes first, so that short tests are left to fill the last seconds. A file's tests
+    stay in one process; trainings go function by function, unless their file sets something up.
     """
 
-    def shares_runs(item: pytest.Item) -> bool:
+    def trains(item: pytest.Item) -> bool:
         return "megatron" in getattr(item, "fixturenames", ())
 
-    items.sort(key=shares_runs, reverse=True)  # the order within both stays
+    items.sort(key=trains, reverse=True)  # the order within both stays
+    sets_up = {item.path for item in items if _of_the_module(item)}
     for item in items:
         if item.path.is_relative_to(TRAINING):
             item.add_marker("trains")
-        group = "training" if shares_runs(item) else str(item.path.relative_to(HERE))
+        group = str(item.path.relative_to(HERE))
+        if trains(item) and item.path not in sets_up:
+            group += f", {getattr(item, 'originalname', item.name)}"
         item.add_marker(pytest.mark.xdist_group(group))
+
+
+def _of_the_module(item: pytest.Item) -> bool:
+    """Whether a fixture is shared by the tests of the file."""
+    info = getattr(item, "_fixtureinfo", None)
+    definitions = info.name2fixturedefs.values() if info is not None else ()
+    return any(one.scope == "module" for several in definitions for one in several)
 
 
 @pytest.fixture(scope="session")
 def megatron(
     tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config
 ) -> Iterator[Megatron]:
-    """Runs of the real training loop on a dataset of real text."""
-    from scripts.examples.prepare_data import write_dataset
-
-    folder = tmp_path_factory.mktemp("megatron")
-    data = write_dataset(folder / "text", max_bytes=512 * 2**10)
-    runs = Megatron(folder, [*data.flags(), "--data-cache-path", str(folder / "cache")])
+    """Runs of the real training loop on real text; pytest-xdist's workers share them."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if hasattr(pytestconfig, "workerinput") else base) / "megatron"
+    folder.mkdir(exist_ok=True)
+    own = tmp_path_factory.mktemp("data")
+    runs = Megatron(folder, [])
+    written = runs.script("write_text.py", [str(own / "text")], world=1)  # imported there already
+    assert written.ok, written.logs
+    runs.data = json.loads((own / "text.json").read_text())
+    runs.data += ["--data-cache-path", str(own / "cache")]
     if "not long" in pytestconfig.getoption("markexpr"):
         runs.steps = QUICK_STEPS
     yield runs

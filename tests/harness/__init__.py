@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import hashlib
+import itertools
 import json
 import os
 import selectors
@@ -9,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -71,7 +76,7 @@ class Megatron:
     """Starts runs; equal requests share one result.
 
     Attributes:
-        folder: for everything that runs write.
+        folder: for everything that runs write; processes with the same one share results.
         data: Megatron's flags for the dataset.
         megatron: folder whose ``megatron`` is used instead of the installed one.
         also: folders with what that one needs and this environment lacks.
@@ -113,14 +118,20 @@ class Megatron:
         steps = steps or self.steps
         request = {"world": world, "argv": flags, "hooks": hooks or [], "env": env or {}}
         request["nodes"] = nodes
-        key = json.dumps(request | {"steps": steps, "report": report})
-        if key not in self._results or fresh:
+        job = request | {"script": str(self.training_script)}
+        job["dump_at"] = steps if dump_at is None else dump_at
+
+        def run() -> Result:
             out = self._new_folder()
             argv = [*flags, *self.data, "--train-iters", str(steps)]
             argv += ["--bpipe-report", str(out / "report")] if report else []
-            job = request | {"script": str(self.training_script), "argv": argv}
-            job["dump_at"] = steps if dump_at is None else dump_at
-            self._results[key] = self._run(job, out, timeout)
+            return self._run(job | {"argv": argv}, out, timeout)
+
+        if fresh:
+            return run()
+        key = json.dumps(job | {"steps": steps, "report": report})
+        if key not in self._results:
+            self._results[key] = self._once(key, run)
         return self._results[key]
 
     def script(
@@ -137,10 +148,26 @@ class Megatron:
         job = {"world": world, "script": str(path), "argv": argv, "hooks": [], "env": env or {}}
         return self._run(job | {"dump_at": None}, self._new_folder(), timeout)
 
+    def _once(self, key: str, run: Callable[[], Result]) -> Result:
+        """What ``run`` gives: of all processes that ask for ``key`` one runs, the others wait."""
+        name = hashlib.sha256(key.encode()).hexdigest()[:16]
+        kept = self.folder / f"{name}.json"
+        with (self.folder / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not kept.exists():
+                result = run()
+                kept.write_text(json.dumps([str(result.out), list(result.status.items())]))
+                return result
+        out, status = json.loads(kept.read_text())
+        return Result(Path(out), dict(status))
+
     def _new_folder(self) -> Path:
-        out = self.folder / f"run{len(list(self.folder.glob('run*'))):03d}"
-        out.mkdir()
-        return out
+        for number in itertools.count(len(list(self.folder.glob("run*")))):
+            out = self.folder / f"run{number:03d}"
+            with contextlib.suppress(FileExistsError):  # another process has just made it
+                out.mkdir()
+                return out
+        raise AssertionError
 
     def _run(self, job: dict[str, Any], out: Path, timeout: float) -> Result:
         job = job | {"out": str(out), "timeout": timeout, "port": free_port()}
@@ -158,6 +185,10 @@ class Megatron:
                 os.killpg(self._fork_server.pid, signal.SIGKILL)
                 self._fork_server.wait()
             self._fork_server = None
+
+    @property
+    def _fork_server_log(self) -> Path:
+        return self.folder / f"fork_server-{os.getpid()}.log"
 
     def _ask(self, job: dict[str, Any], timeout: float) -> dict[str, Any]:
         if self._fork_server is None:
@@ -179,7 +210,7 @@ class Megatron:
             environment["CUDA_HOME"] = "/nonexistent"
             environment["TORCH_EXTENSIONS_DIR"] = str(self.folder / "extensions")
         environment["TMPDIR"] = str(self.folder)  # it leaves without cleaning up, too
-        log = (self.folder / "fork_server.log").open("w")
+        log = self._fork_server_log.open("w")
         self._fork_server = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -206,7 +237,7 @@ class Megatron:
                 raise TimeoutError(f"no answer from the test ranks within {timeout} s")
         line = self._fork_server.stdout.readline()
         if not line:
-            log = (self.folder / "fork_server.log").read_text()[-3000:]
+            log = self._fork_server_log.read_text()[-3000:]
             self._fork_server = None
             raise RuntimeError(f"the process that forks test ranks died:\n{log}")
         answer: dict[str, Any] = json.loads(line)

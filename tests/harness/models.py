@@ -26,6 +26,7 @@ def gpt(
         *("--eval-interval", "1000"),
         *("--log-interval", "1"),
         *("--seed", "1234"),
+        *("--num-workers", "0"),  # a tenth of a run's time is its data loaders' processes
         *("--distributed-timeout-minutes", "2"),
         *cpu_flags(),
         *extra,
@@ -38,5 +39,7 @@ def without(flags: list[str], flag: str) -> list[str]:
     return flags[:at] + flags[at + 2 :]
 
 
+DATA_LOADERS = ("--num-workers", "2")
+"""Megatron's default: processes that load data, so that a rank's allocator does not see it."""
 TAMPER = {"call": "tests.harness.rank:tamper_with_loads", "with": {"byte": 1026}}
 ALLOCATOR = {"call": "tests.harness.rank:allocator_agrees", "with": {}}

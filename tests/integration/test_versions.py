@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from megatron.core import package_info
 
 from megatron_bpipe.integration.checks import probe
 from megatron_bpipe.integration.checks.hook_points import BACKWARD_STEP, KNOWN_RELEASES
@@ -91,7 +90,7 @@ GIVEN = {"input_tensor": 1, "output_tensor": 2, "output_tensor_grad": 3, "config
 def test_what_a_release_lacks_is_left_out(
     monkeypatch: pytest.MonkeyPatch, version: str, helper: Any, returned: tuple[object, object]
 ) -> None:
-    monkeypatch.setattr(package_info, "__version__", version)
+    monkeypatch.setattr("megatron.core.package_info.__version__", version)
     probe._taken.cache_clear()
     assert call_known(BACKWARD_STEP, helper, **GIVEN, model_type=5) == returned
 
@@ -107,7 +106,7 @@ def test_what_a_release_lacks_is_left_out(
 def test_what_vanished_is_named(
     monkeypatch: pytest.MonkeyPatch, version: str, helper: Any, vanished: str
 ) -> None:
-    monkeypatch.setattr(package_info, "__version__", version)
+    monkeypatch.setattr("megatron.core.package_info.__version__", version)
     probe._taken.cache_clear()
     minor = version.rpartition(".")[0]
     with pytest.raises(

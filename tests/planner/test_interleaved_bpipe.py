@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 
 import pytest
@@ -13,6 +14,7 @@ from megatron_bpipe.estimate.models import llama
 from megatron_bpipe.estimate.paper.refined import bytes_moved
 from megatron_bpipe.estimate.runs import Layout, Run
 from megatron_bpipe.estimate.time.scheduled import budgets_of, held_by_stage, schedule_of
+from megatron_bpipe.planner.evaluate import Predictor
 from megatron_bpipe.planner.inputs.cluster import preset
 from megatron_bpipe.planner.inputs.flags import Fixed, read_flags
 from megatron_bpipe.planner.inputs.sources import from_layer_model
@@ -26,7 +28,12 @@ from megatron_bpipe.schedule.validation.occupancy import occupancy
 
 MODEL = llama("7 B", hidden=4096, heads=32, layers=32, seq=4096)
 RUN = Run(MODEL, Layout(pp=4), 1, 32, "flash", chunks=2)
-PREDICTOR = from_layer_model(2, FIXED_OVERHEAD)
+
+
+@functools.cache
+def predictor() -> Predictor:
+    """Fitted, which takes a second."""
+    return from_layer_model(2, FIXED_OVERHEAD)
 
 
 def test_budgets_are_from_what_stage_0_holds_to_the_least() -> None:
@@ -70,7 +77,7 @@ def test_every_budget_is_tried_until_one_fits() -> None:
     refused = Refused()
     tried: dict[int, list[float | None]] = {}
     (shape,) = shapes(question, refused)
-    for candidate, _ in ways(question, shape, PREDICTOR, refused):
+    for candidate, _ in ways(question, shape, predictor(), refused):
         if way_of(candidate.run) == "interleaved BPipe":
             tried.setdefault(candidate.run.chunks, []).append(candidate.run.budget)
     assert tried[2] == [5, 4.5]
@@ -83,7 +90,7 @@ def test_what_the_user_asks_for_is_planned_and_printed() -> None:
     words += ["--tensor-model-parallel-size", "1", "--micro-batch-size", "1"]
     fixed = read_flags(words).fixed
     found = search(
-        Question(MODEL, preset("A100-80GB", 4, 4), 32, fixed, attentions=("flash",)), PREDICTOR
+        Question(MODEL, preset("A100-80GB", 4, 4), 32, fixed, attentions=("flash",)), predictor()
     )
     plan = found.best_of("interleaved BPipe")
     assert plan is not None

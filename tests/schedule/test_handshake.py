@@ -45,7 +45,7 @@ def test_it_ends(p: int, m: int) -> None:
     assert run_handshake(schedule, [[] for _ in range(p)]) == {}
 
 
-@pytest.mark.parametrize(("p", "chunks"), itertools.product((4, 6, 8, 16), (2, 3)))
+@pytest.mark.parametrize(("p", "chunks"), [*itertools.product((4, 6, 8, 16), (2, 3))])
 def test_interleaved_schedules_end_too(p: int, chunks: int) -> None:
     spec = ScheduleSpec(
         name="interleaved", p=p, m=2 * p, chunks=chunks, group=p, balanced=True, budget=None

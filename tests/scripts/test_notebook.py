@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import ast
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 NOTEBOOK = Path(__file__).parents[2] / "scripts" / "examples" / "notebook.ipynb"
 
@@ -23,7 +26,10 @@ def run_cells(cells: list[str]) -> list[Any]:
     return [value for value in values if value is not None]
 
 
-def test_the_notebook(capsys) -> None:
+def test_the_notebook(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # it keeps the reports it makes
     document = json.loads(NOTEBOOK.read_text(encoding="utf-8"))
     assert document["nbformat"] == 4
     cells = ["".join(c["source"]) for c in document["cells"] if c["cell_type"] == "code"]

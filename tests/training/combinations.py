@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.harness.models import ALLOCATOR, gpt, without
+from tests.harness.models import ALLOCATOR, DATA_LOADERS, gpt, without
 
 if TYPE_CHECKING:
     from _pytest.mark import ParameterSet
@@ -60,7 +60,7 @@ COMBINATIONS = {
     "pp4 bf16, all timers": Combination(4, four("--bf16", "--timing-log-level", "2"), quick=True),
     "pp4 fp16 with loss scaling": Combination(4, four("--fp16", "--initial-loss-scale", "1024")),
     # the runs of measured/test_memory.py too
-    "pp8": Combination(8, gpt(8, 16, hidden=128), [ALLOCATOR], quick=True),
+    "pp8": Combination(8, gpt(8, 16, None, *DATA_LOADERS, hidden=128), [ALLOCATOR], quick=True),
     "pp8 bf16": Combination(8, gpt(8, 9, None, "--bf16")),
     "uneven layers": Combination(
         4,

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from tests.harness import Megatron, Result
-from tests.harness.models import ALLOCATOR, gpt
+from tests.harness.models import ALLOCATOR, DATA_LOADERS, gpt
 
 
 def runs(megatron: Megatron, stages: int) -> tuple[Result, Result]:
-    flags = gpt(stages, 2 * stages, hidden=128)
+    flags = gpt(stages, 2 * stages, None, *DATA_LOADERS, hidden=128)
     stock = megatron.train(flags, world=stages, hooks=[ALLOCATOR])
     bpipe = megatron.train([*flags, "--bpipe"], world=stages, hooks=[ALLOCATOR])
     assert stock.ok, stock.logs
