@@ -16,7 +16,7 @@ from megatron_bpipe.simulate.recorded.overlay import overlay
 from megatron_bpipe.simulate.recorded.recording import read_report
 from tests.harness import Megatron
 from tests.harness.compare import difference, evicted
-from tests.harness.models import ALLOCATOR, TAMPER, gpt
+from tests.harness.models import ALLOCATOR, DATA_LOADERS, TAMPER, gpt
 from tests.harness.stand_in_gpu import INSTEAD, NEEDS_COMPILER
 from tests.training.combinations import COMBINATIONS, FUSION
 from tests.training.test_interleaved import COMBINATIONS as INTERLEAVED
@@ -208,7 +208,7 @@ def test_zero_bubble(megatron: Megatron) -> None:
 
 @pytest.mark.long
 def test_the_allocator_agrees(megatron: Megatron) -> None:
-    result = megatron.train([*DEEP, *LEAST], steps=4, hooks=[ALLOCATOR])
+    result = megatron.train([*DEEP, *LEAST, *DATA_LOADERS], steps=4, hooks=[ALLOCATOR])
     assert result.ok, result.logs
 
 
