@@ -7,7 +7,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 scripts/setup.sh
 selection=(-m 'not long and not cluster')
 if [[ ${1:-} == --all ]]; then
-  selection=(--equality-table docs/results/equality.md)
+  selection=(--equality-table=docs/results/equality.md)
   shift
 fi
 .venv/bin/ruff check .
