@@ -45,6 +45,15 @@ class Shape:
         return list(dict.fromkeys([*self.fast, *limited]))
 
     @cached_property
+    def zb_h1(self) -> list[Run]:
+        """ZB-H1 with each of those partitions; none where it may not run."""
+        run = self.base.run
+        if run.chunks > 1 or run.layout.pp == 1 or not self.question.may_run("zb-h1"):
+            return []
+        run = replace(run, schedule="zb-h1")
+        return [with_layers(run, part) for part in self.with_fitting(run)]
+
+    @cached_property
     def fits_plainly(self) -> bool:
         """Whether 1F1B surely fits with a partition that is fast."""
         return any(self.surely_fits(with_layers(self.base.run, part)) for part in self.fast)

@@ -117,14 +117,7 @@ def _interleaved_bpipe(shape: Shape) -> Iterator[Family]:
 
 def _zb_h1(shape: Shape) -> Iterator[Family]:
     """ZB-H1 with the partitions that 1F1B is tried with."""
-    yield from ([run] for run in _zb_h1_runs(shape))
-
-
-def _zb_h1_runs(shape: Shape) -> Iterator[Run]:
-    run = shape.base.run
-    if run.chunks == 1 and run.layout.pp > 1 and shape.question.may_run("zb-h1"):
-        run = replace(run, schedule="zb-h1")
-        yield from (with_layers(run, part) for part in shape.with_fitting(run))
+    yield from ([run] for run in shape.zb_h1)
 
 
 def _zb_h1_bpipe(shape: Shape) -> Iterator[Family]:
@@ -132,7 +125,7 @@ def _zb_h1_bpipe(shape: Shape) -> Iterator[Family]:
     fixed = shape.question.fixed
     if fixed.transport == "host":
         return
-    for run in _zb_h1_runs(shape):
+    for run in shape.zb_h1:
         budgets = _few(_budgets(shape, shape.surely_fits(run)))
         yield [replace(run, bpipe=True, budget=budget) for budget in budgets]
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from operator import mul
 from typing import Literal
 
 from megatron_bpipe.estimate.errors import EstimateError
@@ -29,7 +30,11 @@ from megatron_bpipe.estimate.memory.activations import (
     softmax_bytes,
     whole_layer,
 )
-from megatron_bpipe.estimate.memory.parameters import matrix_shapes, stage_parameters
+from megatron_bpipe.estimate.memory.parameters import (
+    Parameters,
+    matrix_shapes,
+    stage_parameters,
+)
 from megatron_bpipe.estimate.memory.weight_gradients import left_for_weight
 from megatron_bpipe.estimate.models import padded_vocab
 from megatron_bpipe.estimate.runs import Run
@@ -117,9 +122,12 @@ def memory_by_stage(
 ) -> tuple[StageMemory, ...]:
     """The peak of each stage from 0 to p-1 under the run's schedule."""
     sizes = layer_sizes(run, kernels)
-    each = tuple(micro_batch_bytes(run, x, kernels, sizes) for x in range(run.layout.pp))
+    like = _first_alike(run)
+    once = {x: micro_batch_bytes(run, x, kernels, sizes) for x in set(like)}
+    each = tuple(once[x] for x in like)
+    static = {x: (stage_parameters(run, x), _placeholders(run, x, kernels)) for x in set(like)}
     alike = (_logits(run, kernels), _recomputed(run, kernels), _layer_gradients(run, kernels))
-    own = _held_bytes(run, each, sizes, kernels)
+    own = _held_bytes(run, each, like, sizes, kernels)
     first = chunk_bytes(run, 0, 0, sizes)
     if run.entry.splits_backward:
         first -= left_for_weight(run, 0, False, kernels, 0)  # which waits for W
@@ -127,7 +135,7 @@ def memory_by_stage(
     embedding = max(0, _embedding_gradient(run, kernels) - max(0, first))
     found = []
     for stage in range(run.layout.pp):
-        memory = _stage_memory(run, stage, own[stage], each, kernels, state)
+        memory = _stage_memory(run, stage, own[stage], each, *static[like[stage]], state)
         logits = alike[0] if stage == run.head_stage else 0
         found.append(
             StageMemory(
@@ -159,53 +167,83 @@ def verdict(needed_gib: float, capacity_gib: float = 80.0) -> Verdict:
     return "yes" if needed_gib < capacity_gib else "no"
 
 
+def _first_alike(run: Run) -> list[int]:
+    """For each stage the first one with as many layers in each chunk and the same ends."""
+    last = run.layout.pp - 1
+    if run.model.moe_layers:
+        return list(range(last + 1))
+    first: dict[tuple[object, ...], int] = {}
+    found = []
+    for x in range(last + 1):
+        sizes = [run.partition[run.part(x, c)] for c in range(run.chunks)] if run.partition else ()
+        found.append(first.setdefault((x == 0, x == run.head_stage, x == last, *sizes), x))
+    return found
+
+
 def _stage_memory(
-    run: Run, stage: int, own: int, each: Sequence[int], kernels: Kernels, state: StateBytes
+    run: Run,
+    stage: int,
+    own: int,
+    each: Sequence[int],
+    parameters: Parameters,
+    placeholders: int,
+    state: StateBytes,
 ) -> tuple[int, int, int, int, int]:
     """Weights, gradients, optimizer, activations and pool of one stage.
 
-    ``own`` bytes of its activations; ``each`` has those of one micro-batch on every stage.
+    ``own`` bytes of its activations; ``each`` has those of one micro-batch on every stage;
+    ``placeholders`` see ``_placeholders``.
     """
-    layout, held = run.layout, held_by_stage(run)
-    parameters = stage_parameters(run, stage)
+    layout = run.layout
     shards, expert_shards = 1, 1
     if run.distributed_optimizer:
         shards, expert_shards = layout.dp * layout.cp, layout.expert_dp
     optimizer = parameters.dense / shards + parameters.experts / expert_shards
-    other = partner(stage, layout.pp)
+    other = partner(stage, layout.pp) if run.bpipe else None
     return (
         _versions(run, stage) * state.weights * parameters.total,
-        state.gradients * parameters.total + _placeholders(run, stage, kernels),
+        state.gradients * parameters.total + placeholders,
         round(state.optimizer * optimizer),
         own,
-        0 if other is None else held[other][1] * (each[other] // run.chunks),
+        0 if other is None else held_by_stage(run)[other][1] * (each[other] // run.chunks),
     )
 
 
-def _held_bytes(run: Run, each: Sequence[int], sizes: Sizes, kernels: Kernels) -> list[int]:
-    """Activations of every stage at their peak."""
+def _held_bytes(
+    run: Run, each: Sequence[int], like: Sequence[int], sizes: Sizes, kernels: Kernels
+) -> list[int]:
+    """Activations of every stage at their peak; ``like`` see ``_first_alike``."""
     if not run.entry.splits_backward:
         held = held_by_stage(run)
         return [held[x][0] * (bytes_ // run.chunks) for x, bytes_ in enumerate(each)]
+    chunks = {x: _chunk_bytes(run, x, each[x], sizes, kernels) for x in set(like)}
     found = []
     for stage, moments in enumerate(moments_by_stage(run)):
-        has_head = stage == run.head_stage
-        whole, left = [], []
-        for chunk in range(run.chunks):
-            ends = has_head and chunk == run.chunks - 1
-            whole.append(chunk_bytes(run, stage, chunk, sizes))
-            left.append(left_for_weight(run, stage, ends, kernels, chunk))
-        whole[0] += each[stage] - sum(whole)  # what the embedding keeps
-        head = head_saved_bytes(run, kernels) if has_head else 0
+        whole, left = chunks[like[stage]]
+        head = head_saved_bytes(run, kernels) if stage == run.head_stage else 0
         found.append(
             max(
-                sum(n * size for n, size in zip(moment.whole, whole, strict=True))
-                + sum(n * size for n, size in zip(moment.waiting, left, strict=True))
+                sum(map(mul, moment.whole, whole))
+                + sum(map(mul, moment.waiting, left))
                 + moment.heads * head
                 for moment in moments
             )
         )
     return found
+
+
+def _chunk_bytes(
+    run: Run, stage: int, each: int, sizes: Sizes, kernels: Kernels
+) -> tuple[list[int], list[int]]:
+    """What one activation of each chunk of a stage keeps before B, and between B and W.
+
+    ``each`` is what one micro-batch keeps on the stage.
+    """
+    last = run.chunks - 1 if stage == run.head_stage else None
+    whole = [chunk_bytes(run, stage, chunk, sizes) for chunk in range(run.chunks)]
+    left = [left_for_weight(run, stage, c == last, kernels, c) for c in range(run.chunks)]
+    whole[0] += each - sum(whole)  # what the embedding keeps
+    return whole, left
 
 
 def _versions(run: Run, stage: int) -> int:
