@@ -18,7 +18,7 @@ from megatron_bpipe.placement import ParallelShape, make_report
 from megatron_bpipe.planner.inputs.hugging_face import read_config
 from megatron_bpipe.planner.output.megatron_flags import model_flags, plan_flags
 from tests.harness import Megatron
-from tests.planner.families import DEEPSEEK_V3, MIXTRAL_8X7B, PUBLISHED, QWEN2_72B
+from tests.planner.inputs.families import DEEPSEEK_V3, MIXTRAL_8X7B, PUBLISHED, QWEN2_72B
 
 CLUSTER = ["--gpu", "H100-80GB", "--gpus", "32", "--global-batch", "128"]
 MIXED = """

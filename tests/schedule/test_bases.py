@@ -34,7 +34,7 @@ from megatron_bpipe.schedule.bases.pipedream import (
 from megatron_bpipe.schedule.bases.v_shape import v_shape
 from megatron_bpipe.schedule.errors import ScheduleError
 from megatron_bpipe.schedule.validation.occupancy import occupancy
-from tests.schedule.timetable import timetable
+from tests.schedule.flush_free.timetable import timetable
 
 # As printed in the draft, columns from 0; * is a bubble, MF and MB are mini-batches.
 GPIPE = """

@@ -10,8 +10,8 @@ what a row-parallel layer puts out is whole on every rank::
     last FFN        e f/t    and  e h
 
 A GPT block with t = 1 and f = 4 h keeps 7 h of inputs and 9 h of gradients a token: 16 e s b h,
-which is what runs were measured to keep (tests/training/test_zero_bubble.py).  Recomputation
-changes nothing here: B makes the inputs anew and leaves them.
+which is what runs were measured to keep (tests/training/schedules/test_zero_bubble.py).
+Recomputation changes nothing here: B makes the inputs anew and leaves them.
 
 Units: bytes per GPU.
 """

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from megatron_bpipe.integration.checks.flush_free import check_flush_free
 from megatron_bpipe.integration.checks.hook_points import KNOWN_RELEASES
 from megatron_bpipe.integration.checks.probe import missing, release
 from megatron_bpipe.integration.checks.resume import say_what_cannot_be_resumed
 from megatron_bpipe.integration.checks.schedule import check_schedule
+from megatron_bpipe.integration.checks.schedules.flush_free import check_flush_free
 from megatron_bpipe.integration.log import abort, log_rank0
 from megatron_bpipe.integration.options import MEASURED, TRANSPORTS, Options
 from megatron_bpipe.runtime.torch_internals import probe

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from megatron_bpipe.integration.checks.chimera import check_both_ways
-from megatron_bpipe.integration.checks.flush_free import check_balance
-from megatron_bpipe.integration.checks.split_backward import check_split_backward
-from megatron_bpipe.integration.checks.v_placement import check_v_placement
+from megatron_bpipe.integration.checks.schedules.chimera import check_both_ways
+from megatron_bpipe.integration.checks.schedules.flush_free import check_balance
+from megatron_bpipe.integration.checks.schedules.split_backward import check_split_backward
+from megatron_bpipe.integration.checks.schedules.v_placement import check_v_placement
 from megatron_bpipe.integration.log import abort
 from megatron_bpipe.integration.options import MEASURED, Options
 from megatron_bpipe.schedule.balancing.balance import BudgetError

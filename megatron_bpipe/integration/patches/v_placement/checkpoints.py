@@ -11,7 +11,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from megatron_bpipe.integration.checks.v_placement import is_by_bucket, is_by_rank
+from megatron_bpipe.integration.checks.schedules.v_placement import is_by_bucket, is_by_rank
 from megatron_bpipe.integration.log import abort
 from megatron_bpipe.schedule.bases.catalogue import CATALOGUE
 

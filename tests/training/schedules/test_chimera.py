@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from megatron_bpipe.estimate.refusals import BOTH_WAYS
-from megatron_bpipe.integration.checks.chimera import check_both_ways
+from megatron_bpipe.integration.checks.schedules.chimera import check_both_ways
 from megatron_bpipe.integration.log import Abort
 from megatron_bpipe.integration.options import Options
 from tests.harness import Megatron, Result

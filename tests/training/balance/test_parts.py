@@ -19,8 +19,8 @@ from tests.harness.compare import difference, evicted
 from tests.harness.models import ALLOCATOR, DATA_LOADERS, TAMPER, gpt
 from tests.harness.stand_in_gpu import INSTEAD, NEEDS_COMPILER
 from tests.training.combinations import COMBINATIONS, FUSION
-from tests.training.test_interleaved import COMBINATIONS as INTERLEAVED
-from tests.training.test_interleaved import four as chunked
+from tests.training.schedules.test_interleaved import COMBINATIONS as INTERLEAVED
+from tests.training.schedules.test_interleaved import four as chunked
 
 FOUR = ["--bpipe", "--bpipe-parts", "4"]
 LEAST = [*FOUR, "--bpipe-budget", "2.75"]

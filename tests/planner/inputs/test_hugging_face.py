@@ -12,7 +12,7 @@ from megatron_bpipe.estimate.errors import EstimateError
 from megatron_bpipe.estimate.memory.parameters import model_parameters
 from megatron_bpipe.estimate.models import Model
 from megatron_bpipe.planner.inputs.hugging_face import read_config
-from tests.planner.families import (
+from tests.planner.inputs.families import (
     DEEPSEEK_V3,
     GPT2_XL,
     GPT_OSS_120B,

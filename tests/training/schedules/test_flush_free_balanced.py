@@ -12,7 +12,7 @@ from megatron_bpipe.simulate.recorded.recording import read_report
 from tests.harness import Megatron, Result
 from tests.harness.compare import difference, evicted
 from tests.harness.models import TAMPER, gpt
-from tests.training.test_flush_free import (
+from tests.training.schedules.test_flush_free import (
     CASES,
     DROPOUT,
     ONCE,

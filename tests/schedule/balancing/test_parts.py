@@ -24,7 +24,7 @@ from megatron_bpipe.schedule import (
 )
 from megatron_bpipe.schedule.bases.interleaved import interleaved
 from megatron_bpipe.schedule.handshake import check_handshake
-from tests.schedule import own_forward
+from tests.schedule.balancing import own_forward
 from tests.schedule.oracle import counts_in_parts, exhaustive_in_parts, lives_in_parts, words
 
 

@@ -1,0 +1,1 @@
+"""What each schedule that is not Megatron's own refuses at start-up, by name."""

@@ -1,0 +1,1 @@
+"""What the planner reads: flags, clusters, Hugging Face configurations."""

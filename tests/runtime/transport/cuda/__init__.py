@@ -1,0 +1,1 @@
+"""Transports on CUDA, over stand-ins for the driver and its streams."""

@@ -1,0 +1,1 @@
+"""Evictions, loads and loans added to a schedule."""

@@ -1,0 +1,1 @@
+"""Schedules that run on over the optimizer steps."""

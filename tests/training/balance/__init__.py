@@ -1,0 +1,1 @@
+"""Balance in parts, and by what was measured, in Megatron's loop."""

@@ -1,0 +1,1 @@
+"""Every schedule in Megatron's loop, against stock or an independent reference."""
