@@ -201,7 +201,8 @@ def _page(rows: list[Row]) -> str:
         f"mode over {len(TRANSPORTS)} transports: {'; '.join(MODES)} "
         "(`tests/harness/scripts/core_loop.py`).",
         "- *training*: the training loop, PP 4, 8 micro-batches; interleaved: 2 chunks a stage, 12 "
-        f"micro-batches, `{INTERLEAVED[-1]}` ([why](../schedules.md#what-was-compared-bitwise)); "
+        f"micro-batches, `{INTERLEAVED[-1]}` "
+        "([why](../schedules/README.md#what-was-compared-bitwise)); "
         "wheels through `scripts/examples/pretrain_gpt.py`, a checkout through its own "
         "`pretrain_gpt.py`.",
         "",

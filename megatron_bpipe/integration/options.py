@@ -133,7 +133,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         default=PAPER,
         help="Who keeps whose activations: paper pairs stages x and p-1-x; measured looks at every "
         "stage's bytes in the first iteration, and from the second on whoever has room lends to "
-        "whoever needs it, so that the fullest GPU is as empty as can be (docs/measured.md).",
+        "whoever needs it, so that the fullest GPU is as empty as can be "
+        "(docs/balance/measured.md).",
     )
     group.add_argument(
         "--bpipe-memory-limit",
@@ -162,7 +163,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         choices=EXECUTED,
         help="Run this schedule instead of Megatron's own (1f1b, or interleaved with model "
         "chunks), with or without --bpipe; chimera gives every stage a second model "
-        "(docs/chimera.md).",
+        "(docs/schedules/chimera.md).",
     )
     group.add_argument(
         "--bpipe-transport",
@@ -170,7 +171,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         metavar="|".join(TRANSPORTS),
         help="How activations travel: "
         + ", ".join(f"{spec.name} is {spec.summary}" for spec in SPECS.values())
-        + f"; {AUTO} takes the best that the link allows and says which (docs/transports.md).",
+        + f"; {AUTO} takes the best that the link allows and says which "
+        "(docs/balance/transports.md).",
     )
     group.add_argument(
         "--bpipe-placement",

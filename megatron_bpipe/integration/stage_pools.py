@@ -173,7 +173,7 @@ class StagePools:
             f"the largest storage of an activation has {seen.block / MIB:.2f} MiB, as much as "
             f"{seen.block_in_parts:.1f} of its {self.store.parts} parts. A storage is freed whole, "
             f"so this stage holds up to {seen.block / MIB:.2f} MiB more than --bpipe-budget says; "
-            "use fewer --bpipe-parts, or 1 to move activations whole (docs/parts.md)"
+            "use fewer --bpipe-parts, or 1 to move activations whole (docs/balance/parts.md)"
         )
 
     @property

@@ -1,7 +1,7 @@
-"""``memory.json``: one run, the worst rank of each stage.  Every field: docs/timeline.md.
+"""``memory.json``: one run, the worst rank of each stage.  Every field: docs/running/timeline.md.
 
 A new field is added to ``StageReport`` (or ``RunReport``), where it is measured
-(``integration/session.py``) and to docs/timeline.md; writing and reading follow from here.
+(``integration/session.py``) and to docs/running/timeline.md; writing and reading follow from here.
 
 Units: bytes; micro-batches of a whole stage (a chunk of v counts 1/v); seconds.
 """

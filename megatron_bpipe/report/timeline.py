@@ -18,7 +18,7 @@ VERSION = 2
 
 @dataclass(frozen=True)
 class Event:
-    """One op of a recorded iteration; see docs/timeline.md."""
+    """One op of a recorded iteration; see docs/running/timeline.md."""
 
     op: str
     start: float  # seconds since the epoch

@@ -1,4 +1,4 @@
-"""What the parts of docs/reproduction.md share: rows of table 3 simulated on other links."""
+"""What parts of docs/planning/reproduction.md share: rows of table 3 simulated on other links."""
 
 from __future__ import annotations
 

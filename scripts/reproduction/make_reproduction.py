@@ -1,4 +1,4 @@
-"""Write docs/reproduction.md and its figures: ``make_reproduction.py [--check]``.
+"""Write docs/planning/reproduction.md and its figures: ``make_reproduction.py [--check]``.
 
 Everything in it is computed here, from the schedules, the simulator and the estimator, or read from
 a recorded run under runs/quickstart (scripts/quickstart.sh writes it; without it that part says
@@ -30,7 +30,7 @@ from megatron_bpipe.schedule.bases.catalogue import build
 from megatron_bpipe.schedule.validation.occupancy import occupancy
 
 ROOT = Path(__file__).resolve().parents[2]
-DOCUMENT = ROOT / "docs" / "reproduction.md"
+DOCUMENT = ROOT / "docs" / "planning" / "reproduction.md"
 IMAGES = ROOT / "docs" / "images"
 QUICKSTART = ROOT / "runs" / "quickstart"
 
@@ -187,7 +187,7 @@ each row left out (table above).
 {", ".join(map(str, peaks["1f1b"]))}; BPipe {", ".join(map(str, peaks["bpipe"]))} of their own, and
 with the slots they lend no stage has more than {build("bpipe", 8, 64).budget}. {quickstart()}
 
-![1F1B and BPipe, p = 8, m = 16](images/stock-and-bpipe.png)
+![1F1B and BPipe, p = 8, m = 16](../images/stock-and-bpipe.png)
 
 Drawn by the simulator: a backward takes two forwards, a transfer half a forward.
 
@@ -222,7 +222,7 @@ def quickstart() -> str:
 def pareto() -> str:
     """MFU against memory."""
     constants = published_constants()
-    parts = ["## MFU against memory", "![Pareto](images/pareto.png)"]
+    parts = ["## MFU against memory", "![Pareto](../images/pareto.png)"]
     parts.append(
         "32 A100, t = 4, p = 8, B = 128, by simulation with the stage times of table 5. BPipe with "
         "its penalty as fitted on the re-evaluation's runs, and (hollow in the figure) without; "

@@ -7,7 +7,7 @@
     collect.py runs/tables                          afterwards
 
 The settings are `estimate.paper.published`. Logs go to OUT/ROW/. No row has been run on GPUs
-yet: docs/cluster.md says what has been tried.
+yet: docs/running/cluster.md says what has been tried.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The pictures on docs/schedules.md are what the commands above them print."""
+"""The pictures on docs/schedules/README.md are what the commands above them print."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from megatron_bpipe.cli.main import main
 from megatron_bpipe.schedule.bases.catalogue import CATALOGUE
 from tests.harness import ROOT
 
-PAGE = (ROOT / "docs" / "schedules.md").read_text(encoding="utf-8")
-OTHER = (ROOT / "docs" / "flush-free.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "schedules" / "README.md").read_text(encoding="utf-8")
+OTHER = (ROOT / "docs" / "schedules" / "flush-free.md").read_text(encoding="utf-8")
 PICTURES = dict(
     re.findall(r"^```\n\$ python -m megatron_bpipe (.*)\n((?:.*\n)*?)```$", PAGE, re.MULTILINE)
 )

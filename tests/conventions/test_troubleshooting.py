@@ -11,7 +11,7 @@ import pytest
 from tests.harness import ROOT
 
 PACKAGE = ROOT / "megatron_bpipe"
-PAGE = ROOT / "docs" / "troubleshooting.md"
+PAGE = ROOT / "docs" / "running" / "troubleshooting.md"
 # what runs in training; the commands have messages of their own, about their own arguments
 FOLDERS = ("integration", "runtime", "placement")
 COMMANDS = ("integration/profile",)

@@ -34,7 +34,7 @@ LAYER, LEFT = 34 * UNIT, 32 * UNIT
 
 
 def test_zb_h1_holds_as_much_on_every_stage() -> None:
-    """p = 4 at two layers a stage, read off its timetable (docs/schedules.md).
+    """p = 4 at two layers a stage, read off its timetable (docs/schedules/README.md).
 
     Stage 0 holds 4 before B0 (with a mask of the embedding's dropout each).  When B2 runs, stage 2
     has micro-batches 2 and 3 whole, 0 and 1 wait for W.  On stage 3 all four wait at W0, with input
@@ -63,7 +63,7 @@ def test_zb_h1_holds_as_much_on_every_stage() -> None:
 )
 @pytest.mark.parametrize("m", [24, 203])
 def test_peaks_are_those_measured(schedule: str, p: int, held: tuple[float, float], m: int) -> None:
-    """Least and most of all stages, in micro-batches: docs/v-placement.md, beside the paper's."""
+    """Least and most of all stages, in micro-batches, as docs/schedules/v-placement.md has them."""
     chunks = 1 if schedule == "zb-h1" else 2
     model = replace(MODEL, layers=2 * p)
     run = Run(model, Layout(pp=p), 1, m, "flash", chunks=chunks, schedule=schedule)
@@ -134,7 +134,7 @@ def test_time_by_the_papers_formulas(f: float, b: float, w: float, m: int) -> No
     [(ZB, 27), (replace(ZB, bpipe=True), 30), (HALF, 29.5), (MIN, 29.5), (FULL, 26.5)],
 )
 def test_time_is_that_of_the_drawn_timetable(run: Run, units: float) -> None:
-    """F = B = W = 1 a stage, p = 4, m = 8: docs/schedules.md, and what rivals.json has unpaced."""
+    """F = B = W = 1 a stage, p = 4, m = 8: docs/schedules/README.md, and rivals.json unpaced."""
     found, least = seconds(run, replace(even(1.0, 1.0, 1.0), bpipe=0.0))
     assert found == pytest.approx(units, rel=1e-3)
     assert least <= found

@@ -1,9 +1,9 @@
 """An MFU line in Megatron's training log, and ``bpipe/*`` scalars for TensorBoard and W&B.
 
-Every scalar is described in docs/timeline.md. MFU counts the matrix multiplications of the model
-that is trained (`estimate/time/flops.py`), over the GPU's dense bf16 peak; without a published peak
-there is no line. Line and scalars are written by the rank and at the interval that Megatron itself
-logs at.
+Every scalar is described in docs/running/timeline.md. MFU counts the matrix multiplications of the
+model that is trained (`estimate/time/flops.py`), over the GPU's dense bf16 peak; without a
+published peak there is no line. Line and scalars are written by the rank and at the interval that
+Megatron itself logs at.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@
 The GPU stays (``LOCAL_RANK``); what changes is which rank runs on it. Permuting the ranks of the
 pipeline groups instead does not work: ``torch.distributed.new_group`` sorts them.
 
-docs/placement.md lists what in Megatron and torch assumes that a rank says where it runs.
+docs/running/placement.md lists what in Megatron and torch assumes that a rank says where it runs.
 """
 
 from __future__ import annotations

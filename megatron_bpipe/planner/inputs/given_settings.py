@@ -173,7 +173,7 @@ def of_schedule(given: argparse.Namespace) -> tuple[str, ...]:
         return (
             f"{name} changes the optimisation: weights lag by {entry.without_flush.lags}, and as "
             "many more versions of them are counted in the memory. Its time is that of the steady "
-            "state without a bubble, which needs the settings of docs/flush-free.md",
+            "state without a bubble, which needs the settings of docs/schedules/flush-free.md",
         )
     if entry.v_placed and given.bpipe:
         return (f"{name} is as full on every stage: --bpipe has nothing to balance there",)

@@ -62,4 +62,5 @@ def test_the_page_is_what_the_script_writes():
     def kept(text: str) -> list[str]:
         return [part for part in text.split("\n\n") if "**Does it flatten memory?**" not in part]
 
-    assert kept(done.stdout) == kept((ROOT / "docs" / "reproduction.md").read_text("utf-8"))
+    page = ROOT / "docs" / "planning" / "reproduction.md"
+    assert kept(done.stdout) == kept(page.read_text("utf-8"))

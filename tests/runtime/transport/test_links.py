@@ -96,7 +96,8 @@ def test_flag_documents_and_specifications_name_the_same_transports() -> None:
     assert str(flag.metavar).split("|") == ["auto", *SPECS]
     for spec in SPECS.values():
         assert f"{spec.name} is {spec.summary}" in str(flag.help)
-    page = (Path(__file__).parents[3] / "docs" / "transports.md").read_text(encoding="utf-8")
+    docs = Path(__file__).parents[3] / "docs"
+    page = (docs / "balance" / "transports.md").read_text(encoding="utf-8")
     table = page.split("| name | where bytes lie |")[1].split("\n\n")[0]
     assert sorted(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == sorted(SPECS)
 

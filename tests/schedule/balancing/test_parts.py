@@ -88,7 +88,7 @@ LONG = pytest.mark.long
     ],
 )
 def test_what_leaving_in_the_own_forward_would_gain(p, m, u, budget, inside):
-    """docs/parts.md, which says why it is not built: (p+1)/2 from fewer parts."""
+    """docs/balance/parts.md, which says why it is not built: (p+1)/2 from fewer parts."""
     assert least_budget(one_f_one_b(p, m), u) == own_forward.least(p, m, u, inside=False) == budget
     assert own_forward.least(p, m, u, inside=True) == inside
 

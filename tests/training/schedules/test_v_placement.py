@@ -160,7 +160,7 @@ def test_losses_are_on_the_last_rank_and_stages_alike(megatron: Megatron) -> Non
 def test_live_storage_is_what_the_paper_states(
     megatron: Megatron, schedule: str, paper: int
 ) -> None:
-    """(p+4)/3, (p+2)/2 and p micro-batches, counted in bytes of each stage (docs/schedules.md)."""
+    """(p+4)/3, (p+2)/2 and p micro-batches, in bytes of each stage (docs/schedules/README.md)."""
     placed = run(megatron, UNTIED_4, 4, schedule)
     held = [microbatches_held(placed.timeline(stage)) for stage in range(4)]
     assert max(held) == pytest.approx(paper, abs=0.35), held

@@ -195,7 +195,7 @@ def test_the_memory_model_knows_what_waits_for_w(
 
 
 def test_live_storage_is_what_the_paper_states(megatron: Megatron) -> None:
-    """No stage more than 1F1B's first, p micro-batches, counted in bytes (docs/schedules.md).
+    """No stage more than 1F1B's first, p micro-batches, in bytes (docs/schedules/README.md).
 
     On the others most wait for W, with 16 of the 18 s b h elements that a layer's forward left.
     """
