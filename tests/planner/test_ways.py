@@ -136,8 +136,8 @@ def test_what_a_machine_cannot_do_is_refused_by_name(
 
 
 def test_a_v100_is_never_advised_flash_attention(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["--gpu", "V100-32GB", "--gpus", "128", "--global-batch", "256", "--json"]
-    main(["plan", *words, "--model", "LLaMA 65B"])
+    words = ["--gpu", "V100-32GB", "--gpus", "32", "--global-batch", "64", "--json"]
+    main(["plan", *words, "--", *model_flags(MODEL)])
     said = json.loads(capsys.readouterr().out)
     attentions = {plan["attention"] for plan in said["plans"]}
     assert attentions
