@@ -141,6 +141,12 @@ def refused_schedules(given: argparse.Namespace, words: Sequence[str]) -> dict[s
         entry = CATALOGUE[name]
         if entry.v_placed and given.save and given.ckpt_format == "torch":
             found.setdefault(name, "--ckpt-format torch: it holds each rank's own layers")
+        if entry.v_placed and given.save and not given.no_save_optim:
+            found.setdefault(
+                name,
+                "--save: it does not save the distributed optimizer's state, which a plan has; "
+                "add --no-save-optim to plan it all the same",
+            )
         if entry.without_flush is not None:
             if given.rerun_mode not in (None, RERUN):
                 found.setdefault(name, f"--rerun-mode {given.rerun_mode}: use {RERUN}")

@@ -151,9 +151,6 @@ def _schedule(run: Run, kept: set[str]) -> list[str]:
     flags = ["--bpipe-schedule", run.schedule]
     if run.entry.without_flush is not None and "--rerun-mode" not in kept:
         flags += ["--rerun-mode", RERUN]
-    by_parameter = "--dist-ckpt-optim-fully-reshardable"
-    if run.entry.v_placed and run.distributed_optimizer and "--save" in kept:
-        flags += [] if by_parameter in kept else [by_parameter]
     return flags
 
 
