@@ -131,7 +131,7 @@ def test_megatron_takes_what_the_command_ends_with(
     fixed = ["--tensor-model-parallel-size", "4", "--pipeline-model-parallel-size", "4"]
     questions = {
         "qwen": [*config("q", QWEN2_72B), *CLUSTER, "--", *fixed[:2]],
-        "mixtral": [*config("m", MIXTRAL_8X7B), *CLUSTER, "--", *fixed[:2]],
+        "mixtral": [*config("m", MIXTRAL_8X7B), *CLUSTER],
         "user's flags": [*CLUSTER, "--", *USERS, *fixed],
         "user's BPipe": [*CLUSTER, "--even-layers", "--", *USERS, "--bpipe"],
         "two kinds": ["--model", "LLaMA 65B", "--attention", "flash", *mixed],
