@@ -61,10 +61,12 @@ def test_scalars_are_written_where_megatron_writes_its_own(
     b, s, h, layers, vocabulary = 16, 64, 64, 4, 384
     layer = 2 * (4 * h * h) + 2 * (8 * h * h) + 4 * s * h
     flops = 3 * b * s * (layers * layer + 2 * h * vocabulary)
-    starts = [start for start, _ in result.memory["iterations"]]
-    speed = last["bpipe/tflops_per_gpu"]
-    # Megatron's loop does little between iterations, and logging a little more
-    assert speed == pytest.approx(flops / (starts[3] - starts[2]) / STAGES / 1e12, rel=0.5)
+    speeds = [value for _, value in found["bpipe/tflops_per_gpu"]]
+    seconds = sum(flops / (speed * STAGES * 1e12) for speed in speeds)
+    # from the log of step 1 to that of step 4: three iterations, and what lies between them
+    iterations = result.memory["iterations"]
+    assert iterations[3][1] - iterations[1][0] <= seconds * 1.01
+    assert seconds < 2.5 * (iterations[3][1] - iterations[0][0])
 
 
 def test_weights_and_biases_gets_the_same(trained: tuple[Result, Path]) -> None:
