@@ -164,9 +164,11 @@ WITHOUT_FLUSH: Refusals = {
 stages that are ahead, or goes back to an iteration that is over."""
 
 
-OPTIMIZERS = ("adam", "sgd")
+IN_PLACE = ("adam", "sgd")
+"""Values of --optimizer that change each parameter in place and leave its storage where it is."""
+
 RERUN = "disabled"
-"""What schedules without a flush take of --optimizer and of --rerun-mode."""
+"""What schedules without a flush take of --rerun-mode."""
 
 
 def refusals_of(name: str) -> Refusals:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_bpipe.estimate.errors import EstimateError
-from megatron_bpipe.estimate.models import Mla, Model
+from megatron_bpipe.estimate.models import Model
+from megatron_bpipe.planner.inputs.given_model import latent_attention, moe_layers, table_length
 
 UNKNOWN = (
     *("hybrid_layer_pattern", "hybrid_override_pattern", "is_hybrid_model"),
@@ -36,8 +37,8 @@ def model_from(args: Any, name: str, vocab: int) -> Model:
     latent = getattr(args, "multi_latent_attention", False)
     head_dim = 0 if latent else getattr(args, "kv_channels", None) or 0
     learned = args.position_embedding_type == "learned_absolute"
-    longest = getattr(args, "max_position_embeddings", None) or 0
     expert_ffn = getattr(args, "moe_ffn_hidden_size", None) or 0
+    freq = str(getattr(args, "moe_layer_freq", 1))
     return Model(
         name=name,
         hidden=hidden,
@@ -59,31 +60,10 @@ def model_from(args: Any, name: str, vocab: int) -> Model:
         qkv_bias=bool(getattr(args, "add_qkv_bias", False) and not args.add_bias_linear),
         qk_norm=bool(getattr(args, "qk_layernorm", False)),
         expert_ffn=expert_ffn if experts else 0,
-        moe_layers=_moe_layers(args) if experts else "",
+        moe_layers=moe_layers(freq, args.num_layers) if experts else "",
         shared_ffn=getattr(args, "moe_shared_expert_intermediate_size", None) or 0,
         shared_gate=bool(getattr(args, "moe_shared_expert_gate", False)),
-        mla=_latent(args) if latent else None,
+        mla=latent_attention(args) if latent else None,
         mtp=getattr(args, "mtp_num_layers", None) or 0,
-        positions=longest if learned and longest != args.seq_length else 0,
+        positions=table_length(args) if learned else 0,
     )
-
-
-def _latent(args: Any) -> Mla:
-    return Mla(
-        q_lora=args.q_lora_rank or 0,
-        kv_lora=args.kv_lora_rank,
-        nope=args.qk_head_dim,
-        rope=args.qk_pos_emb_head_dim,
-        v=args.v_head_dim,
-    )
-
-
-def _moe_layers(args: Any) -> str:
-    """A 1 for each layer with experts, as ``--moe-layer-freq`` says (a number N: every N-th).
-
-    Empty where all have them.
-    """
-    freq = getattr(args, "moe_layer_freq", 1)
-    if isinstance(freq, int):
-        freq = [int(n % freq == 0) for n in range(args.num_layers)]
-    return "" if all(freq) else "".join(map(str, freq))

@@ -34,7 +34,7 @@ from megatron_bpipe.estimate.time.op_costs import (
     network_for,
     stage_seconds,
 )
-from megatron_bpipe.estimate.time.scheduled import lowered_of
+from megatron_bpipe.estimate.time.scheduled import iterations_until_steady, lowered_of
 from megatron_bpipe.estimate.time.simulated import at_steady_pace
 from megatron_bpipe.placement import ParallelShape, make_report
 from megatron_bpipe.planner.inputs.cluster import Cluster
@@ -117,6 +117,11 @@ class Memory:
         """The stage with the largest share of its GPU in use."""
         shares = [need / has for need, has in zip(self.needed, self.there, strict=True)]
         return shares.index(max(shares))
+
+    @property
+    def fullest(self) -> float:
+        """What that stage needs."""
+        return self.needed[self.tightest]
 
 
 def place(run: Run, cluster: Cluster, predictor: Predictor) -> Candidate:
@@ -270,7 +275,7 @@ def _steady(candidate: Candidate, stored: Stored) -> float:
     """One iteration of many without a flush: what one more takes, with its optimizer step."""
     run = candidate.run
     part = _so_many(run, min(run.micro_batches, 2 * run.layout.pp))
-    begun = 1 + -(-2 * run.layout.pp // part.micro_batches) + run.layout.pp
+    begun = iterations_until_steady(part)
     costs = costs_for(part, lowered_of(part), candidate.machine, stored)
     seconds = [
         simulate(lowered_of(part, n), costs, network_for(candidate.machine)).seconds

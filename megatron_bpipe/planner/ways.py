@@ -217,9 +217,9 @@ def _evicting(shape: Shape, way: str) -> Iterator[Family]:
     run = shape.base.run
     if run.chunks > 1:
         return
+    budgets = _budgets(shape, shape.fits_plainly)
     for partition in shape.fast:
         whole = replace(with_layers(run, partition), bpipe=way == "bpipe", host=way == "host")
-        budgets = _budgets(shape, shape.fits_plainly)
         yield [replace(whole, budget=budget) for budget in budgets]
 
 

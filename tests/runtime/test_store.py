@@ -99,6 +99,16 @@ def watch(output: torch.Tensor) -> list[tuple[StorageWeakRef, int]]:
     return [(StorageWeakRef(e.storage), e.storage.nbytes()) for e in of_this]
 
 
+def away(store: ActivationStore, weight: torch.nn.Parameter) -> torch.Tensor:
+    """The output of a micro-batch 0 that has left."""
+    _, output = micro_batch(weight)
+    store.measure(0, output)
+    store.capture(0, output)
+    store.evict(0)
+    store.finish_evict(0)
+    return output
+
+
 def there_and_back(store: ActivationStore, i: int) -> None:
     store.evict(i)
     store.finish_evict(i)
@@ -234,11 +244,7 @@ def test_illegal_moves_are_named(weight, ends):
 
 def test_a_backward_before_the_load_is_refused(weight, ends):
     store, _ = ends
-    _, output = micro_batch(weight)
-    store.measure(0, output)
-    store.capture(0, output)
-    store.evict(0)
-    store.finish_evict(0)
+    output = away(store, weight)
     with pytest.raises(IllegalMoveError, match="not in local memory"):
         output.sum().backward()
 
@@ -246,11 +252,7 @@ def test_a_backward_before_the_load_is_refused(weight, ends):
 def test_what_is_forgotten_is_not_left_over(weight, ends):
     """As it is after an iteration whose forwards ahead are thrown away."""
     store, _ = ends
-    _, output = micro_batch(weight)
-    store.measure(0, output)
-    store.capture(0, output)
-    store.evict(0)
-    store.finish_evict(0)
+    _graph = away(store, weight)  # which lives as long as its output
     store.forget()
     store.check_empty()
     assert store.totals.forgotten == store.totals.evicted > 0
@@ -258,11 +260,7 @@ def test_what_is_forgotten_is_not_left_over(weight, ends):
 
 def test_something_left_over_is_reported(weight, ends):
     store, _ = ends
-    _, output = micro_batch(weight)
-    store.measure(0, output)
-    store.capture(0, output)
-    store.evict(0)
-    store.finish_evict(0)
+    _graph = away(store, weight)  # which lives as long as its output
     with pytest.raises(RuntimeError, match="0: 'remote'"):
         store.check_empty()
 

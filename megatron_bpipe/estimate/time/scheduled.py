@@ -70,6 +70,12 @@ def lowered_of(run: Run, iterations: int | None = None) -> Schedule:
     return _lowered(shape if iterations is None else shape._replace(iterations=iterations))
 
 
+def iterations_until_steady(run: Run) -> int:
+    """Without a flush: iterations after which one more shows nothing that was not there before."""
+    p = run.layout.pp
+    return 1 + -(-2 * p // run.micro_batches) + p
+
+
 def held_by_stage(run: Run) -> tuple[tuple[int, int], ...]:
     """For each stage: most activations of its own there, and most that it has on its partner.
 
@@ -116,7 +122,7 @@ _ALL_AT_ONCE = ("gpipe", "gpipe-lifo", "continuous")
 
 def _shape(run: Run) -> _Shape:
     p, m = run.layout.pp, run.micro_batches
-    iterations = 1 if run.entry.without_flush is None else 1 + -(-2 * p // m) + p
+    iterations = 1 if run.entry.without_flush is None else iterations_until_steady(run)
     return _Shape(p, m, run.base, run.chunks, run.bpipe, run.host, run.budget, iterations)
 
 

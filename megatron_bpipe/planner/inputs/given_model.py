@@ -68,9 +68,9 @@ def given_model(given: argparse.Namespace) -> Model:
         moe_layers=pattern,
         shared_ffn=(given.moe_shared_expert_intermediate_size or 0) if experts else 0,
         shared_gate=given.moe_shared_expert_gate,
-        mla=_latent(given) if given.multi_latent_attention else None,
+        mla=latent_attention(given) if given.multi_latent_attention else None,
         mtp=given.mtp_num_layers or 0,
-        positions=_positions(given) if learned else 0,
+        positions=table_length(given) if learned else 0,
         window=_window(given),
         full_every=_every(given),
         sinks=given.softmax_type == "learnable",
@@ -137,7 +137,8 @@ def _vocabulary(given: argparse.Namespace) -> tuple[int, int]:
     return size, given.make_vocab_size_divisible_by
 
 
-def _latent(given: argparse.Namespace) -> Mla:
+def latent_attention(given: argparse.Namespace) -> Mla:
+    """Sizes of multi-head latent attention, from flags or from Megatron's arguments."""
     return Mla(
         q_lora=given.q_lora_rank or 0,
         kv_lora=given.kv_lora_rank,
@@ -147,7 +148,8 @@ def _latent(given: argparse.Namespace) -> Mla:
     )
 
 
-def _positions(given: argparse.Namespace) -> int:
+def table_length(given: argparse.Namespace) -> int:
+    """Entries of a learned position table, 0: as many as a sequence has; from either as well."""
     longest = given.max_position_embeddings
     return 0 if longest in (None, given.seq_length) else longest
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from megatron_bpipe.estimate.errors import EstimateError
 from megatron_bpipe.estimate.memory.stages import BF16, FP16, FP32, StateBytes
-from megatron_bpipe.estimate.refusals import OPTIMIZERS, RERUN, refusals_of
+from megatron_bpipe.estimate.refusals import IN_PLACE, RERUN, refusals_of
 from megatron_bpipe.estimate.runs import Attention
 from megatron_bpipe.estimate.settings import Recompute, Settings
 from megatron_bpipe.schedule.bases.catalogue import CATALOGUE, EXECUTED
@@ -150,8 +150,8 @@ def refused_schedules(given: argparse.Namespace, words: Sequence[str]) -> dict[s
         if entry.without_flush is not None:
             if given.rerun_mode not in (None, RERUN):
                 found.setdefault(name, f"--rerun-mode {given.rerun_mode}: use {RERUN}")
-            if given.optimizer not in (None, *OPTIMIZERS):
-                found.setdefault(name, f"--optimizer {given.optimizer}: use one of {OPTIMIZERS}")
+            if given.optimizer not in (None, *IN_PLACE):
+                found.setdefault(name, f"--optimizer {given.optimizer}: use one of {IN_PLACE}")
     asked = given.bpipe_schedule
     if asked is not None and asked not in EXECUTED:
         raise EstimateError(f"--bpipe-schedule {asked}: use one of {', '.join(EXECUTED)}")

@@ -87,8 +87,4 @@ def _short(plan: Plan) -> str:
 
 
 def _needs(plan: Plan) -> str:
-    return f"{plan.seconds:.3g} s an iteration and {_fullest(plan):.1f} GiB"
-
-
-def _fullest(plan: Plan) -> float:
-    return plan.memory.needed[plan.memory.tightest]
+    return f"{plan.seconds:.3g} s an iteration and {plan.memory.fullest:.1f} GiB"

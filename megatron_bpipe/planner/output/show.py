@@ -30,7 +30,7 @@ def plans_table(plans: Sequence[Plan]) -> str:
                 _layers(run),
                 f"{plan.mfu:.1f}",
                 f"{plan.seconds:.3g}",
-                f"{memory.needed[memory.tightest]:.1f}",
+                f"{memory.fullest:.1f}",
                 memory.fits,
             )
         )

@@ -139,9 +139,9 @@ def foretold(schedule: Schedule, stages: Sequence[MeasuredStage]) -> tuple[int, 
         own.append(stage.fixed + most)
     for loan in loans_of(schedule):
         if loan.lender != HOST:
-            sizes = [(size,) for size in stages[loan.evictor].leaving]
+            sizes = {c: (size,) for c, size in enumerate(stages[loan.evictor].leaving)}
             moves = transfers_with(schedule, loan.evictor, loan.lender)
-            own[loan.lender] += remote_bytes(moves, dict(enumerate(sizes)))
+            own[loan.lender] += remote_bytes(moves, sizes)
     return tuple(own)
 
 

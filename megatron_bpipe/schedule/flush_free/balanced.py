@@ -23,6 +23,7 @@ from typing import NamedTuple
 from megatron_bpipe.schedule.balancing.balance import BudgetError, insert
 from megatron_bpipe.schedule.balancing.cyclic import Cycle, cyclic_evictions
 from megatron_bpipe.schedule.balancing.min_evictions import Span, Stay, fewest_evictions
+from megatron_bpipe.schedule.flush_free.calls import calls_of
 from megatron_bpipe.schedule.ops import Kind, Op, Schedule, default_budget
 from megatron_bpipe.schedule.validation.occupancy import live, spans
 
@@ -178,7 +179,7 @@ def _pattern(line: Sequence[Op], m: int, budget: int, room: int) -> Pattern | No
     more = _missing(line, fixed, budget, room)
     if more is None:
         return None
-    call_of = _calls(line, m)
+    call_of = calls_of(line, m)
     present = {stay.span for stay in fixed}
     absent = {k * m + visit.microbatch for k in range(iterations) for visit in each} - present
     filling = [stay for stay in more if stay.span < first]
@@ -233,13 +234,3 @@ def _visits(line: Sequence[Op], stays: Sequence[Stay]) -> list[Visit]:
         return Place(line[step].kind, line[step].microbatch)
 
     return [Visit(stay.span, place(stay.evict), place(stay.load)) for stay in stays]
-
-
-def _calls(line: Sequence[Op], m: int) -> list[int]:
-    """The call of each step: a call ends with the last backward of its iteration."""
-    call, done, calls = 0, 0, []
-    for op in line:
-        calls.append(call)
-        done += op.kind is Kind.BACKWARD
-        call = done // m
-    return calls

@@ -20,6 +20,7 @@ belong to the call of the E and L that they answer, too, and the rest of them st
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
@@ -71,6 +72,12 @@ def cut_points(line: Sequence[Op], m: int) -> list[int]:
     return [last[call] + 1 for call in sorted(last)]
 
 
+def calls_of(line: Sequence[Op], m: int) -> list[int]:
+    """The call of each op of a line; raises ValueError as `cut_points` does."""
+    cuts = cut_points(line, m)
+    return [bisect_right(cuts, i) for i in range(len(line))]
+
+
 def _cut_as_megatron(schedule: Schedule, m: int) -> list[list[Piece]]:
     """Megatron's messages; a cut stands behind those that follow a call's last backward."""
     lines = []
@@ -91,7 +98,7 @@ def _cut_by_label(schedule: Schedule, m: int) -> list[list[Piece]]:
     """Messages sorted by (sender's call, label), each label made one of its call."""
     ends = times(schedule)
     late = 1 + max(map(max, ends))
-    calls = [_calls_of(line, cut_points(line, m)) for line in schedule.stages]
+    calls = [calls_of(line, m) for line in schedule.stages]
     sent = {
         (stage, op.kind, op.activation): call
         for stage, (line, of) in enumerate(zip(schedule.stages, calls, strict=True))
@@ -118,9 +125,8 @@ def _cut_by_label(schedule: Schedule, m: int) -> list[list[Piece]]:
 
 def _answered(schedule: Schedule, lines: Sequence[Sequence[Piece]]) -> list[list[Piece]]:
     """The acceptors' pieces with AC and RT, in the calls of their evictors' E and L."""
-    whole = tuple(tuple(op for piece in line for op in piece) for line in lines)
-    over = times(replace(schedule, stages=whole, lowered=True), transfers=False)
-    begins = [list(accumulate(map(len, line[:-1]), initial=0)) for line in lines]
+    over = times(_joined(schedule, lines), transfers=False)
+    begins = [_begins(line) for line in lines]
 
     def part(stage: int, call: int) -> tuple[Piece, Sequence[int]]:
         piece, begin = lines[stage][call], begins[stage][call]
@@ -141,11 +147,6 @@ def _answered(schedule: Schedule, lines: Sequence[Sequence[Piece]]) -> list[list
     return out
 
 
-def _calls_of(line: Sequence[Op], cuts: Sequence[int]) -> list[int]:
-    """The call of each op of a line."""
-    return [sum(cut <= i for cut in cuts) for i in range(len(line))]
-
-
 def _producer(
     message: Op, stage: int, p: int, known: set[tuple[int, int, bool]]
 ) -> tuple[int, Kind, tuple[int, int, bool]]:
@@ -164,22 +165,30 @@ def _pieces(line: Sequence[Op], cuts: Sequence[int]) -> list[Piece]:
     return [tuple(line[begin:end]) for begin, end in zip(begins, ends, strict=True)]
 
 
+def _joined(schedule: Schedule, lines: Sequence[Sequence[Piece]]) -> Schedule:
+    """The schedule with these lines, their calls one after the other."""
+    whole = tuple(tuple(op for piece in line for op in piece) for line in lines)
+    return replace(schedule, stages=whole, lowered=True)
+
+
+def _begins(line: Sequence[Piece]) -> list[int]:
+    """Where in the whole line each call begins."""
+    return list(accumulate(map(len, line[:-1]), initial=0))
+
+
 def _prove(schedule: Schedule, lines: Sequence[Sequence[Piece]]) -> None:
     """Raise ScheduleError unless the calls together are a valid schedule that never gets stuck.
 
     Also with a gathering of all stages before each call and at each stage's first message, and no
     message may be sent in one call and received in another.
     """
-    whole = tuple(tuple(op for piece in line for op in piece) for line in lines)
-    lowered = replace(schedule, stages=whole, lowered=True)
+    lowered = _joined(schedule, lines)
     validate(lowered)
     _check_calls_of_messages(lowered, lines)
-    gatherings = []
-    for pieces, line in zip(lines, whole, strict=True):
-        starts = [0]
-        for piece in pieces[:-1]:
-            starts.append(starts[-1] + len(piece))
-        gatherings.append(sorted([first_message(line), *starts]))
+    gatherings = [
+        sorted([first_message(whole), *_begins(line)])
+        for whole, line in zip(lowered.stages, lines, strict=True)
+    ]
     stuck = run_handshake(lowered, gatherings)
     if stuck:
         stage = min(stuck)

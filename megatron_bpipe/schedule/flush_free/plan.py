@@ -123,6 +123,15 @@ def whole_run(spec: ScheduleSpec, iterations: int) -> Schedule:
 
 
 @lru_cache(maxsize=16)
+def short_runs(spec: ScheduleSpec) -> tuple[Schedule, ...]:
+    """Runs of 1, 2, ... iterations, up to one that has every kind of call there is.
+
+    Raises ValueError and `BudgetError` as `whole_run` does.
+    """
+    return tuple(whole_run(spec, n) for n in range(1, 2 * horizon(spec) + 2))
+
+
+@lru_cache(maxsize=16)
 def _patterns(spec: ScheduleSpec) -> Patterns:
     run = partial(_without_flush(spec).run, spec.p, spec.m)
     calls = horizon(replace(spec, balanced=False))
@@ -135,8 +144,8 @@ def _loans(spec: ScheduleSpec) -> tuple[Loan, ...]:
     if not spec.balanced:
         return ()
     most: dict[tuple[int, int], int] = {}
-    for iterations in range(1, 2 * horizon(spec) + 2):
-        for loan in loans_of(whole_run(spec, iterations)):
+    for run in short_runs(spec):
+        for loan in loans_of(run):
             pair = loan.evictor, loan.lender
             most[pair] = max(most.get(pair, 0), loan.slots)
     return tuple(Loan(*pair, slots) for pair, slots in most.items())

@@ -19,7 +19,7 @@ from megatron_bpipe.simulate.recorded.overlay import overlay
 from megatron_bpipe.simulate.recorded.recording import read_report
 from tests.harness import Megatron, Result
 from tests.harness.compare import difference, evicted
-from tests.harness.models import gpt
+from tests.harness.models import gpt, without
 from tests.training.combinations import FUSION, LLAMA
 
 ONCE = ["--rerun-mode", "disabled"]
@@ -31,11 +31,6 @@ EVALUATION = ["--eval-iters", "2", "--eval-interval", "3"]
 
 
 GROWS = ["--step-batch-size-schedule", "0:6 768:10 2560:16"]
-
-
-def without(flags: list[str], flag: str) -> list[str]:
-    at = flags.index(flag)
-    return flags[:at] + flags[at + 2 :]
 
 
 def delay(lags: list[int], flushes: tuple[int, ...] = ()) -> dict[str, Any]:

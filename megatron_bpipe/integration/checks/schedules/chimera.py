@@ -8,9 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from megatron_bpipe.estimate.refusals import BOTH_WAYS
-from megatron_bpipe.integration.checks.probe import missing
-from megatron_bpipe.integration.checks.refused import given
+from megatron_bpipe.estimate.refusals import BOTH_WAYS, IN_PLACE
+from megatron_bpipe.integration.checks.refused import check_given, check_there
 from megatron_bpipe.integration.log import abort
 from megatron_bpipe.integration.options import Options
 
@@ -33,8 +32,8 @@ def check_both_ways(args: Any, options: Options, count: int | None) -> None:
         Abort: Chimera cannot run with one; rank 0 has said which, and why.
     """
     schedule = options.schedule
-    for flag, value, why in given(args, BOTH_WAYS):
-        abort(f"--bpipe-schedule {schedule} cannot run with {flag} {value}: {why}; drop one")
+    assert schedule is not None
+    check_given(args, schedule, BOTH_WAYS)
     for name, flag in ALONE.items():
         size = getattr(args, name, None) or 1
         if size > 1:
@@ -43,10 +42,10 @@ def check_both_ways(args: Any, options: Options, count: int | None) -> None:
                 "averaged over groups of two kinds; drop one"
             )
     optimizer = getattr(args, "optimizer", "adam")
-    if optimizer not in ("adam", "sgd"):
+    if optimizer not in IN_PLACE:
         abort(
             f"--bpipe-schedule {schedule} cannot run with --optimizer {optimizer}: it was made for "
-            "adam and sgd; use one of them"
+            f"{' and '.join(IN_PLACE)}; use one of them"
         )
     if getattr(args, "save", None) or getattr(args, "load", None):
         _check_checkpoints(args, schedule)
@@ -72,15 +71,10 @@ def check_both_ways(args: Any, options: Options, count: int | None) -> None:
                 f"--bpipe-schedule {schedule} needs a multiple of {p} micro-batches, but "
                 f"{flag} {size} makes {of}; change it"
             )
-    lacking = missing("both_ways")
-    if lacking:
-        abort(
-            f"--bpipe-schedule {schedule} needs a Megatron that has {lacking[0]}; use a supported "
-            "release (python -m megatron_bpipe doctor lists all hook points)"
-        )
+    check_there(schedule, "both_ways")
 
 
-def _check_checkpoints(args: Any, schedule: str | None) -> None:
+def _check_checkpoints(args: Any, schedule: str) -> None:
     """Formats that find a part of the model by something else than its stage are not used."""
     form = getattr(args, "ckpt_format", "torch")
     if form not in ("torch", "torch_dist"):

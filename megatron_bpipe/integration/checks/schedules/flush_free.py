@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_bpipe.estimate.refusals import OPTIMIZERS, RERUN, WITHOUT_FLUSH
+from megatron_bpipe.estimate.refusals import IN_PLACE, RERUN, WITHOUT_FLUSH
 from megatron_bpipe.integration.checks.refused import given
 from megatron_bpipe.integration.log import abort
 from megatron_bpipe.integration.options import Options
 from megatron_bpipe.schedule.balancing.balance import BudgetError
 from megatron_bpipe.schedule.bases.catalogue import CATALOGUE, ScheduleSpec
-from megatron_bpipe.schedule.flush_free.plan import horizon, whole_run
+from megatron_bpipe.schedule.flush_free.plan import short_runs
 from megatron_bpipe.schedule.ops import Kind, quantity
 from megatron_bpipe.schedule.validation.occupancy import peak
 
@@ -37,10 +37,10 @@ def check_flush_free(args: Any, options: Options, count: int | None) -> None:
     for flag, value, why in given(args, WITHOUT_FLUSH):
         abort(f"--bpipe-schedule {name} cannot run with {flag} {value}: {why}")
     optimizer = getattr(args, "optimizer", "adam")
-    if optimizer not in OPTIMIZERS:
+    if optimizer not in IN_PLACE:
         abort(
             f"--bpipe-schedule {name} cannot run with --optimizer {optimizer}: it was made for "
-            f"optimizers that change each parameter in place; use {' or '.join(OPTIMIZERS)}"
+            f"optimizers that change each parameter in place; use {' or '.join(IN_PLACE)}"
         )
     rerun = getattr(args, "rerun_mode", RERUN)
     if rerun != RERUN:
@@ -77,9 +77,10 @@ def check_balance(args: Any, options: Options, count: int | None) -> str | None:
     assert options.schedule is not None
     p = args.pipeline_model_parallel_size
     m = count or (1 if options.schedule == "pipedream" else p)
-    spec = ScheduleSpec(options.schedule, p, m, balanced=True, budget=options.budget)
+    # equal to the one that will run, so that what is planned here need not be planned again
+    spec = ScheduleSpec(options.schedule, p, m, chunks=1, balanced=True, budget=options.budget)
     try:
-        runs = [whole_run(spec, n) for n in range(1, 2 * horizon(spec) + 2)]
+        runs = short_runs(spec)
     except BudgetError as error:
         abort(
             f"--bpipe-schedule {options.schedule} cannot keep --bpipe-budget "

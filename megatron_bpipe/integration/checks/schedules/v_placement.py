@@ -6,8 +6,7 @@ import os
 from typing import Any
 
 from megatron_bpipe.estimate.refusals import V_PLACED
-from megatron_bpipe.integration.checks.probe import missing
-from megatron_bpipe.integration.checks.refused import given
+from megatron_bpipe.integration.checks.refused import check_given, check_there
 from megatron_bpipe.integration.log import abort
 
 
@@ -17,16 +16,10 @@ def check_v_placement(args: Any, schedule: str) -> None:
     Raises:
         Abort: the V placement cannot run with one; rank 0 has said which, and why.
     """
-    for flag, value, why in given(args, V_PLACED):
-        abort(f"--bpipe-schedule {schedule} cannot run with {flag} {value}: {why}; drop one")
+    check_given(args, schedule, V_PLACED)
     if getattr(args, "save", None):
         _check_save(args, schedule)
-    lacking = missing("v_placement")
-    if lacking:
-        abort(
-            f"--bpipe-schedule {schedule} needs a Megatron that has {lacking[0]}; use a supported "
-            "release (python -m megatron_bpipe doctor lists all hook points)"
-        )
+    check_there(schedule, "v_placement")
 
 
 def _check_save(args: Any, schedule: str) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 
 from megatron_bpipe.integration.checks.hook_points import (
     DATA_PARALLEL,
-    FINALIZE,
     MODEL_BUILDER,
     OPTIMIZER,
     PARALLEL_STATE,
@@ -26,8 +25,11 @@ from megatron_bpipe.integration.patches.chimera.checkpoints import (
 from megatron_bpipe.integration.patches.chimera.copies import Copies
 from megatron_bpipe.integration.patches.chimera.data import with_both_iterators
 from megatron_bpipe.integration.patches.chimera.optimizer import with_both_optimizers
-from megatron_bpipe.integration.patches.v_placement.install import Patches
-from megatron_bpipe.integration.patches.v_placement.tied import with_local_sum
+from megatron_bpipe.integration.patches.v_placement.install import (
+    Patches,
+    sum_tied_where_asked,
+    with_tied_ends_here,
+)
 
 DEFAULT_MINUTES = 30.0  # Megatron's, for a collective
 
@@ -51,7 +53,7 @@ def run_both_ways(patches: Patches, use: Callable[[Copies], None]) -> None:
         )
         use(copies)
         patches.when_imported(TRAINING, functools.partial(train, copies))
-        patches.when_imported(FINALIZE, sum_here)
+        sum_tied_where_asked(patches)
         patches.when_imported(DATA_PARALLEL, functools.partial(average, copies))
 
     def train(copies: Copies, training: ModuleType) -> None:
@@ -90,9 +92,6 @@ def run_both_ways(patches: Patches, use: Callable[[Copies], None]) -> None:
             lambda stock: with_gradients_of_all_copies(stock, copies),
         )
 
-    def sum_here(finalize: ModuleType) -> None:
-        patches.replace(finalize, "_allreduce_word_embedding_grads", with_local_sum)
-
     patches.when_imported(PARALLEL_STATE, turn)
 
 
@@ -101,10 +100,11 @@ def _instead(instead: Any, stock: Any) -> Any:
 
 
 def _meeting(copies: Copies, stock: Callable[..., Any]) -> Callable[..., Any]:
+    make_groups = with_tied_ends_here(stock)
+
     @functools.wraps(stock)
     def initialize_model_parallel(*positional: Any, **named: Any) -> Any:
-        named["get_embedding_ranks"] = lambda ranks, *rest: [ranks[0]]
-        result = stock(*positional, **named)
+        result = make_groups(*positional, **named)
         copies.meet(named.get("distributed_timeout_minutes", DEFAULT_MINUTES))
         return result
 

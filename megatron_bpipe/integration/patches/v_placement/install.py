@@ -39,10 +39,10 @@ def place_as_v(patches: Patches, use: Callable[[Mirror], None]) -> None:
         patches.replace(
             parallel_state, "is_pipeline_last_stage", lambda stock: _last_part(stock, mirror)
         )
-        patches.replace(parallel_state, "initialize_model_parallel", _embeddings_on_stage_0)
+        patches.replace(parallel_state, "initialize_model_parallel", with_tied_ends_here)
         use(mirror)
         patches.when_imported(TRAINING, functools.partial(build, mirror))
-        patches.when_imported(FINALIZE, sum_here)
+        sum_tied_where_asked(patches)
 
     def build(mirror: Mirror, training: ModuleType) -> None:
         patches.replace(training, "get_model", lambda stock: with_v_placed_chunks(stock, mirror))
@@ -57,10 +57,16 @@ def place_as_v(patches: Patches, use: Callable[[Mirror], None]) -> None:
                 lambda stock: with_v_placed_chunks(stock, mirror),
             )
 
+    patches.when_imported(PARALLEL_STATE, turn)
+
+
+def sum_tied_where_asked(patches: Patches) -> None:
+    """Sum the gradients of tied embeddings on the stage that has both ends."""
+
     def sum_here(finalize: ModuleType) -> None:
         patches.replace(finalize, "_allreduce_word_embedding_grads", with_local_sum)
 
-    patches.when_imported(PARALLEL_STATE, turn)
+    patches.when_imported(FINALIZE, sum_here)
 
 
 def _last_part(stock: Callable[..., bool], mirror: Mirror) -> Callable[..., bool]:
@@ -73,7 +79,9 @@ def _last_part(stock: Callable[..., bool], mirror: Mirror) -> Callable[..., bool
     return is_pipeline_last_stage
 
 
-def _embeddings_on_stage_0(stock: Callable[..., Any]) -> Callable[..., Any]:
+def with_tied_ends_here(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """``initialize_model_parallel``, for which each pipeline's stage 0 has both ends by itself."""
+
     @functools.wraps(stock)
     def initialize_model_parallel(*positional: Any, **named: Any) -> Any:
         named["get_embedding_ranks"] = lambda ranks, *rest: [ranks[0]]

@@ -15,7 +15,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-CHANGES_IN_PLACE = ("adam", "sgd")  # and leaves a Parameter's storage where it is
+from megatron_bpipe.estimate.refusals import IN_PLACE
 
 
 def tie(first: Any, last: Any) -> None:
@@ -33,7 +33,7 @@ def with_one_weight(stock: Callable[..., Any]) -> Callable[..., Any]:
         bound = inspect.signature(stock).bind(*positional, **named)
         optimizer_config, chunks = (bound.arguments[name] for name in ("config", "model_chunks"))
         by_buffer = optimizer_config.use_distributed_optimizer
-        by_buffer |= optimizer_config.optimizer not in CHANGES_IN_PLACE
+        by_buffer |= optimizer_config.optimizer not in IN_PLACE
         first, last = map(unwrapped, (chunks[0], chunks[-1]))
         if by_buffer or not _shares(first, last):
             return stock(*positional, **named)
