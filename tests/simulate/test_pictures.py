@@ -12,8 +12,10 @@ import pytest
 
 from megatron_bpipe.cli.main import main
 from megatron_bpipe.report.fields import ReportError
+from megatron_bpipe.report.timeline import Timeline, read_timelines
 from megatron_bpipe.schedule import lower
 from megatron_bpipe.schedule.bases.catalogue import CATALOGUE, build
+from megatron_bpipe.schedule.ops import Kind
 from megatron_bpipe.simulate import StageBytes, even_costs, simulate
 from megatron_bpipe.simulate.draw.chrome_trace import chrome_trace
 from megatron_bpipe.simulate.draw.html import page
@@ -206,6 +208,21 @@ def test_a_recording_lies_over_its_prediction(tmp_path, bpipe, v):
         heights = [(curve.budget, curve.peak) for curve in panel.curves]
         assert all(budget + 1 >= peak for budget, peak in heights)
         assert min(abs(budget - peak) for budget, peak in heights) < 1
+
+
+def test_an_iteration_by_another_rule_than_the_last_is_not_the_one_drawn(tmp_path):
+    stock, balanced = tmp_path / "stock", tmp_path / "balanced"
+    for folder in (stock, balanced):
+        folder.mkdir()
+        write_report(folder, 4, 8, folder == balanced, transfer=0.5)
+    seconds = [read_report(folder).seconds for folder in (stock, balanced)]
+    assert seconds[0] < seconds[1]
+    for first, then in zip(read_timelines(stock, 4), read_timelines(balanced, 4), strict=True):
+        both = Timeline(then.stage, then.rank, [*first.iterations, *then.iterations])
+        (balanced / both.file_name).write_text(both.text())
+    found = read_report(balanced)
+    assert found.seconds == seconds[1]
+    assert any(seen.op.kind is Kind.EVICT for seen in found.stages[0])
 
 
 def test_reports_on_the_command_line(tmp_path, capsys):
