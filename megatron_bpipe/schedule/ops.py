@@ -125,8 +125,7 @@ class PartKey(NamedTuple):
         return f"{self.activation}{'' if self.part is None else f'/{self.part}'}"
 
 
-@dataclass(frozen=True, slots=True)
-class Op:
+class Op(NamedTuple):
     """One op of one stage.
 
     As text ``F3``, in chunk 1 ``F3.1``, upwards ``F3~``, with weight version 2 ``F3@2``; all
@@ -141,6 +140,9 @@ class Op:
 
     A message may carry a time label, ``SF3.1:14``: all messages of a rank with one label are posted
     together (see ``lowering.exchanges``).
+
+    A tuple, since schedules of hundreds of stages make, compare and hash millions of ops; one that
+    differs in a field is ``op._replace(part=1)``.
     """
 
     kind: Kind

@@ -17,7 +17,7 @@ evictor's line what leaves (E) and what comes back (L) beside the computation ab
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby
 
 from megatron_bpipe.schedule.ops import Kind, Op, Schedule, microbatches, quantity
@@ -119,7 +119,7 @@ def _stage_rows(label: str, line: Sequence[Op], over: Sequence[int], parts: int)
     for op, end in zip(line, over, strict=True):
         if op.kind.computation:
             column = (end - 1) // parts
-            computed[column] = str(replace(op, part=None))
+            computed[column] = str(op._replace(part=None))
             for transfer in waiting:
                 moved[transfer.kind].setdefault(column, []).append(transfer)
             waiting.clear()
@@ -136,7 +136,7 @@ def _stage_rows(label: str, line: Sequence[Op], over: Sequence[int], parts: int)
 def _together(transfers: Sequence[Op], parts: int) -> str:
     """Transfers of one cell: ``E1/0-2`` for parts 0, 1 and 2, ``E1`` for all."""
     texts: list[str] = []
-    for whole, ops in groupby(transfers, lambda op: replace(op, part=None)):
+    for whole, ops in groupby(transfers, lambda op: op._replace(part=None)):
         numbers = [op.part for op in ops if op.part is not None]
         named = "" if len(numbers) in (0, parts) else f"/{numbers[0]}"
         texts.append(f"{whole}{named}" + (f"-{numbers[-1]}" if named and len(numbers) > 1 else ""))

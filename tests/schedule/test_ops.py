@@ -15,17 +15,21 @@ from megatron_bpipe.schedule import (
     is_evictor,
     partner,
 )
-from megatron_bpipe.schedule.ops import HOST
+from megatron_bpipe.schedule.ops import HOST, TRANSFERS
 
 COUNT = st.integers(0, 10**6)
-OPS = st.builds(
-    Op,
-    st.sampled_from(Kind),
-    COUNT,
-    COUNT,
-    st.sampled_from(Direction),
-    st.none() | COUNT,
-    part=st.none() | COUNT,
+OPS = st.sampled_from(Kind).flatmap(
+    lambda kind: st.builds(
+        Op,
+        st.just(kind),
+        COUNT,
+        COUNT,
+        st.sampled_from(Direction),
+        version=st.none() | COUNT,
+        label=st.none() | COUNT,
+        other=st.none() | COUNT | st.just(HOST) if kind in TRANSFERS else st.none(),
+        part=st.none() | COUNT,
+    )
 )
 
 

@@ -209,10 +209,10 @@ def insert(line: Sequence[Op], stays: Sequence[Stay], parts: int = 1) -> tuple[O
     before: dict[int, list[Op]] = {}
     returning = sorted(stays, key=lambda s: (s.load, s.evict, s.span, -(s.part or 0)))
     for stay in returning:
-        load = replace(forwards[stay.span], kind=Kind.LOAD, part=stay.part)
+        load = forwards[stay.span]._replace(kind=Kind.LOAD, part=stay.part)
         before.setdefault(stay.load, []).append(load)
     for stay in sorted(stays, key=lambda s: (s.evict, s.part or 0)):
-        evict = replace(forwards[stay.span], kind=Kind.EVICT, part=stay.part)
+        evict = forwards[stay.span]._replace(kind=Kind.EVICT, part=stay.part)
         before.setdefault(stay.evict, []).append(evict)
     out: list[Op] = []
     step = 0
@@ -224,7 +224,7 @@ def insert(line: Sequence[Op], stays: Sequence[Stay], parts: int = 1) -> tuple[O
         if own or any(at in before for at in inner):
             for part, at in zip(range(parts - 1, -1, -1), (step, *inner), strict=True):
                 out += before.get(at, ()) if at > step else ()
-                out.append(replace(op, part=part))
+                out.append(op._replace(part=part))
         else:
             out.append(op)
         step += steps

@@ -192,7 +192,7 @@ def lend(schedule: Schedule, chosen: Arrangement) -> Schedule:
         where = _lenders_of(line, stays, loans)
         stages.append(
             tuple(
-                replace(op, other=where[op.activation])
+                op._replace(other=where[op.activation])
                 if op.kind is Kind.EVICT or op.kind is Kind.LOAD
                 else op
                 for op in insert(line, stays)

@@ -38,7 +38,7 @@ def pipedream(p: int, m: int) -> Schedule:
                 version[op.microbatch] = updates
             else:
                 updates += 1
-            out.append(replace(op, version=version[op.microbatch]))
+            out.append(op._replace(version=version[op.microbatch]))
         stages.append(tuple(out))
     return replace(base, name="pipedream", stages=tuple(stages))
 
@@ -55,7 +55,7 @@ def pipedream_2bw(p: int, m: int, group: int | None = None) -> Schedule:
         raise ValueError(f"group is {size}: two weight versions need p-1 = {p - 1} or more")
 
     def versioned(op: Op) -> Op:
-        return replace(op, version=max(0, op.microbatch // size - 1))
+        return op._replace(version=max(0, op.microbatch // size - 1))
 
     stages = tuple(tuple(map(versioned, line)) for line in base.stages)
     return replace(base, name="pipedream-2bw", stages=stages)
@@ -67,7 +67,7 @@ def continuous_pipe(p: int, n: int, size: int = 1) -> Schedule:
 
     def expanded(op: Op) -> list[Op]:
         first = op.microbatch * size
-        return [replace(op, microbatch=first + i) for i in range(size)]
+        return [op._replace(microbatch=first + i) for i in range(size)]
 
     stages = tuple(tuple(one for op in line for one in expanded(op)) for line in units.stages)
     return replace(units, name="continuous", microbatches=n * size, stages=stages)

@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-from dataclasses import replace
 
 from megatron_bpipe.schedule.bases.sizes import check_sizes
 from megatron_bpipe.schedule.ops import DOWN, UP, Kind, Op, Schedule
@@ -44,7 +43,7 @@ def v_shape(p: int, m: int, name: str = "v-half") -> Schedule:
     stages = []
     for places in block:
         timed = [
-            (time + _PERIOD * i, replace(op, microbatch=i)) for i in range(m) for time, op in places
+            (time + _PERIOD * i, op._replace(microbatch=i)) for i in range(m) for time, op in places
         ]
         timed.sort(key=lambda entry: entry[0])
         stages.append(tuple(op for _, op in timed))
@@ -93,5 +92,5 @@ def _with_weights(times: tuple[int, int, int, int]) -> tuple[tuple[int, Op], ...
         after = b1 if op.chunk else b0
         time = next(t for t in itertools.count(after + 1) if t % _PERIOD not in used)
         used.add(time % _PERIOD)
-        placed.append((time, replace(op, kind=Kind.WEIGHT)))
+        placed.append((time, op._replace(kind=Kind.WEIGHT)))
     return tuple(placed)

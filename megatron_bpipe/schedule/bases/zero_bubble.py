@@ -14,7 +14,6 @@ p-1 at a budget of p.
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import replace
 
 from megatron_bpipe.schedule.base import one_f_one_b
 from megatron_bpipe.schedule.ops import Kind, Op, Schedule, is_evictor
@@ -69,7 +68,7 @@ class _Stage:
             if op.kind is Kind.FORWARD:
                 self.held += 1
             else:
-                self.due.append(replace(op, kind=Kind.WEIGHT))
+                self.due.append(op._replace(kind=Kind.WEIGHT))
         elif self.due:
             op = self.due.popleft()
             self.held -= 1

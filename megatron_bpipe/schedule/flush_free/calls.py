@@ -112,7 +112,7 @@ def _cut_by_label(schedule: Schedule, m: int) -> list[list[Piece]]:
         for message in posted[stage]:
             call = sent[_producer(message, stage, schedule.p, known)]
             assert message.label is not None
-            by_call[call].append(replace(message, label=message.label + call * late))
+            by_call[call].append(message._replace(label=message.label + call * late))
         pieces = []
         for call in range(max(of) + 1):
             here = [i for i, c in enumerate(of) if c == call]

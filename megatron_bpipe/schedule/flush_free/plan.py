@@ -165,7 +165,7 @@ def _shifted(plan: CallPlan, calls: int, m: int) -> CallPlan:
 
     def later(op: Op) -> Op:
         version = None if op.version is None else op.version + calls
-        return replace(op, microbatch=op.microbatch + calls * m, version=version)
+        return op._replace(microbatch=op.microbatch + calls * m, version=version)
 
     def moved(keys: frozenset[ActivationKey]) -> frozenset[ActivationKey]:
         return frozenset(key._replace(microbatch=key.microbatch + calls * m) for key in keys)

@@ -9,7 +9,6 @@ any.  A lender with several evictors answers each in the order of its E and L.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from megatron_bpipe.schedule.lowering.batches import batch_size
 from megatron_bpipe.schedule.ops import Kind, Op, Schedule, other_end
@@ -18,7 +17,7 @@ from megatron_bpipe.schedule.ops import Kind, Op, Schedule, other_end
 def answer(schedule: Schedule, evictor: int, op: Op) -> Op:
     """AC or RT, by which the lender answers an evictor's E or L."""
     kind = Kind.ACCEPT if op.kind is Kind.EVICT else Kind.RETURN
-    return replace(op, kind=kind, other=None if op.other is None else evictor)
+    return op._replace(kind=kind, other=None if op.other is None else evictor)
 
 
 def answers(

@@ -23,7 +23,6 @@ between the same two ranks (p = 2, where both neighbours are one rank) match in 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from megatron_bpipe.schedule.lowering.routes import (
     Activation,
@@ -62,7 +61,7 @@ def exchanges(schedule: Schedule, ends: Sequence[Sequence[int]]) -> list[list[Op
             backward = op.kind is Kind.BACKWARD
             other, (microbatch, chunk, up) = target
             way, version = UP if up else DOWN, versions[other].get(target[1])
-            send = replace(op, kind=kinds[0], label=end, part=None)
+            send = op._replace(kind=kinds[0], label=end, part=None)
             receive = Op(kinds[1], microbatch, chunk, way, version, end)
             posted[stage].append((end, backward, target[1], True, send))
             posted[other].append((end, backward, target[1], False, receive))

@@ -134,8 +134,8 @@ def _with_messages(
         key = (forward, op.activation, op.version)
         if key not in around:
             around[key] = (
-                replace(op, kind=Kind.RECV_FORWARD if forward else Kind.RECV_BACKWARD, part=None),
-                replace(op, kind=Kind.SEND_FORWARD if forward else Kind.SEND_BACKWARD, part=None),
+                op._replace(kind=Kind.RECV_FORWARD if forward else Kind.RECV_BACKWARD, part=None),
+                op._replace(kind=Kind.SEND_FORWARD if forward else Kind.SEND_BACKWARD, part=None),
             )
         receive, send = around[key]
         begins, ends = op.part in (None, parts - 1), not op.part  # of a backward part by part
@@ -152,6 +152,6 @@ def _with_messages(
 
 
 def _wait(transfer: Op) -> Op:
-    return replace(
-        transfer, kind=Kind.EVICT_WAIT if transfer.kind is Kind.EVICT else Kind.LOAD_WAIT
+    return transfer._replace(
+        kind=Kind.EVICT_WAIT if transfer.kind is Kind.EVICT else Kind.LOAD_WAIT
     )

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Mapping, Set
-from dataclasses import replace
 from typing import NoReturn
 
 from megatron_bpipe.schedule.errors import ScheduleError
@@ -120,7 +119,7 @@ class LineCheck:
             self._fail(index, f"{op}: an activation has parts 0 to {self._parts - 1}")
         inside = self._within
         if inside is not None and op.kind not in TRANSFERS:
-            wanted = replace(inside, part=(inside.part or 0) - 1)
+            wanted = inside._replace(part=(inside.part or 0) - 1)
             if op != wanted:
                 self._fail(index, f"{op} stands inside a backward: {wanted} is next")
         elif inside is None and op.kind is Kind.BACKWARD and op.part not in (None, self._parts - 1):
@@ -142,7 +141,7 @@ class LineCheck:
             self._fail(index, f"{op} {was}: a backward needs its activations on this stage")
         if self._unwaited:
             transfer = self._unwaited[0]
-            wait = replace(transfer, kind=_WAIT_FOR[transfer.kind])
+            wait = transfer._replace(kind=_WAIT_FOR[transfer.kind])
             self._fail(index, f"{transfer} is not over when {op} starts: put {wait} before {op}")
         if self._schedule.lowered and op.kind is not Kind.WEIGHT:
             receive = Kind.RECV_FORWARD if forward else Kind.RECV_BACKWARD
@@ -229,7 +228,7 @@ class LineCheck:
         self._fail(
             index,
             f"{op} waits for nothing: it stands after the computation that follows "
-            f"{replace(op, kind=_WAITS[op.kind])}",
+            f"{op._replace(kind=_WAITS[op.kind])}",
         )
 
     def _lender(self, transfer: Op) -> int:
@@ -269,7 +268,7 @@ class LineCheck:
         """Whether this stage exchanges this message of op's activation with another stage."""
         if self._inner:
             return True
-        return peer(replace(op, kind=kind), self._stage, self._p, self._known) is not None
+        return peer(op._replace(kind=kind), self._stage, self._p, self._known) is not None
 
     def _end(self) -> None:
         """Nothing may be left over."""
@@ -279,7 +278,7 @@ class LineCheck:
             self._fail(None, f"nothing waits for {self._unwaited[0]}")
         if self._within is not None:
             self._fail(
-                None, f"{replace(self._within, part=(self._within.part or 0) - 1)} is missing"
+                None, f"{self._within._replace(part=(self._within.part or 0) - 1)} is missing"
             )
         for activation, state in self._state.items():
             if state is not State.CONSUMED:

@@ -11,7 +11,7 @@ are known.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from megatron_bpipe.schedule.ops import HOST, UP, Kind, Op, partner
 from megatron_bpipe.schedule.validation.occupancy import lent
@@ -158,7 +158,7 @@ def whole_boxes(stage: int, computed: Iterable[tuple[Op, float, float]]) -> Iter
         if op.kind.computation:
             begun = start if begun is None else begun
             if not op.part:
-                yield box_of(replace(op, part=None), stage, begun, end)
+                yield box_of(op._replace(part=None), stage, begun, end)
                 begun = None
 
 

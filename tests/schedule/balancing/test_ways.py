@@ -160,7 +160,7 @@ def test_a_load_comes_from_where_the_activation_went():
     line = list(schedule.stages[3])
     at = next(n for n, op in enumerate(line) if op.kind is Kind.LOAD)
     other = next(y for y in (1, 2) if y != line[at].other)
-    line[at] = replace(line[at], other=other)
+    line[at] = line[at]._replace(other=other)
     wrong = replace(schedule, stages=(*schedule.stages[:3], tuple(line)))
     assert "it was evicted to stage" in refused(wrong)
 

@@ -50,7 +50,7 @@ def lowered(spec: ScheduleSpec, n: int) -> Schedule:
 def moves(ops) -> list[str]:
     """Computations and transfers without their versions."""
     kinds = (Kind.FORWARD, Kind.BACKWARD, Kind.EVICT, Kind.LOAD)
-    return [str(replace(op, version=None)) for op in ops if op.kind in kinds]
+    return [str(op._replace(version=None)) for op in ops if op.kind in kinds]
 
 
 def test_2bw_by_hand():
@@ -86,7 +86,7 @@ def test_short_runs_stand_for_long_ones(spec):
     for stage in range(spec.p):
         for t in range(n):
             short = call_plan(spec, stage, t, n - 1 - t).stage.ops
-            lines = [[replace(op, label=None) for op in ops] for ops in (long[t][stage], short)]
+            lines = [[op._replace(label=None) for op in ops] for ops in (long[t][stage], short)]
             assert lines[0] == lines[1], (stage, t)
             begun = {op.key for op in long[t][stage] if op.kind is Kind.FORWARD}
             later = [op for call in long[t + 1 :] for op in call[stage]]
