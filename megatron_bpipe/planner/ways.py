@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 from megatron_bpipe.estimate.errors import EstimateError
 from megatron_bpipe.estimate.runs import Run
 from megatron_bpipe.estimate.time.scheduled import budgets_of
 from megatron_bpipe.planner.evaluate import Candidate, Memory, Predictor, memory_of, place
+from megatron_bpipe.planner.family import Family, tried
 from megatron_bpipe.planner.partition import uneven_chunks
 from megatron_bpipe.planner.shape import Shape, with_layers
 from megatron_bpipe.planner.space import OTHERS, Question, Refused
@@ -40,13 +42,9 @@ def ways(
         for families in WAYS.values():
             try:
                 for family in families(shape):
-                    yield from _tried(family, shape, refused)
+                    yield from tried(family, partial(_looked_at, shape, refused))
             except EstimateError as error:  # no schedule of these sizes
                 refused.add(error)
-
-
-Family = Sequence[Run]
-"""One run, or the same run at each budget, from the largest to the least."""
 
 
 def _plain(shape: Shape) -> Iterator[Family]:
@@ -241,36 +239,7 @@ def _budgets(shape: Shape, fits: bool) -> list[float | None]:
     return found
 
 
-def _tried(family: Family, shape: Shape, refused: Refused) -> Iterator[tuple[Candidate, Memory]]:
-    """Those that a schedule exists for: of a family only down to the largest budget that fits.
-
-    From one budget to the next what a stage needs only grows, if it lends, or only shrinks. So a
-    stage that neither the largest nor the least budget fits has none that does, and only the
-    least, which needs least of the fullest stage, stands for the family.
-    """
-    ends: dict[int, tuple[Candidate, Memory] | None] = {}
-    if len(family) > 2:
-        ends = {i: _looked_at(family[i], shape, refused) for i in (0, len(family) - 1)}
-        first, least = ends.values()
-        if first is not None and least is not None and not _may_fit(first[1], least[1]):
-            yield least
-            return
-    for i, run in enumerate(family):
-        found = ends[i] if i in ends else _looked_at(run, shape, refused)
-        if found is None:
-            continue
-        yield found
-        if found[1].fits == "yes":
-            return
-
-
-def _may_fit(*memories: Memory) -> bool:
-    """Whether each stage could fit with the least that these say it needs."""
-    needed = tuple(map(min, zip(*(memory.needed for memory in memories), strict=True)))
-    return Memory(needed, memories[0].there).fits != "no"
-
-
-def _looked_at(run: Run, shape: Shape, refused: Refused) -> tuple[Candidate, Memory] | None:
+def _looked_at(shape: Shape, refused: Refused, run: Run) -> tuple[Candidate, Memory] | None:
     try:
         candidate = place(run, shape.base.cluster, shape.predictor)
         return candidate, memory_of(candidate, shape.predictor)

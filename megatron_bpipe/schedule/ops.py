@@ -49,22 +49,20 @@ class Kind(enum.Enum):
 
     __hash__ = object.__hash__  # members are singletons; hashing their names is far slower
 
-    @property
-    def logical(self) -> bool:
-        """Whether this kind belongs to the logical form (F, B, W, E, L)."""
-        return self in _LOGICAL
+    logical: bool
+    """Whether this kind belongs to the logical form (F, B, W, E, L)."""
+    computation: bool
+    """Whether this kind computes (F, B, W)."""
 
-    @property
-    def computation(self) -> bool:
-        """Whether this kind computes (F, B, W)."""
-        return self is Kind.FORWARD or self is Kind.BACKWARD or self is Kind.WEIGHT
+    def __init__(self, text: str) -> None:
+        self.logical = text in ("F", "B", "W", "E", "L")
+        self.computation = text in ("F", "B", "W")
 
 
 TRANSFERS = frozenset(
     (Kind.EVICT, Kind.LOAD, Kind.EVICT_WAIT, Kind.LOAD_WAIT, Kind.ACCEPT, Kind.RETURN)
 )
 MESSAGES = frozenset((Kind.SEND_FORWARD, Kind.RECV_FORWARD, Kind.SEND_BACKWARD, Kind.RECV_BACKWARD))
-_LOGICAL = (Kind.FORWARD, Kind.BACKWARD, Kind.WEIGHT, Kind.EVICT, Kind.LOAD)
 
 
 class Direction(enum.Enum):

@@ -1,9 +1,9 @@
-"""From lines of lowered ops to the steps that the engine runs.
+"""From lines of lowered ops to the steps that the engine runs, and what these cost.
 
 A step is a tuple (code, index of its op, what the code needs):
 
 =========  ==================================================================
-COMPUTE    seconds
+COMPUTE    which of the stage's `seconds_of` it takes
 MESSAGE    ends of messages: one, or all of a batched call
 START      number of the transfer that E or L starts
 WAIT       number of the transfer that EW or LW waits for
@@ -12,12 +12,15 @@ NOTHING    AC and RT: the transports are one-sided; posting a labelled receive
 
 Messages with time labels are posted and not waited for (``Schedule.labelled``): the step that waits
 for a receive stands directly before the computation that needs it.
+
+Steps depend on the schedule alone, so one that is simulated with many costs is compiled once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from megatron_bpipe.schedule.lowering.batches import batch_size
@@ -28,7 +31,7 @@ from megatron_bpipe.schedule.lowering.routes import (
     upstream,
 )
 from megatron_bpipe.schedule.ops import HOST, MESSAGES, UP, Kind, Op, Schedule, other_end
-from megatron_bpipe.simulate.costs import Costs, StageCosts
+from megatron_bpipe.simulate.costs import StageCosts
 from megatron_bpipe.simulate.network import Network, Path
 
 COMPUTE, MESSAGE, START, WAIT, NOTHING = range(5)
@@ -37,57 +40,76 @@ Step = tuple[int, int, Any]
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A transfer: which op of which stage, how its bytes go, fixed seconds, bytes."""
+    """A transfer: which op of which stage."""
 
     stage: int
     index: int
     op: Op
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """What a transfer costs: how its bytes go, fixed seconds, bytes."""
+
     path: Path
     fixed: float
     size: int
 
 
-@dataclass
+@dataclass(frozen=True)
 class Compiled:
-    """Steps of every stage, all transfers, and per message its path and the stage it goes to."""
+    """Steps of every stage, all transfers, and per message from which stage to which it goes."""
 
     steps: list[list[Step]]
     jobs: list[Job]
-    paths: list[Path]
     senders: list[int]
     receivers: list[int]
 
 
-def compile_steps(schedule: Schedule, costs: Costs, network: Network) -> Compiled:
-    """Raises ValueError unless the schedule is lowered and there are costs for every stage."""
+@lru_cache(maxsize=16)
+def compile_steps(schedule: Schedule) -> Compiled:
+    """Raises ValueError unless the schedule is lowered."""
     if not schedule.lowered:
         raise ValueError(f"{schedule.name} is not lowered: simulate what lower() returns")
-    if len(costs.stages) != schedule.p:
-        raise ValueError(
-            f"costs for {len(costs.stages)} stages, the schedule has {schedule.p}: give one each"
-        )
-    numbers = _Numbers(schedule, network)
+    numbers = _Numbers(schedule)
     jobs: list[Job] = []
-    steps = [
-        _line_steps(schedule, stage, costs.stages[stage], network, numbers, jobs)
-        for stage in range(schedule.p)
+    steps = [_line_steps(schedule, stage, numbers, jobs) for stage in range(schedule.p)]
+    return Compiled(steps, jobs, numbers.senders, numbers.receivers)
+
+
+def seconds_of(schedule: Schedule, costs: StageCosts) -> list[float]:
+    """Seconds of each kind of computation and chunk of a stage: whole ones, then their parts."""
+    backward = tuple(s + costs.recompute for s in costs.backward)
+    whole = [
+        table[chunk if chunk < len(table) else -1]
+        for table in (costs.forward, backward, costs.weight)
+        for chunk in range(schedule.chunks)
     ]
-    return Compiled(steps, jobs, numbers.paths, numbers.senders, numbers.receivers)
+    return [*whole, *(seconds / schedule.parts for seconds in whole)]
+
+
+def copy_of(job: Job, schedule: Schedule, costs: StageCosts, network: Network) -> Copy:
+    """What this transfer costs on these links."""
+    out = job.op.kind is Kind.EVICT
+    other = other_end(schedule, job.stage, job.op)
+    if other == HOST:
+        path = network.host_path(job.stage, out=out)
+    else:
+        path = network.path(job.stage, other) if out else network.path(other, job.stage)
+    fixed = costs.evict if out else costs.load
+    return Copy(path, fixed / schedule.parts, costs.moved // schedule.parts)
 
 
 class _Numbers:
     """Numbers the messages: (receiver, forward, activation as the receiver calls it)."""
 
-    def __init__(self, schedule: Schedule, network: Network) -> None:
+    def __init__(self, schedule: Schedule) -> None:
         self.p = schedule.p
         self.known = known_activations(schedule)
-        self.network = network
         self.forward: list[dict[Activation, int]] = [{} for _ in range(self.p)]
         self.backward: list[dict[Activation, int]] = [{} for _ in range(self.p)]
-        self.paths: list[Path] = []
         self.senders: list[int] = []
         self.receivers: list[int] = []
-        self._cache: dict[tuple[int, int], Path] = {}
 
     def number(self, op: Op, stage: int) -> int:
         """The message's number, the same at both ends."""
@@ -111,31 +133,15 @@ class _Numbers:
             number = table[activation] = len(self.receivers)
             self.receivers.append(receiver)
             self.senders.append(sender)
-            self.paths.append(_NO_PATH)
-        if sender >= 0:
+        elif sender >= 0:
             self.senders[number] = sender
-            path = self._cache.get((sender, receiver))
-            if path is None:
-                path = self._cache[sender, receiver] = self.network.path(sender, receiver)
-            self.paths[number] = path
         return number
 
 
-_NO_PATH = Network().path(0, 0)
-
-
-def _line_steps(
-    schedule: Schedule,
-    stage: int,
-    costs: StageCosts,
-    network: Network,
-    numbers: _Numbers,
-    jobs: list[Job],
-) -> list[Step]:
-    line = schedule.stages[stage]
-    seconds = _compute_seconds(line, costs)
+def _line_steps(schedule: Schedule, stage: int, numbers: _Numbers, jobs: list[Job]) -> list[Step]:
+    line, parts = schedule.stages[stage], schedule.parts
+    chunks, labelled = schedule.chunks, schedule.labelled
     started: dict[tuple[Kind, tuple[Activation, int]], int] = {}
-    labelled = schedule.labelled
     needed = _receives_of(line) if labelled else {}
     out: list[Step] = []
     index = 0
@@ -143,13 +149,12 @@ def _line_steps(
         op = line[index]
         kind = op.kind
         size = 1
-        if kind in seconds:
+        if kind in _WHICH:
             receive = needed.get((kind, op.activation))
-            if receive is not None and op.part in (None, schedule.parts - 1):
+            if receive is not None and op.part in (None, parts - 1):
                 out.append((MESSAGE, receive, (numbers.number(line[receive], stage),)))
-            table = seconds[kind]
-            whole = table[op.chunk if op.chunk < len(table) else -1]
-            out.append((COMPUTE, index, whole if op.part is None else whole / schedule.parts))
+            which = _WHICH[kind] + (0 if op.part is None else len(_WHICH))
+            out.append((COMPUTE, index, which * chunks + op.chunk))
         elif kind in MESSAGES:
             if labelled and kind in _RECEIVES:
                 out.append((NOTHING, index, None))
@@ -161,7 +166,7 @@ def _line_steps(
         elif kind is Kind.EVICT or kind is Kind.LOAD:
             started[kind, op.moved] = len(jobs)
             out.append((START, index, len(jobs)))
-            jobs.append(_job(schedule, stage, index, op, costs, network))
+            jobs.append(Job(stage, index, op))
         elif kind is Kind.EVICT_WAIT:
             out.append((WAIT, index, started[Kind.EVICT, op.moved]))
         elif kind is Kind.LOAD_WAIT:
@@ -172,6 +177,7 @@ def _line_steps(
     return out
 
 
+_WHICH = {Kind.FORWARD: 0, Kind.BACKWARD: 1, Kind.WEIGHT: 2}
 _RECEIVES = {Kind.RECV_FORWARD: Kind.FORWARD, Kind.RECV_BACKWARD: Kind.BACKWARD}
 
 
@@ -182,24 +188,3 @@ def _receives_of(line: Sequence[Op]) -> dict[tuple[Kind, Activation], int]:
         for index, op in enumerate(line)
         if op.kind in _RECEIVES
     }
-
-
-def _compute_seconds(line: Sequence[Op], costs: StageCosts) -> dict[Kind, tuple[float, ...]]:
-    return {
-        Kind.FORWARD: costs.forward,
-        Kind.BACKWARD: tuple(s + costs.recompute for s in costs.backward),
-        Kind.WEIGHT: costs.weight,
-    }
-
-
-def _job(
-    schedule: Schedule, stage: int, index: int, op: Op, costs: StageCosts, network: Network
-) -> Job:
-    out = op.kind is Kind.EVICT
-    other = other_end(schedule, stage, op)
-    if other == HOST:
-        path = network.host_path(stage, out=out)
-    else:
-        path = network.path(stage, other) if out else network.path(other, stage)
-    fixed = costs.evict if out else costs.load
-    return Job(stage, index, op, path, fixed / schedule.parts, costs.moved // schedule.parts)

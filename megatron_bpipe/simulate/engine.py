@@ -18,7 +18,16 @@ from collections.abc import Callable
 
 from megatron_bpipe.schedule.errors import ScheduleError
 from megatron_bpipe.schedule.ops import Schedule
-from megatron_bpipe.simulate.compile import COMPUTE, MESSAGE, START, WAIT, Compiled, compile_steps
+from megatron_bpipe.simulate.compile import (
+    COMPUTE,
+    MESSAGE,
+    START,
+    WAIT,
+    Compiled,
+    compile_steps,
+    copy_of,
+    seconds_of,
+)
 from megatron_bpipe.simulate.contention import ContentionModel
 from megatron_bpipe.simulate.costs import Costs
 from megatron_bpipe.simulate.network import FREE, Network
@@ -28,9 +37,14 @@ from megatron_bpipe.simulate.result import Simulation, Transfer
 def simulate(schedule: Schedule, costs: Costs, network: Network = FREE) -> Simulation:
     """Run a lowered schedule.
 
-    Raises ValueError for a schedule that is not lowered, and ScheduleError if it deadlocks.
+    Raises ValueError for a schedule that is not lowered or costs of another number of stages, and
+    ScheduleError if it deadlocks.
     """
-    compiled = compile_steps(schedule, costs, network)
+    compiled = compile_steps(schedule)
+    if len(costs.stages) != schedule.p:
+        raise ValueError(
+            f"costs for {len(costs.stages)} stages, the schedule has {schedule.p}: give one each"
+        )
     run = (_SharedRun if network.shared else _Run)(schedule, compiled, costs, network)
     run.run()
     return Simulation(schedule, costs, network, run.starts, run.ends, run.transfers(compiled))
@@ -51,8 +65,15 @@ class _Run:
         self.pending = [0] * p  # messages the stage's present step still waits for
         self.until = [0.0] * p  # when those that are known will be over
         self.posted = [-1.0] * len(compiled.receivers)
-        travel = {path: costs.send + path.seconds(costs.message) for path in set(compiled.paths)}
-        self.travel = [travel[path] for path in compiled.paths]
+        self.seconds = [seconds_of(schedule, stage) for stage in costs.stages]
+        ways = list(zip(compiled.senders, compiled.receivers, strict=True))
+        paths = {way: network.path(*way) for way in set(ways)}
+        self.paths = [paths[way] for way in ways]
+        travel = {way: costs.send + path.seconds(costs.message) for way, path in paths.items()}
+        self.travel = [travel[way] for way in ways]
+        self.copies = [
+            copy_of(job, schedule, costs.stages[job.stage], network) for job in compiled.jobs
+        ]
         self.copied: list[tuple[float, float] | None] = [None] * len(compiled.jobs)
         self.engine_free: dict[tuple[int, object], float] = {}
         self.ready = [(0.0, stage) for stage in range(p)]
@@ -90,12 +111,12 @@ class _Run:
     def advance(self, stage: int, now: float) -> None:
         """Run this stage from its present step, which is not waiting any more."""
         steps, starts, ends = self.compiled.steps[stage], self.starts[stage], self.ends[stage]
-        at, last = self.next[stage], len(steps)
+        at, last, seconds = self.next[stage], len(steps), self.seconds[stage]
         while at < last:
             code, index, what = steps[at]
             if code == COMPUTE:
                 starts[index] = now
-                now += what
+                now += seconds[what]
                 ends[index] = now
             elif code == MESSAGE:
                 if self.until[stage] < 0:  # resumed: all its messages are over
@@ -161,12 +182,16 @@ class _Run:
 
     def start_copy(self, number: int, now: float) -> None:
         """An E or L: the copy runs when its engine is free."""
-        job = self.compiled.jobs[number]
-        engine = (job.stage, job.op.kind if self.network.full_duplex else None)
+        copy, engine = self.copies[number], self.engine(number)
         start = max(now, self.engine_free.get(engine, 0.0))
-        end = start + job.fixed + job.path.seconds(job.size)
+        end = start + copy.fixed + copy.path.seconds(copy.size)
         self.engine_free[engine] = end
         self.copied[number] = start, end
+
+    def engine(self, number: int) -> tuple[int, object]:
+        """Which copy engine runs this transfer."""
+        job = self.compiled.jobs[number]
+        return job.stage, job.op.kind if self.network.full_duplex else None
 
 
 class _SharedRun(_Run):
@@ -211,7 +236,8 @@ class _SharedRun(_Run):
             code, index, what = steps[self.next[stage]]
             starts[index] = ends[index] = now
             if code == COMPUTE:
-                self.contention.compute(now, stage, what, lambda: self.step_over(stage))
+                seconds = self.seconds[stage][what]
+                self.contention.compute(now, stage, seconds, lambda: self.step_over(stage))
                 return
             if code == MESSAGE:
                 for k in range(len(what)):
@@ -250,7 +276,7 @@ class _SharedRun(_Run):
             self.travel_now(number)
 
     def travel_now(self, number: int) -> None:
-        path = self.compiled.paths[number]
+        path = self.paths[number]
         fixed, size = self.costs.send + path.link.latency, float(self.costs.message)
         self.after(
             fixed, lambda: self.contention.flow(self.now, path, size, lambda: self.over(number))
@@ -279,17 +305,13 @@ class _SharedRun(_Run):
         if len(queue) == 1:
             self.copy(number)
 
-    def engine(self, number: int) -> tuple[int, object]:
-        job = self.compiled.jobs[number]
-        return job.stage, job.op.kind if self.network.full_duplex else None
-
     def copy(self, number: int) -> None:
-        job = self.compiled.jobs[number]
+        copy = self.copies[number]
         self.begun[number] = self.now
         self.after(
-            job.fixed + job.path.link.latency,
+            copy.fixed + copy.path.link.latency,
             lambda: self.contention.flow(
-                self.now, job.path, float(job.size), lambda: self.copy_over(number)
+                self.now, copy.path, float(copy.size), lambda: self.copy_over(number)
             ),
         )
 

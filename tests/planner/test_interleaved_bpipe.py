@@ -70,18 +70,27 @@ def test_memory_is_chunks_held_times_bytes_of_a_chunk() -> None:
     assert bytes_moved(run) == 2 * evictions * chunk
 
 
-def test_every_budget_is_tried_until_one_fits() -> None:
-    question = Question(
-        MODEL, preset("A100-80GB", 4, 4), 32, Fixed(tp=1, pp=4, micro_batch=4, attention="flash")
-    )
+@pytest.mark.parametrize(
+    ("micro_batch", "tried"),
+    [
+        # of 2 chunks 11 are held without: 10 are borderline, 9 fit; of 4 chunks 19 without, 18 fit
+        (2, {2: [(5, "borderline"), (4.5, "yes")], 4: [(4.5, "yes")]}),
+        (4, {2: [(4.5, "no")], 4: [(4.25, "no")], 8: [(4.125, "no")]}),  # the least of each
+    ],
+)
+def test_the_largest_budgets_that_fit(
+    micro_batch: int, tried: dict[int, list[tuple[float, str]]]
+) -> None:
+    fixed = Fixed(tp=1, pp=4, micro_batch=micro_batch, attention="flash")
+    question = Question(MODEL, preset("A100-80GB", 4, 4), 32, fixed)
     refused = Refused()
-    tried: dict[int, list[float | None]] = {}
+    found: dict[int, list[tuple[float | None, str]]] = {}
     (shape,) = shapes(question, refused)
-    for candidate, _ in ways(question, shape, predictor(), refused):
-        if way_of(candidate.run) == "interleaved BPipe":
-            tried.setdefault(candidate.run.chunks, []).append(candidate.run.budget)
-    assert tried[2] == [5, 4.5]
-    assert tried[8] == [4.25, 4.125]  # 34 and 33 chunks of 8, one of 35 held without
+    for candidate, memory in ways(question, shape, predictor(), refused):
+        run = candidate.run
+        if way_of(run) == "interleaved BPipe":
+            found.setdefault(run.chunks, []).append((run.budget, memory.fits))
+    assert found == tried
 
 
 def test_what_the_user_asks_for_is_planned_and_printed() -> None:

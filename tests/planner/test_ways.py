@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 
@@ -16,6 +17,7 @@ from megatron_bpipe.estimate.runs import Layout, Run
 from megatron_bpipe.estimate.time.scheduled import budgets_of, held_by_stage
 from megatron_bpipe.planner import ways as ways_module
 from megatron_bpipe.planner.evaluate import Candidate, Memory
+from megatron_bpipe.planner.family import Family, Looked
 from megatron_bpipe.planner.inputs.cluster import preset
 from megatron_bpipe.planner.inputs.flags import Fixed
 from megatron_bpipe.planner.inputs.sources import from_layer_model
@@ -23,6 +25,7 @@ from megatron_bpipe.planner.output.megatron_flags import model_flags
 from megatron_bpipe.planner.search import search
 from megatron_bpipe.planner.space import Question, Refused, shapes
 from megatron_bpipe.planner.ways import way_of, ways
+from megatron_bpipe.schedule.ops import default_budget
 
 MODEL = llama("20 B", hidden=6144, heads=48, layers=48, seq=4096, vocab=32000, kv_heads=8)
 PREDICTOR = from_layer_model(2, FIXED_OVERHEAD)
@@ -64,18 +67,32 @@ def looked_at(question: Question) -> list[tuple[Candidate, Memory]]:
     ]
 
 
-def test_budgets_passed_over_are_those_that_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+def every_budget(family: Family, look: Callable[[Run], Looked | None]) -> Iterator[Looked]:
+    return (found for run in family if (found := look(run)) is not None)
+
+
+def test_budgets_passed_over_fit_no_better(monkeypatch: pytest.MonkeyPatch) -> None:
     """Against a search that looks at every budget of every shape."""
     question = Question(MODEL, preset("A100-40GB", 32), 64, Fixed(tp=2), attentions=("flash",))
     quick = looked_at(question)
-    monkeypatch.setattr(ways_module, "_may_fit", lambda *memories: True)
+    monkeypatch.setattr(ways_module, "tried", every_budget)
     whole = looked_at(question)
-    assert len(quick) < len(whole)
     runs = {candidate.run for candidate, _ in quick}
-    missed = [(c.run, memory.fits) for c, memory in whole if c.run not in runs]
-    assert {way_of(run) for run, _ in missed} >= {"BPipe", "interleaved BPipe", "host offload"}
-    assert {fits for _, fits in missed} == {"no"}
-    assert runs <= {candidate.run for candidate, _ in whole}
+    assert runs < {candidate.run for candidate, _ in whole}
+    fitting: dict[Run, list[tuple[float, str]]] = {}
+    for candidate, memory in whole:
+        run = candidate.run
+        if memory.fits != "no" and run.budget is not None:
+            fitting.setdefault(replace(run, budget=None), []).append((run.budget, memory.fits))
+    missed = [(c.run, m.fits) for c, m in whole if c.run not in runs and m.fits != "no"]
+    assert missed
+    for run, fits in missed:  # a larger budget that fits as well is looked at
+        known = fitting[replace(run, budget=None)]
+        budget = run.budget or default_budget(run.layout.pp)
+        better = [b for b, verdict in known if b > budget and verdict in ("yes", fits)]
+        assert any(replace(run, budget=b) in runs for b in better), run
+    passed = {way_of(c.run) for c, _ in whole if c.run not in runs}
+    assert passed >= {"BPipe", "interleaved BPipe", "host offload"}
 
 
 @pytest.mark.parametrize("after", [1, 40])

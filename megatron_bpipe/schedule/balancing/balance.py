@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from itertools import accumulate
 
 from megatron_bpipe.schedule.balancing.min_evictions import Span, Stay, fewest_evictions
@@ -110,7 +111,13 @@ def _lives(schedule: Schedule) -> list[list[Span]]:
         for op in line:
             if not op.kind.computation:
                 raise ValueError(f"{schedule.name} already has {op}: balance a schedule of F and B")
-    return [spans(line, schedule.parts) for line in schedule.stages]
+    return [_spans(line, schedule.parts) for line in schedule.stages]
+
+
+@lru_cache(maxsize=256)
+def _spans(line: tuple[Op, ...], parts: int) -> list[Span]:
+    """As `spans`, once where a schedule is balanced with many budgets; nobody changes the list."""
+    return spans(line, parts)
 
 
 def _least_budget(schedule: Schedule, lives: Sequence[Sequence[Span]]) -> float:
