@@ -1,8 +1,13 @@
-"""Runs schedules on the real executor with stages that sleep instead of computing.
+"""Runs schedules on the real executor with stages that pass time instead of computing.
 
 ``python -m tests.simulate.sleeping P OUT``: P processes over gloo, activations over the real
 shared-memory transport.  First every op is measured alone (a message by round trips, the others by
 lines without messages), then each schedule runs once.  Writes ``OUT/rankN.json``.
+
+``python -m tests.simulate.sleeping P OUT clock``: the same processes, messages and copies, but time
+is a logical clock of each rank that its messages carry, as Lamport's: a computation adds what it
+costs, whoever waits for a message goes on when that is there.  What a copy takes is not in it.
+Nothing depends on the machine.
 """
 
 from __future__ import annotations
@@ -61,18 +66,18 @@ def seconds(stage: int) -> tuple[float, float]:
 
 
 class Layer(torch.autograd.Function):
-    """Saves what a layer would; its computation is a sleep."""
+    """Saves what a layer would; its computation is time that the stage spends."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, stage: int) -> torch.Tensor:
-        time.sleep(seconds(stage)[0])
+    def forward(ctx: Any, x: torch.Tensor, stage: SleepingStage) -> torch.Tensor:
+        stage.spend(seconds(stage.stage)[0])
         ctx.stage = stage
         ctx.save_for_backward(x.new_full((ACTIVATION,), 1.0))
         return x + 1
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
-        time.sleep(seconds(ctx.stage)[1])
+        ctx.stage.spend(seconds(ctx.stage.stage)[1])
         (kept,) = ctx.saved_tensors
         return gradients[0] * kept[0], None
 
@@ -88,6 +93,10 @@ class SleepingStage:
         self.arriving: dict[tuple[Kind, int], Any] = {}
         self.sending: list[Any] = []
 
+    def spend(self, seconds: float) -> None:
+        """A computation of so many seconds."""
+        time.sleep(seconds)
+
     def exchange(self, ops: Sequence[Op]) -> None:
         """Labelled messages are waited for when they are needed, others at once."""
         works = []
@@ -95,11 +104,11 @@ class SleepingStage:
             i, ahead = op.microbatch, op.kind in (Kind.SEND_FORWARD, Kind.RECV_BACKWARD)
             other = self.stage + 1 if ahead else self.stage - 1
             if op.kind is Kind.SEND_FORWARD:
-                works.append(dist.isend(self.outputs[i].detach(), other))
+                works.append(dist.isend(self.sent(self.outputs[i].detach()), other))
             elif op.kind is Kind.SEND_BACKWARD:
                 gradient = self.inputs.pop(i).grad
                 assert gradient is not None
-                works.append(dist.isend(gradient, other))
+                works.append(dist.isend(self.sent(gradient), other))
             else:
                 into = self.inputs if op.kind is Kind.RECV_FORWARD else self.gradients
                 into[i] = torch.empty(MESSAGE)
@@ -114,22 +123,85 @@ class SleepingStage:
         for work in works:
             work.wait()
 
-    def _arrived(self, kind: Kind, microbatch: int) -> None:
+    def sent(self, message: torch.Tensor) -> torch.Tensor:
+        """What is sent for it."""
+        return message
+
+    def arrived(self, kind: Kind, microbatch: int) -> None:
+        """Wait for a labelled message that this computation needs, if there is one."""
         work = self.arriving.pop((kind, microbatch), None)
         if work is not None:
             work.wait()
 
     def forward(self, op: Op) -> torch.Tensor:
-        self._arrived(Kind.RECV_FORWARD, op.microbatch)
+        self.arrived(Kind.RECV_FORWARD, op.microbatch)
         x = self.inputs.get(op.microbatch, torch.zeros(MESSAGE)).requires_grad_()
         self.inputs[op.microbatch] = x
-        self.outputs[op.microbatch] = Layer.apply(x, self.stage)
+        self.outputs[op.microbatch] = Layer.apply(x, self)
         return self.outputs[op.microbatch]
 
     def backward(self, op: Op) -> None:
-        self._arrived(Kind.RECV_BACKWARD, op.microbatch)
+        self.arrived(Kind.RECV_BACKWARD, op.microbatch)
         gradient = self.gradients.pop(op.microbatch, torch.ones(MESSAGE))
         torch.autograd.backward([self.outputs.pop(op.microbatch)], [gradient])
+
+
+HOP = 0.003
+"""Seconds of a message on the logical clock."""
+
+
+class ClockedStage(SleepingStage):
+    """The same on a logical clock; a message's last element is when it was posted."""
+
+    def __init__(self, stage: int, p: int) -> None:
+        super().__init__(stage, p)
+        self.now = 0.0
+        self.computed: list[list[Any]] = []  # op, when it began, when it ended
+        self.op: Op | None = None
+
+    def spend(self, seconds: float) -> None:
+        self.computed.append([str(self.op), self.now, self.now + seconds])
+        self.now += seconds
+
+    def forward(self, op: Op) -> torch.Tensor:
+        self.op = op
+        return super().forward(op)
+
+    def backward(self, op: Op) -> None:
+        self.op = op
+        super().backward(op)
+
+    def sent(self, message: torch.Tensor) -> torch.Tensor:
+        message = message.clone()
+        message[-1] = self.now
+        return message
+
+    def exchange(self, ops: Sequence[Op]) -> None:
+        """Unlabelled messages begin when both ends have posted them, so both must know when."""
+        if ops[0].label is not None:
+            super().exchange(ops)
+            return
+        others = [
+            self.stage + (1 if op.kind in (Kind.SEND_FORWARD, Kind.RECV_BACKWARD) else -1)
+            for op in ops
+        ]
+        mine = torch.tensor([self.now], dtype=torch.float64)
+        theirs = [torch.empty(1, dtype=torch.float64) for _ in ops]
+        works = [dist.isend(mine, other, tag=1) for other in others]
+        works += [
+            dist.irecv(clock, other, tag=1) for clock, other in zip(theirs, others, strict=True)
+        ]
+        super().exchange(ops)
+        for work in works:
+            work.wait()
+        self.now = max([self.now, *map(float, theirs)]) + HOP
+
+    def arrived(self, kind: Kind, microbatch: int) -> None:
+        expected = (kind, microbatch) in self.arriving
+        super().arrived(kind, microbatch)
+        if expected:
+            into = self.inputs if kind is Kind.RECV_FORWARD else self.gradients
+            self.now = max(self.now, float(into[microbatch][-1]) + HOP)
 
 
 class Rank:
@@ -160,9 +232,9 @@ class Rank:
         pair, cpu = f"{evictor}-{self.p - 1 - evictor}", torch.device("cpu")
         return PairEnd(pair, which, "shm", cpu, DEADLINE, self.rendezvous_store)
 
-    def run(self, ops: tuple[Op, ...]) -> list[Any]:
+    def run(self, ops: tuple[Op, ...], stage: SleepingStage | None = None) -> list[Any]:
         """One run; its events."""
-        stage = SleepingStage(self.stage, self.p)
+        stage = stage or SleepingStage(self.stage, self.p)
         self.recorder.begin(())
         ScheduleExecutor(ops, stage, self.activations, self.acceptor_end, [self.recorder]).run()
         for work in stage.sending:
@@ -211,15 +283,19 @@ class Rank:
         dist.barrier()
         return took
 
-    def main(self) -> None:
-        result: dict[str, Any] = {"costs": self.measure(), "runs": {}}
+    def main(self, clocked: bool) -> None:
+        result: dict[str, Any] = {"runs": {}}
+        if not clocked:
+            result["costs"] = self.measure()
         for name, schedule in schedules(self.p).items():
             dist.barrier()
-            events = self.run(schedule.stages[self.stage])
+            stage = (ClockedStage if clocked else SleepingStage)(self.stage, self.p)
+            events = self.run(schedule.stages[self.stage], stage)
             result["runs"][name] = {
                 "start": events[0].start,
                 "end": events[-1].end,
                 "live": [[e.op, e.live_microbatches] for e in events],
+                "computed": stage.computed if isinstance(stage, ClockedStage) else [],
             }
         dist.barrier()
         (self.out / f"rank{self.stage}.json").write_text(json.dumps(result))
@@ -237,7 +313,7 @@ def main() -> int:
         if pid == 0:
             try:
                 torch.set_num_threads(1)
-                Rank(stage, p, out).main()
+                Rank(stage, p, out).main(clocked="clock" in sys.argv[3:])
             except BaseException:
                 traceback.print_exc()
                 os._exit(1)
