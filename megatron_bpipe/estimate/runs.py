@@ -213,6 +213,11 @@ class Run:
             raise EstimateError(f"schedule {self.schedule} does not go with host offload")
 
     @property
+    def moves_ranks(self) -> bool:
+        """Whether pairs are brought onto one node, which needs experts cut as the layers are."""
+        return self.settings.placement != "megatron" and self.layout.etp in (None, self.layout.tp)
+
+    @property
     def micro_batches(self) -> int:
         """Micro-batches of one iteration in each pipeline (m)."""
         return self.global_batch // (self.micro_batch * self.layout.dp)

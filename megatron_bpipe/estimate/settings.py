@@ -58,7 +58,8 @@ class Settings:
     ``grad_fusion``: gradients of weights accumulated inside the matrix product;
     ``loss_fusion``: cross entropy in one kernel; ``scatter_messages``: what a stage sends is split
     over its tensor-parallel ranks and gathered on the other side, as Megatron did before sequence
-    parallelism (2104.04473, section 4.1); ``deterministic``: kernels without atomic additions.
+    parallelism (2104.04473, section 4.1); ``deterministic``: kernels without atomic additions;
+    ``placement``: what --bpipe-placement asks for, None: nothing.
     """
 
     grad_overlap: bool = True
@@ -68,6 +69,7 @@ class Settings:
     loss_fusion: bool = False
     scatter_messages: bool = False
     deterministic: bool = False
+    placement: str | None = None
 
 
 DEFAULT = Settings()

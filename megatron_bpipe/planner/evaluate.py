@@ -129,7 +129,7 @@ def place(run: Run, cluster: Cluster, predictor: Predictor) -> Candidate:
 
     Raises EstimateError where a stage would lie on two kinds of GPU, or its pace is not known.
     """
-    placement = "pair-adjacent" if run.bpipe else "megatron"
+    placement = "pair-adjacent" if run.bpipe and run.moves_ranks else "megatron"
     layout, domain = run.layout, cluster.domain
     nodes, together = _nodes_of_stages(
         layout.tp, layout.cp, layout.dp, layout.pp, domain, placement

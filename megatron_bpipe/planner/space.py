@@ -98,11 +98,12 @@ def _attentions(question: Question) -> tuple[Attention, ...]:
 
 
 def _layout(question: Question, t: int, p: int, d: int) -> Layout:
-    """Parallel sizes; experts are not cut and lie on as many ranks of a domain as divide them."""
+    """Parallel sizes; experts are dealt out over as many ranks of a domain as divide them."""
     model, fixed = question.model, question.fixed
     ep, etp = fixed.ep, fixed.etp
     if model.experts:
-        etp = etp or 1
+        cut = t if fixed.settings.placement == "pair-adjacent" else 1  # see Run.moves_ranks
+        etp = etp or cut
         ranks = t * fixed.cp * d // etp
         most = max(1, question.cluster.domain // etp)
         ep = ep or max(e for e in range(1, most + 1) if ranks % e == 0 and model.experts % e == 0)

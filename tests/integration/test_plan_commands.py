@@ -72,6 +72,12 @@ RUNS = {
         model=replace(MODEL, experts=8, experts_per_token=2),
         layout=Layout(tp=1, pp=4, dp=8, ep=8),
     ),
+    "BPipe, whole experts": replace(
+        RUN,
+        model=replace(MODEL, experts=8, experts_per_token=2),
+        layout=Layout(tp=4, pp=8, ep=4, etp=1, sequence_parallel=True),
+        bpipe=True,
+    ),
 }
 
 
@@ -86,8 +92,9 @@ def parsed_as_planned(megatron: Megatron, cases: list[dict[str, Any]]) -> None:
             "expert_model_parallel_size": layout.ep,
             "sequence_parallel": layout.sequence_parallel,
         }
-        shape = ParallelShape(tp=layout.tp, dp=layout.dp, pp=layout.pp, ep=layout.ep)
-        make_report(shape, 8, "pair-adjacent")  # raises where ranks cannot be placed
+        if layout.etp in (None, layout.tp):
+            shape = ParallelShape(tp=layout.tp, dp=layout.dp, pp=layout.pp, ep=layout.ep)
+            make_report(shape, 8, "pair-adjacent")  # raises where ranks cannot be placed
     result = megatron.script("parse_command_lines.py", [json.dumps(cases)], world=1)
     assert result.ok, result.logs
 
@@ -108,6 +115,7 @@ def test_megatron_takes_every_way_to_run(megatron: Megatron) -> None:
             "bpipe": run.bpipe or run.host,
             "bpipe_budget": run.budget,
             "bpipe_transport": "host" if run.host else "auto",
+            "bpipe_placement": "pair-adjacent" if run.layout.etp is None else "megatron",
             "bpipe_schedule": run.schedule,
             "use_distributed_optimizer": run.distributed_optimizer,
             "recompute_granularity": {"recompute": "selective", "full": "full"}.get(run.attention),

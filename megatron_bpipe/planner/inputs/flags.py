@@ -179,6 +179,7 @@ _HOW: _Flags = {
     **{"main-grads-dtype": "fp32", "main-params-dtype": "fp32"},
     **{"exp-avg-dtype": "fp32", "exp-avg-sq-dtype": "fp32"},
     **dict.fromkeys(("step-batch-size-schedule", "optimizer", "rerun-mode"), str),
+    "bpipe-placement": str,
     **{"save": str, "ckpt-format": str, "no-save-optim": None},
     **{name.replace("_", "-"): "?" for name in NOT_MODELLED},
 }

@@ -32,6 +32,10 @@ NOT_MODELLED = {
     "hierarchical_context_parallel_sizes": "context parallelism in two levels",
     "num_distributed_optimizer_instances": "several instances of the optimizer",
     "rampup_batch_size": "smaller batches in the beginning",
+    "bpipe_parts": "activations that leave in parts",
+    "bpipe_balance": "balance by measured peaks",
+    "bpipe_memory_limit": "balance down to a limit",
+    "bpipe_recompute": "another number of layers recomputed on each stage",
 }
 """Flags that change speed or memory in a way that is not predicted, and what they do."""
 
@@ -103,7 +107,22 @@ def settings_of(given: argparse.Namespace) -> Settings:
         grad_fusion=not given.no_gradient_accumulation_fusion,
         loss_fusion=given.cross_entropy_loss_fusion,
         deterministic=given.deterministic_mode,
+        placement=_placement(given),
     )
+
+
+def _placement(given: argparse.Namespace) -> str | None:
+    """--bpipe-placement; raises EstimateError where experts are cut otherwise than it can."""
+    asked: str | None = given.bpipe_placement
+    if asked not in (None, "pair-adjacent", "megatron"):
+        raise EstimateError(f"--bpipe-placement {asked}: use pair-adjacent or megatron")
+    tp, etp = given.tensor_model_parallel_size, given.expert_tensor_parallel_size
+    if asked == "pair-adjacent" and etp is not None and tp is not None and etp != tp:
+        raise EstimateError(
+            f"--bpipe-placement pair-adjacent does not go with --expert-tensor-parallel-size {etp} "
+            f"beside --tensor-model-parallel-size {tp}: use megatron"
+        )
+    return asked
 
 
 def state_of(given: argparse.Namespace) -> StateBytes:
@@ -192,4 +211,8 @@ def not_modelled(given: argparse.Namespace) -> tuple[str, ...]:
         f"not modelled: --{name.replace('_', '-')} ({what})"
         for name, what in NOT_MODELLED.items()
         if getattr(given, name) not in (None, False, "none")
+        and (name, getattr(given, name)) not in _AS_MODELLED
     )
+
+
+_AS_MODELLED = (("bpipe_parts", ["1"]), ("bpipe_balance", ["paper"]))

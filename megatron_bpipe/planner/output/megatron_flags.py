@@ -128,6 +128,8 @@ def plan_flags(
             flags += ["--bpipe-budget", quantity(run.budget)]
         transport = "host" if run.host else fixed.transport
         flags += ["--bpipe-transport", transport] if transport else []
+        if not run.moves_ranks and run.settings.placement is None:
+            flags += ["--bpipe-placement", "megatron"]
     return flags
 
 

@@ -7,13 +7,18 @@ from dataclasses import replace
 import pytest
 
 from megatron_bpipe.estimate.errors import EstimateError
-from megatron_bpipe.estimate.memory.stages import BF16, FP16, FP32, StateBytes
+from megatron_bpipe.estimate.hardware import A100_80G
+from megatron_bpipe.estimate.memory.stages import BF16, FIXED_OVERHEAD, FP16, FP32, StateBytes
 from megatron_bpipe.estimate.models import TABLE_2, Model, llama
 from megatron_bpipe.estimate.runs import Layout, Run
 from megatron_bpipe.estimate.settings import Recompute, Settings
+from megatron_bpipe.planner.evaluate import place
+from megatron_bpipe.planner.inputs.cluster import preset
 from megatron_bpipe.planner.inputs.flags import read_flags
 from megatron_bpipe.planner.inputs.given_layers import layout_layers
+from megatron_bpipe.planner.inputs.sources import from_layer_model
 from megatron_bpipe.planner.output.megatron_flags import layout_text, model_flags, plan_flags
+from megatron_bpipe.planner.space import Question, Refused, shapes
 
 SMALL = [
     *("--num-layers", "8", "--hidden-size", "512", "--num-attention-heads", "8"),
@@ -99,6 +104,17 @@ def test_what_is_given_is_fixed_and_the_rest_is_kept() -> None:
             "--global-batch-size 64: Megatron refuses it",
         ),
         ([*SMALL, "--bpipe", "--bpipe-budget", "many"], "--bpipe-budget many"),
+        ([*SMALL, "--bpipe-placement", "close"], "--bpipe-placement close: use pair-adjacent"),
+        (
+            [
+                *SMALL,
+                "--num-experts=4",
+                "--bpipe-placement=pair-adjacent",
+                "--tensor-model-parallel-size=2",
+                "--expert-tensor-parallel-size=1",
+            ],
+            "does not go with --expert-tensor-parallel-size 1",
+        ),
     ],
 )
 def test_bad_flags_are_named(words: list[str], named: str) -> None:
@@ -119,6 +135,37 @@ def test_a_plan_as_flags() -> None:
     chunks = plan_flags(replace(run, chunks=2))
     assert chunks[chunks.index("--num-layers-per-virtual-pipeline-stage") + 1] == "1"
     assert layout_text((5,)) == "Et*5L"
+
+
+def test_pairs_are_brought_together_only_where_placement_knows_the_experts() -> None:
+    """Else Megatron's order is asked for, on which the time is predicted too."""
+    words = [*model_flags(EXPERTS), "--bf16", "--bpipe", "--tensor-model-parallel-size", "2"]
+    words += ["--pipeline-model-parallel-size", "4", "--micro-batch-size", "1"]
+    cluster = preset("A100-80GB", 16, 4)
+    links, placements = {}, {}
+    for name, more in {
+        "left open": [],
+        "cut alike": ["--expert-tensor-parallel-size", "2"],
+        "asked for": ["--bpipe-placement", "pair-adjacent"],
+        "Megatron's": ["--bpipe-placement", "megatron", "--expert-tensor-parallel-size", "2"],
+    }.items():
+        asked = read_flags([*words, *more])
+        question = Question(asked.model, cluster, 32, asked.fixed, attentions=("flash",))
+        (shape,) = shapes(question, Refused())
+        run = replace(shape, bpipe=True)
+        predictor = from_layer_model(2, FIXED_OVERHEAD)
+        links[name] = place(run, cluster, predictor).machine.pair
+        flags = [*asked.kept, *plan_flags(run, asked.fixed, asked.kept)]
+        at = flags.index("--bpipe-placement") if "--bpipe-placement" in flags else None
+        placements[name] = None if at is None else flags[at + 1]
+    assert placements == {
+        "left open": "megatron",
+        "cut alike": None,
+        "asked for": "pair-adjacent",
+        "Megatron's": "megatron",
+    }
+    near, far = A100_80G.nvlink, A100_80G.network
+    assert links == {"left open": far, "cut alike": near, "asked for": near, "Megatron's": far}
 
 
 def test_what_the_flags_fix_goes_into_the_command_as_it_was_given() -> None:
