@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from megatron_bpipe.integration.checks.forced_transport import check_forced_transport
-from megatron_bpipe.integration.checks.versions import package_versions
 from megatron_bpipe.integration.log import log_rank, log_rank0
 from megatron_bpipe.integration.measured_balance import MeasuredBalance, check_allocator
 from megatron_bpipe.integration.options import MEASURED, Options
@@ -23,43 +20,21 @@ from megatron_bpipe.integration.patches.stage_recompute import recompute_on_this
 from megatron_bpipe.integration.patches.v_placement.mirror import Mirror
 from megatron_bpipe.integration.rank_mapping.launcher import identify
 from megatron_bpipe.integration.rank_mapping.mapping import RankMap, verify
+from megatron_bpipe.integration.session_report import write_report
 from megatron_bpipe.integration.stage_pools import StagePools
-from megatron_bpipe.report.run import RankReport, StageReport, merge
 from megatron_bpipe.runtime.executor import Observer
 from megatron_bpipe.runtime.observe.link_watch import LinkSampler
 from megatron_bpipe.runtime.observe.memory import (
     allocated_bytes,
-    device_bytes,
     peak_watch,
     static_bytes,
     storage_ids,
 )
 from megatron_bpipe.runtime.observe.recorder import Recorder
-from megatron_bpipe.runtime.observe.report import table, write_whole
 from megatron_bpipe.runtime.store import ActivationStore, Totals
 from megatron_bpipe.runtime.transport.pair.several import LentPools
 from megatron_bpipe.schedule.bases.catalogue import ScheduleSpec
-from megatron_bpipe.schedule.ops import microbatches
 from megatron_bpipe.schedule.stage_plan import StagePlan
-from megatron_bpipe.schedule.validation.bytes_bound import own_bytes
-
-
-@dataclass
-class Counters:
-    """One rank's figures while it trains, in bytes and seconds; None: not measured in this run.
-
-    ``peak`` of live activations and pool, ``allocated`` the CUDA allocator's peak, ``pool`` lent,
-    ``evicted`` since the start, of it ``spilled`` because the pool had no room, ``exposed`` in the
-    last iteration.
-    """
-
-    stage: int
-    peak: int | None = None
-    allocated: int | None = None
-    pool: int | None = None
-    evicted: int | None = None
-    exposed: float | None = None
-    spilled: int | None = None
 
 
 @dataclass
@@ -75,12 +50,12 @@ class Session:
     pipeline: Pipeline | None = None  # what a schedule without a flush keeps between iterations
     measured: MeasuredBalance | None = None
     _group: weakref.ReferenceType[Any] | None = None
-    _totals: Totals = field(default_factory=Totals)  # of this pipeline, whatever its pairs
+    totals: Totals = field(default_factory=Totals)  # of this pipeline, whatever its pairs
     _closing: threading.Thread | None = None
     _links: LinkSampler = field(default_factory=LinkSampler)
     _written: bool = False
     _priced: bool = False
-    _stage: int | None = None
+    stage: int | None = None
 
     def observe(
         self, group: Any, models: Sequence[torch.nn.Module], plan: StagePlan | None = None
@@ -90,7 +65,7 @@ class Session:
         All there is to do where Megatron's own schedule runs, which has no plan.
         """
         self._written = False
-        self._stage = group.rank()
+        self.stage = group.rank()
         self.follow(group)
         if self.options.report is None and not self._measures:
             return
@@ -115,7 +90,7 @@ class Session:
         if self._group is None or self._group() is not group:
             self.drop()  # the process groups were made anew: other stages, other partners
             self.recorder = None
-            self._totals = Totals()
+            self.totals = Totals()
             self._group = weakref.ref(group)
 
     def recompute(self, config: Any, stage: int) -> None:
@@ -167,7 +142,7 @@ class Session:
             self.drop()  # other pairs from here on
         self.plan = plan
         if self.pools is None:
-            self.pools = StagePools(self.options, self._group, totals=self._totals)
+            self.pools = StagePools(self.options, self._group, totals=self.totals)
         sizes: dict[int, int] | None = None
         if plan.loans is not None:
             assert self.measured is not None
@@ -244,7 +219,7 @@ class Session:
             error.add_note(f"bpipe: the partner got no pool: {why}")
         if self.recorder is not None:
             self.recorder.abandon()
-        self._totals = Totals()  # what has left may never come back
+        self.totals = Totals()  # what has left may never come back
         self.drop()
 
     def drop(self) -> None:
@@ -258,114 +233,14 @@ class Session:
             self._closing = threading.Thread(target=pools.close, name="bpipe-close", daemon=True)
             self._closing.start()
 
-    def summary(self) -> RankReport:
-        """This rank's part of ``memory.json``."""
-        seen = self.recorder
-        assert seen is not None
-        store, lent, pools = self.store, self.acceptor_end, self.pools
-        transport = store.transport if store is not None else None
-        pool = lent.pool_bytes if lent is not None else 0
-        grain = self.plan.grain if self.plan is not None else seen.chunks
-        stage = StageReport(
-            stage=seen.stage,
-            rank=seen.rank,
-            own_activation_bytes=seen.peaks.activation_bytes,
-            own_microbatches=seen.peaks.microbatches,
-            pool_bytes=pool,
-            pool_slots=(
-                microbatches(pools.peak_slots_lent, grain) if pools is not None and pool else 0
-            ),
-            hosted_bytes=transport.hosted_bytes if transport is not None else 0,
-            spilled_bytes=transport.spilled_bytes if transport is not None else 0,
-            evicted_bytes=self._totals.evicted,
-            loaded_bytes=self._totals.loaded,
-            exposed_seconds=seen.exposed_seconds,
-            allocator_peak_bytes=seen.peaks.allocator_bytes,
-            static_bytes=self._static_bytes(),
-            held_bytes=list(seen.sizes.held),
-            leaving_bytes=list(seen.sizes.leaving),
-            working_bytes=seen.working.most,
-            foretold_peak_bytes=(
-                self.measured.foretold[seen.stage]
-                if self.measured is not None and self.measured.foretold
-                else None
-            ),
-            bound_bytes=self._bound_bytes(pool),
-            device_bytes=device_bytes(),
-            transport=pools.transport if pools is not None else "",
-            left_for_weight_bytes=seen.left_for_weight_bytes,
-            forward=seen.audit.document() if seen.audit is not None else None,
-        )
-        return RankReport(
-            stage, list(seen.iterations), list(seen.losses), seen.microbatches, seen.chunks
-        )
-
-    def _bound_bytes(self, pool: int) -> int | None:
-        """What this stage holds at most by the schedule, the lent pool included."""
-        plan, seen, store = self.plan, self.recorder, self.store
-        assert seen is not None
-        if plan is None or plan.splits_backward or self.pipeline is not None:
-            return None
-        held, leaving = seen.sizes.held, seen.sizes.leaving
-        block = max((one.block for one in store.measured.values()), default=0) if store else 0
-        return own_bytes(plan.ops, held, leaving, plan.parts, block) + pool
-
-    def counters(self) -> Counters | None:
-        """This rank's figures so far; None before its first training iteration."""
-        if self._stage is None:
-            return None
-        counters = Counters(self._stage)
-        pool = self.acceptor_end.pool_bytes if self.acceptor_end is not None else 0
-        if torch.cuda.is_available():
-            counters.allocated = torch.cuda.max_memory_allocated()
-        if self.recorder is not None:
-            counters.peak = self.recorder.peaks.activation_bytes + pool
-            counters.exposed = self.recorder.last_exposed_seconds
-        if self.plan is not None:
-            counters.pool = pool
-            counters.evicted = self._totals.evicted
-            transport = self.store.transport if self.store is not None else None
-            counters.spilled = transport.spilled_bytes if transport is not None else 0
-        return counters
-
-    def _static_bytes(self) -> int:
-        """What stays between iterations; on CUDA all of it, workspaces of libraries too."""
-        assert self.recorder is not None
-        device = torch.device(torch.cuda.current_device()).type
-        between = self.recorder.between_iterations if device == "cuda" else None
-        return static_bytes(device) if between is None else between
-
     def write_report(self) -> None:
         """Collect all ranks' numbers and write them; every rank must call it.
 
         Does nothing if nothing was trained since the last time.
         """
-        folder = self.options.report
-        if folder is None or self._written:
-            return
-        self._written = True
-        if self.recorder is None:
-            log_rank0(
-                "--bpipe-report: nothing to write; it sees pipelines without interleaving only"
-            )
-            return
-        timeline = self.recorder.timeline_document()
-        write_whole(folder / timeline.file_name, timeline.text())
-        ranks: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(ranks, self.summary())
-        if dist.get_rank() == 0:
-            report = merge(
-                ranks,
-                bpipe=self.options.bpipe,
-                budget=self.plan.budget if self.plan is not None else None,
-                schedule=self.plan.name if self.plan is not None else None,
-                parts=self.plan.parts if self.plan is not None else 1,
-                written=datetime.now(UTC).isoformat(timespec="seconds"),
-                flags=sys.argv[1:],
-                packages=package_versions(),
-            )
-            write_whole(folder / "memory.json", report.text())
-            log_rank0(f"report written to {folder}\n{table(report)}")
+        if self.options.report is not None and not self._written:
+            self._written = True
+            write_report(self, self.options.report)
 
     def finish(self) -> None:
         """Training is over: write the report, if one is wanted; every rank must call it."""

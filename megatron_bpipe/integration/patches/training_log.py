@@ -22,6 +22,7 @@ from megatron_bpipe.estimate.time.flops import matmul_flops
 from megatron_bpipe.integration.link_forecast import gpu_here
 from megatron_bpipe.integration.model_from_args import model_of
 from megatron_bpipe.integration.session import Session
+from megatron_bpipe.integration.session_report import counters
 
 MIB, GIB = 2**20, 2**30
 UNKNOWN = -1.0
@@ -85,7 +86,7 @@ def _moved(session: Session, args: Any) -> dict[str, float]:
     stages = args.pipeline_model_parallel_size
     device = torch.device(torch.cuda.current_device())
     table = torch.full((stages, len(names)), UNKNOWN, dtype=torch.float64, device=device)
-    seen = session.counters()
+    seen = counters(session)
     if seen is not None:
         row = [getattr(seen, name) for name in names]
         row = [UNKNOWN if value is None else value for value in row]
