@@ -258,7 +258,8 @@ def _activate(options: Options) -> None:
     if ours:
         patches.when_imported(CHECKPOINTING, check_placement)
     if is_v_placed(options.schedule):
-        place_as_v(patches, lambda mirror: setattr(current, "mirror", mirror))
+        assert options.schedule is not None
+        place_as_v(patches, options.schedule, lambda mirror: setattr(current, "mirror", mirror))
     if both_ways(options.schedule):
         run_both_ways(patches, lambda copies: setattr(current, "mirror", copies))
     patches.when_imported(SCHEDULES, replace_schedule)

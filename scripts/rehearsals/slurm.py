@@ -69,6 +69,8 @@ def inside(folder: Path, report: Path | None) -> int:
         ["mount", "--bind", "/dev/null", "/etc/resolv.conf"],
     ):
         subprocess.run(words, check=True)
+    (folder / "tmp").mkdir()
+    os.environ["TMPDIR"] = str(folder / "tmp")  # what is killed leaves its files
     checks = Checks()
     data = dataset(folder)
     flags = [*model(ITERATIONS), *data]

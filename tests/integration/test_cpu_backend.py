@@ -90,6 +90,23 @@ assert not torch.cuda.is_available()
     )
 
 
+def test_cuda_extensions_are_refused_as_torch_refuses_them(check: Check) -> None:
+    """Megatron 0.15 builds one where it finds nvcc, and expects a RuntimeError without a GPU."""
+    check(
+        """
+from torch.utils import cpp_extension
+
+for asked in ({"with_cuda": True}, {"cuda_sources": ["int a;"]}):
+    try:
+        cpp_extension.load_inline("never", ["int b;"], **asked)
+    except RuntimeError as error:
+        assert "CUDA extensions are not built" in str(error)
+    else:
+        raise AssertionError(asked)
+"""
+    )
+
+
 def test_tensors_are_placed_on_the_cpu(check: Check) -> None:
     check(
         """

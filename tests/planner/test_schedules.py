@@ -170,6 +170,7 @@ WORDS = [*model_flags(MODEL), "--bf16", "--pipeline-model-parallel-size", "4"]
         (["--ckpt-format=torch"], set()),
         (["--save", "x"], {"v-half", "v-min", "v-zb"}),
         (["--save", "x", "--no-save-optim"], set()),
+        (["--save", "x", "--dist-ckpt-optim-fully-reshardable"], set()),
         (["--num-experts", "8"], {"pipedream-2bw"}),
         (["--rerun-mode", "validate_results"], {"pipedream-2bw"}),
         (["--mtp-num-layers", "0"], set()),

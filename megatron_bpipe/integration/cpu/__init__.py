@@ -20,6 +20,7 @@ from megatron_bpipe.integration.cpu import (
     allocator,
     defaults,
     eager,
+    extensions,
     megatron_patches,
     memory,
     placement,
@@ -62,6 +63,7 @@ def install() -> None:
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     allocator.install()
     eager.install()
+    extensions.install()
     placement.install()
     streams.install()
     rng.install()

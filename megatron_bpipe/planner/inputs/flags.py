@@ -181,6 +181,7 @@ _HOW: _Flags = {
     **dict.fromkeys(("step-batch-size-schedule", "optimizer", "rerun-mode"), str),
     "bpipe-placement": str,
     **{"save": str, "ckpt-format": str, "no-save-optim": None},
+    "dist-ckpt-optim-fully-reshardable": None,
     **{name.replace("_", "-"): "?" for name in NOT_MODELLED},
 }
 """Flags of how a run computes that predictions take into account, or say that they do not."""

@@ -160,11 +160,12 @@ def refused_schedules(given: argparse.Namespace, words: Sequence[str]) -> dict[s
         entry = CATALOGUE[name]
         if entry.v_placed and given.save and given.ckpt_format == "torch":
             found.setdefault(name, "--ckpt-format torch: it holds each rank's own layers")
-        if entry.v_placed and given.save and not given.no_save_optim:
+        by_parameter = given.no_save_optim or given.dist_ckpt_optim_fully_reshardable
+        if entry.v_placed and given.save and not by_parameter:
             found.setdefault(
                 name,
-                "--save: it does not save the distributed optimizer's state, which a plan has; "
-                "add --no-save-optim to plan it all the same",
+                "--save: the distributed optimizer, which a plan has, would be saved by bucket; "
+                "add --dist-ckpt-optim-fully-reshardable",
             )
         if entry.without_flush is not None:
             if given.rerun_mode not in (None, RERUN):

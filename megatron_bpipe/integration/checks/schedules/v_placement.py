@@ -29,12 +29,14 @@ def _check_save(args: Any, schedule: str) -> None:
             f"--bpipe-schedule {schedule} cannot save with --ckpt-format torch: it holds each "
             "rank's own layers, which another schedule would load as its own; use torch_dist"
         )
-    optimizer = getattr(args, "use_distributed_optimizer", False)
-    if optimizer and not getattr(args, "no_save_optim", False):
+    if is_by_bucket(args):
+        flag = "dist-ckpt-optim-fully-reshardable"
+        if not hasattr(args, flag.replace("-", "_")):  # before 0.15
+            flag = "ckpt-fully-parallel-save"
         abort(
-            f"--bpipe-schedule {schedule} cannot save the state of --use-distributed-optimizer: "
-            "what was resumed from it did not train on bit for bit; add --no-save-optim, or drop "
-            "--use-distributed-optimizer"
+            f"--bpipe-schedule {schedule} cannot save --use-distributed-optimizer by bucket: a "
+            f"bucket holds each rank's own layers, which another schedule would load as its own; "
+            f"add --{flag}"
         )
     if _saves_both_ends(args):
         abort(

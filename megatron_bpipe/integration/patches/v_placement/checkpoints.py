@@ -3,13 +3,22 @@
 A model saved under V may go on under 1F1B or interleaving and back, in Megatron's distributed
 formats.  Files by rank (``--ckpt-format torch``) and an optimizer saved by bucket hold whatever
 that rank had: under another placement they would load the wrong layers' values without an error.
+
+Megatron's fully reshardable format puts the buckets of a buffer one after the other without what
+fills each up, and then looks for each parameter where it lies in the buffer with that
+(``get_parameter_state_dp_zero`` and ``sharded_param_state_fully_reshardable`` in
+``distrib_optimizer.py``).  Behind a bucket that is filled up it saves a parameter's state
+shifted, under interleaving too; so that is not saved here.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Sequence
 from typing import Any
+
+import torch.distributed as dist
 
 from megatron_bpipe.integration.checks.schedules.v_placement import is_by_bucket, is_by_rank
 from megatron_bpipe.integration.log import abort
@@ -32,6 +41,44 @@ def with_placement_checked(stock: Callable[..., Any], schedule: str | None) -> C
         return stock(checkpoint_args, *rest, **named)
 
     return check_checkpoint_args
+
+
+def with_buckets_checked(
+    stock: Callable[..., Any], get_args: Callable[[], Any], schedule: str
+) -> Callable[..., Any]:
+    """``get_megatron_optimizer`` that stops all ranks if one would save its state shifted."""
+
+    @functools.wraps(stock)
+    def get_megatron_optimizer(*positional: Any, **named: Any) -> Any:
+        args = get_args()
+        saves = args.save and not args.no_save_optim and args.use_distributed_optimizer
+        if saves:
+            bound = inspect.signature(stock).bind(*positional, **named)
+            here = filled_up(bound.arguments["model_chunks"])
+            everywhere = [here] * dist.get_world_size()
+            dist.all_gather_object(everywhere, here)
+            padding = max(everywhere)
+            if padding:
+                abort(
+                    f"--bpipe-schedule {schedule} would save the state of "
+                    "--use-distributed-optimizer wrongly: Megatron shifts what lies behind a "
+                    f"bucket that is filled up, here by {padding} elements; add "
+                    "--no-save-optim, --untie-embeddings-and-output-weights where embeddings are "
+                    "tied, or drop --use-distributed-optimizer"
+                )
+        return stock(*positional, **named)
+
+    return get_megatron_optimizer
+
+
+def filled_up(chunks: Sequence[Any]) -> int:
+    """By how many elements buckets are filled up that others of their buffer lie behind."""
+    return sum(
+        bucket.grad_data.numel() - bucket.numel_unpadded
+        for chunk in chunks
+        for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)
+        for bucket in buffer.buckets[:-1]
+    )
 
 
 def _refuse_what_is_by_rank(saved_args: Any, saved: str | None, schedule: str | None) -> None:

@@ -14,6 +14,7 @@ from megatron_bpipe.integration.checks.hook_points import (
     TRAINING,
 )
 from megatron_bpipe.integration.patches.v_placement.build import with_v_placed_chunks
+from megatron_bpipe.integration.patches.v_placement.checkpoints import with_buckets_checked
 from megatron_bpipe.integration.patches.v_placement.mirror import UPWARD_CHUNK, Mirror
 from megatron_bpipe.integration.patches.v_placement.tied import with_local_sum, with_one_weight
 
@@ -28,7 +29,7 @@ class Patches(Protocol):
         """Call ``patch`` when the module has been imported."""
 
 
-def place_as_v(patches: Patches, use: Callable[[Mirror], None]) -> None:
+def place_as_v(patches: Patches, schedule: str, use: Callable[[Mirror], None]) -> None:
     """Replace all; ``use`` gets the mirror as soon as Megatron's groups can be asked for."""
 
     def turn(parallel_state: ModuleType) -> None:
@@ -46,7 +47,11 @@ def place_as_v(patches: Patches, use: Callable[[Mirror], None]) -> None:
 
     def build(mirror: Mirror, training: ModuleType) -> None:
         patches.replace(training, "get_model", lambda stock: with_v_placed_chunks(stock, mirror))
-        patches.replace(training, "get_megatron_optimizer", with_one_weight)
+        patches.replace(
+            training,
+            "get_megatron_optimizer",
+            lambda stock: with_buckets_checked(with_one_weight(stock), training.get_args, schedule),
+        )
         patches.when_imported(DIST_UTILS, functools.partial(build_by_config, mirror))
 
     def build_by_config(mirror: Mirror, dist_utils: ModuleType) -> None:
