@@ -18,8 +18,8 @@ def install() -> None:
     after_import(CPP_EXTENSION, _without_cuda)
 
 
-def _without_cuda(builder: Any) -> None:
-    stock = builder.load_inline
+def _without_cuda(cpp_extension: Any) -> None:
+    stock = cpp_extension.load_inline
 
     @functools.wraps(stock)
     def load_inline(*positional: Any, **named: Any) -> Any:
@@ -27,4 +27,4 @@ def _without_cuda(builder: Any) -> None:
             raise RuntimeError("CUDA extensions are not built: the CPU stands in for CUDA here")
         return stock(*positional, **named)
 
-    builder.load_inline = load_inline
+    cpp_extension.load_inline = load_inline
