@@ -13,7 +13,7 @@ from tests.harness import Megatron
 
 HERE = Path(__file__).parent
 TRAINING = HERE / "training"
-QUICK_STEPS = 4  # where the long tests are left out; what differs does after the first update
+QUICK_STEPS = 3  # where the long tests are left out; what differs does after the first update
 os.environ["OMP_NUM_THREADS"] = "1"
 
 pytest_plugins = ["tests.results_table"]

@@ -105,9 +105,12 @@ def allocator_agrees(job: dict[str, Any]) -> None:
         stock(self, op, start, end, moved)
         last = self.timeline[-1][-1]
         rows.append([str(op), last.live_bytes, self.allocated() - self._baseline])
+
+    def write(step: int, model: Any, result: Any) -> None:
         Path(job["out"], f"allocator{os.environ['RANK']}.json").write_text(json.dumps(rows))
 
     recorder.Recorder.op_done = op_done  # type: ignore[method-assign]
+    after_each_step(write)
 
 
 def gradient_accumulation_fusion(job: dict[str, Any]) -> None:
@@ -235,8 +238,10 @@ def as_in_a_rehearsal(job: dict[str, Any]) -> None:
 
     def noted(name: str, instead: Callable[..., Any]) -> Callable[..., Any]:
         def call(*positional: Any, **named: Any) -> Any:
-            used.add(name)
-            Path(job["out"], f"used{os.environ['RANK']}.json").write_text(json.dumps(sorted(used)))
+            if name not in used:
+                used.add(name)
+                path = Path(job["out"], f"used{os.environ['RANK']}.json")
+                path.write_text(json.dumps(sorted(used)))
             return instead(*positional, **named)
 
         return call

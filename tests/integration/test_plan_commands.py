@@ -20,7 +20,7 @@ from megatron_bpipe.planner.output.megatron_flags import model_flags, plan_flags
 from tests.harness import Megatron
 from tests.planner.inputs.families import DEEPSEEK_V3, MIXTRAL_8X7B, PUBLISHED, QWEN2_72B
 
-CLUSTER = ["--gpu", "H100-80GB", "--gpus", "32", "--global-batch", "128"]
+CLUSTER = ["--gpu", "H100-80GB", "--gpus", "32", "--global-batch", "128", "--attention", "flash"]
 MIXED = """
 [[nodes]]
 count = 2

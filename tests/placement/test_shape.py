@@ -2,12 +2,12 @@
 
 import importlib.util
 import json
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 
 from megatron_bpipe.placement import Coordinates, ParallelShape, PlacementError
+from tests.harness import Megatron
 
 
 def test_default_order_by_hand():
@@ -72,7 +72,7 @@ MEGATRON = """
 import json, sys
 from megatron.core.parallel_state import RankGenerator
 answers = []
-for tp, cp, ep, dp, pp, order in json.load(sys.stdin):
+for tp, cp, ep, dp, pp, order in json.loads(sys.argv[1]):
     dense = RankGenerator(tp=tp, ep=1, dp=dp, pp=pp, cp=cp, order=order)
     expert = RankGenerator(tp=tp, ep=ep, dp=cp * dp // ep, pp=pp, cp=1, order=order)
     groups = {axis: dense.get_ranks(axis) for axis in ("tp", "cp", "dp", "pp", "dp-cp")}
@@ -84,19 +84,14 @@ print("answers:" + json.dumps(answers))
 @pytest.mark.skipif(
     importlib.util.find_spec("megatron") is None, reason="megatron-core is not installed"
 )
-def test_the_same_groups_as_megatron():
-    """Every group of every axis, in one subprocess (importing megatron.core takes a while)."""
+def test_the_same_groups_as_megatron(megatron: Megatron, tmp_path: Path) -> None:
+    """Every group of every axis."""
     question = [[s.tp, s.cp, s.ep, s.dp, s.pp, s.order] for s in SHAPES]
-    done = subprocess.run(
-        [sys.executable, "-c", MEGATRON],
-        input=json.dumps(question),
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    line = next(line for line in done.stdout.splitlines() if line.startswith("answers:"))
+    script = tmp_path / "groups.py"
+    script.write_text(MEGATRON)
+    done = megatron.script(str(script), [json.dumps(question)], world=1)
+    assert done.ok, done.logs
+    line = next(line for line in done.log(0).splitlines() if line.startswith("answers:"))
     for shape, theirs in zip(SHAPES, json.loads(line.removeprefix("answers:")), strict=True):
         for axis, groups in theirs.items():
             ours = [sorted(group) for group in shape.groups(axis)]

@@ -9,6 +9,7 @@ import pytest
 pytest.importorskip("megatron.core")
 
 from scripts.examples.prepare_data import END_OF_DOCUMENT, VOCABULARY, write_dataset
+from tests.harness import Megatron
 
 ROOT = Path(__file__).parents[2]
 
@@ -85,23 +86,25 @@ def test_a_folder_without_text_is_named(texts: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.glob("data*"))
 
 
+SCRIPT = ROOT / "scripts" / "examples" / "prepare_data.py"
+
+
 def test_script_prints_the_flags(texts: Path, tmp_path: Path) -> None:
-    script = ROOT / "scripts" / "examples" / "prepare_data.py"
     prefix = tmp_path / "data"
-
-    def run(folder: Path) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, str(script), "--output", str(prefix), "--text", str(folder)],
-            env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-
-    done = run(texts)
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), "--output", str(prefix), "--text", str(texts)],
+        env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("3 documents, ")
     assert f"--data-path {prefix} --tokenizer-type NullTokenizer" in done.stdout
-    failed = run(tmp_path / "nowhere")
-    assert failed.returncode == 2
-    assert "no folder at" in failed.stderr
+
+
+def test_script_names_a_folder_that_is_not_there(megatron: Megatron, tmp_path: Path) -> None:
+    words = ["--output", str(tmp_path / "data"), "--text", str(tmp_path / "nowhere")]
+    failed = megatron.script(str(SCRIPT), words, world=1)
+    assert failed.status == {0: 2}
+    assert "no folder at" in failed.log(0)

@@ -68,8 +68,8 @@ def check(stock: Any, parts: Any, block: float = 0.25) -> None:
 
 def test_pp4_in_2_75_micro_batches(megatron: Megatron) -> None:
     """Least memory, measured on live storages, within one block of units times a unit's bytes."""
-    stock = megatron.train(DEEP, steps=4)
-    least = megatron.train([*DEEP, *LEAST], steps=4)
+    stock = megatron.train(DEEP, steps=3)
+    least = megatron.train([*DEEP, *LEAST], steps=3)
     check(stock, least)
     memory = least.memory
     assert (memory["budget"], memory["parts"]) == (2.75, 4)
@@ -88,7 +88,7 @@ def test_pp4_in_2_75_micro_batches(megatron: Megatron) -> None:
 
 def test_the_recording_lies_over_its_prediction(megatron: Megatron) -> None:
     """Same boxes and moves as foretold, a backward in parts is one box, budgets agree."""
-    least = megatron.train([*DEEP, *LEAST], steps=4)
+    least = megatron.train([*DEEP, *LEAST], steps=3)
     panel = overlay(read_report(least.out / "report"), "parts")
     ghost = panel.ghost
     assert ghost is not None
@@ -102,17 +102,17 @@ def test_the_recording_lies_over_its_prediction(megatron: Megatron) -> None:
 
 
 def test_less_travels_at_the_published_budget(megatron: Megatron) -> None:
-    stock = megatron.train(DEEP, steps=4)
-    whole = megatron.train([*DEEP, "--bpipe", "--bpipe-parts", "1"], steps=4)
-    parts = megatron.train([*DEEP, *FOUR], steps=4)
+    stock = megatron.train(DEEP, steps=3)
+    whole = megatron.train([*DEEP, "--bpipe", "--bpipe-parts", "1"], steps=3)
+    parts = megatron.train([*DEEP, *FOUR], steps=3)
     check(stock, parts)
     assert parts.memory["budget"] == whole.memory["budget"] == 3
     assert 0.6 * evicted(whole) < evicted(parts) < 0.7 * evicted(whole)  # 4 of 6 micro-batches
 
 
 def test_one_flipped_bit_is_seen(megatron: Megatron) -> None:
-    stock = megatron.train(DEEP, steps=4)
-    tampered = megatron.train([*DEEP, *LEAST], steps=4, hooks=[TAMPER])
+    stock = megatron.train(DEEP, steps=3)
+    tampered = megatron.train([*DEEP, *LEAST], steps=3, hooks=[TAMPER])
     assert difference(stock, tampered) is not None
 
 
@@ -121,7 +121,7 @@ def test_one_flipped_bit_is_seen(megatron: Megatron) -> None:
 def test_other_numbers_of_parts(megatron: Megatron, parts: str) -> None:
     budget = {"2": "3", "3": "2.667", "8": "2.5"}[parts]
     flags = [*DEEP, "--bpipe", "--bpipe-parts", parts, "--bpipe-budget", budget]
-    check(megatron.train(DEEP, steps=4), megatron.train(flags, steps=4))
+    check(megatron.train(DEEP, steps=3), megatron.train(flags, steps=4))
 
 
 @pytest.mark.long
@@ -154,7 +154,7 @@ def test_where_more_stays_is_said(megatron: Megatron, name: str, said: str) -> N
     case = COMBINATIONS[name]
     parts = megatron.train([*case.flags, *FOUR], world=case.world, hooks=case.hooks)
     assert said in parts.log(0)
-    plain = megatron.train([*DEEP, *FOUR], steps=4)
+    plain = megatron.train([*DEEP, *FOUR], steps=3)
     assert said not in plain.log(0)
 
 
@@ -173,7 +173,7 @@ def test_interleaved_below_one_chunk(megatron: Megatron) -> None:
 def test_over(megatron: Megatron, flags: list[str], transport: str) -> None:
     budget = "2.75" if flags is DEEP else "4"
     other = [*flags, *FOUR, "--bpipe-budget", budget, "--bpipe-transport", transport]
-    check(megatron.train(flags, steps=4), megatron.train(other, steps=4))
+    check(megatron.train(flags, steps=3), megatron.train(other, steps=4))
 
 
 @pytest.mark.long
@@ -208,7 +208,7 @@ def test_zero_bubble(megatron: Megatron) -> None:
 
 @pytest.mark.long
 def test_the_allocator_agrees(megatron: Megatron) -> None:
-    result = megatron.train([*DEEP, *LEAST, *DATA_LOADERS], steps=4, hooks=[ALLOCATOR])
+    result = megatron.train([*DEEP, *LEAST, *DATA_LOADERS], steps=3, hooks=[ALLOCATOR])
     assert result.ok, result.logs
 
 
@@ -219,4 +219,4 @@ def test_on_the_stand_in_for_gpus(megatron: Megatron, transport: str, replaced: 
     """Every copy is made as late as the events allow: a part used too early would show."""
     hook = {"call": INSTEAD, "with": {"transport": transport}}
     flags = [*DEEP, *LEAST, "--bpipe-transport", replaced]
-    check(megatron.train(DEEP, steps=4), megatron.train(flags, steps=4, hooks=[hook]))
+    check(megatron.train(DEEP, steps=3), megatron.train(flags, steps=4, hooks=[hook]))

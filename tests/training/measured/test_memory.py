@@ -15,8 +15,8 @@ from tests.harness.models import ALLOCATOR, DATA_LOADERS, gpt
 
 def runs(megatron: Megatron, stages: int) -> tuple[Result, Result]:
     flags = gpt(stages, 2 * stages, None, *DATA_LOADERS, hidden=128)
-    stock = megatron.train(flags, world=stages, hooks=[ALLOCATOR])
-    bpipe = megatron.train([*flags, "--bpipe"], world=stages, hooks=[ALLOCATOR])
+    stock = megatron.train(flags, world=stages, steps=4, hooks=[ALLOCATOR])
+    bpipe = megatron.train([*flags, "--bpipe"], world=stages, steps=4, hooks=[ALLOCATOR])
     assert stock.ok, stock.logs
     assert bpipe.ok, bpipe.logs
     return stock, bpipe
