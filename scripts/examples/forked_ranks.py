@@ -28,6 +28,13 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 MODULES = 3400
 """About as many as training imports."""
 
+IN_RANKS = (
+    *("megatron.core.tokenizers.text.models", "megatron.core.models.mimo.optimizer"),
+    *("megatron.core.datasets.blended_megatron_dataset_builder", "torch.utils.serialization"),
+    "torch.profiler._cupti_monitor",
+)
+"""What Megatron imports when it needs it, which every rank does."""
+
 
 class _Counter:
     """Among Python's finders, it finds nothing and counts who is asked for."""
@@ -56,6 +63,9 @@ def import_megatron(tell: Callable[[int], None] = lambda modules: None) -> None:
             *("megatron.core.models.gpt", "torch._dynamo", "megatron_bpipe.integration.install"),
         ):
             importlib.import_module(name)
+        for name in IN_RANKS:
+            with contextlib.suppress(ModuleNotFoundError):  # another release
+                importlib.import_module(name)
         _keep_field_docstrings()
         arguments = importlib.import_module("megatron.training.arguments")
         arguments.add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))

@@ -41,5 +41,5 @@ def without(flags: list[str], flag: str) -> list[str]:
 
 DATA_LOADERS = ("--num-workers", "2")
 """Megatron's default: processes that load data, so that a rank's allocator does not see it."""
-TAMPER = {"call": "tests.harness.rank:tamper_with_loads", "with": {"byte": 1026}}
-ALLOCATOR = {"call": "tests.harness.rank:allocator_agrees", "with": {}}
+TAMPER = {"call": "tests.harness.controls:tamper_with_loads", "with": {"byte": 1026}}
+ALLOCATOR = {"call": "tests.harness.settings:allocator_agrees", "with": {}}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import sys
 from dataclasses import replace
 
 import pytest
@@ -182,17 +182,27 @@ def test_deadlock_is_found_and_marked():
 
 
 @pytest.mark.parametrize("name", ["1f1b", "bpipe"])
-def test_time_grows_with_the_micro_batches_and_no_faster(name):
-    """64 stages and 512 micro-batches take half a second; a square would be 64 times here."""
-    costs = even_costs(64, forward=1, backward=2, send=0.01, transfer=0.5)
+def test_work_grows_with_the_micro_batches_and_no_faster(name):
+    """In calls of functions; a square would be 64 times here."""
+    costs = even_costs(32, forward=1, backward=2, send=0.01, transfer=0.5)
 
-    def seconds(m):
-        lowered = lower(build(name, 64, m))
-        begin = time.process_time()
-        assert simulate(lowered, costs).seconds > m * 3
-        return time.process_time() - begin
+    def calls(m):
+        lowered = lower(build(name, 32, m))
+        count = 0
 
-    assert seconds(512) < 20 * seconds(64)
+        def seen(frame, event, what):
+            nonlocal count
+            count += event in ("call", "c_call")
+
+        sys.setprofile(seen)
+        try:
+            found = simulate(lowered, costs)
+        finally:
+            sys.setprofile(None)
+        assert found.seconds > m * 3
+        return count
+
+    assert calls(256) < 10 * calls(32)
 
 
 @pytest.mark.parametrize(

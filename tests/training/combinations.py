@@ -13,8 +13,8 @@ from tests.harness.models import ALLOCATOR, DATA_LOADERS, gpt, without
 if TYPE_CHECKING:
     from _pytest.mark import ParameterSet
 
-FUSION = {"call": "tests.harness.rank:gradient_accumulation_fusion", "with": {}}
-DEFERRAL = {"call": "tests.harness.rank:deferral_of_the_output_layer_alone", "with": {}}
+FUSION = {"call": "tests.harness.settings:gradient_accumulation_fusion", "with": {}}
+DEFERRAL = {"call": "tests.harness.settings:deferral_of_the_output_layer_alone", "with": {}}
 MOE = [
     *("--num-experts", "4", "--moe-router-topk", "2", "--moe-token-dispatcher-type", "alltoall"),
     "--disable-bias-linear",  # stock Megatron's local experts fail with a bias

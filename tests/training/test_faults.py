@@ -38,7 +38,7 @@ def alive(result: Result) -> list[int]:
 def run(megatron: Megatron, rank: int, where: str, how: str, *flags: str) -> Result:
     before = shared_memory()
     hooks = [
-        {"call": "tests.harness.rank:fault", "with": {"rank": rank, "where": where, "how": how}}
+        {"call": "tests.harness.controls:fault", "with": {"rank": rank, "where": where, "how": how}}
     ]
     arguments = [*gpt(4), *DATA_LOADERS, "--bpipe", "--distributed-timeout-minutes", "1", *flags]
     result = megatron.train(arguments, hooks=hooks, steps=4, timeout=200, fresh=True)
@@ -97,7 +97,7 @@ def test_a_rank_that_stops(megatron: Megatron, rank: int, where: str, transport:
 @pytest.mark.parametrize("transport", [pytest.param("shm", marks=pytest.mark.long), "p2p"])
 def test_random_delays_do_not_deadlock(megatron: Megatron, transport: str) -> None:
     flags = [*gpt(4), "--bpipe", "--bpipe-transport", transport]
-    delays = {"call": "tests.harness.rank:random_delays", "with": {"seed": 1, "most": 0.1}}
+    delays = {"call": "tests.harness.controls:random_delays", "with": {"seed": 1, "most": 0.1}}
     slow = megatron.train(flags, hooks=[delays], steps=3)
     # bitwise the same whatever the transport: the run that test_equality measures links in
     quick = megatron.train([*gpt(4), "--bpipe", "--bpipe-measure-links"], steps=3)
@@ -109,7 +109,7 @@ def test_random_delays_do_not_deadlock(megatron: Megatron, transport: str) -> No
 @pytest.mark.parametrize("transport", ["shm", "p2p", "host"])
 def test_a_thousand_iterations_leave_memory_flat(megatron: Megatron, transport: str) -> None:
     flags = [*gpt(4, hidden=32), *DATA_LOADERS, "--bpipe", "--bpipe-transport", transport]
-    watch = {"call": "tests.harness.rank:watch_memory", "with": {}}
+    watch = {"call": "tests.harness.settings:watch_memory", "with": {}}
     result = megatron.train(flags, hooks=[watch], steps=1000, timeout=900)
     assert result.ok, result.logs
     for rank in range(4):

@@ -26,7 +26,7 @@ def test_staged_messages_arrive_in_order(megatron: Megatron, tmp_path: Path) -> 
 
 def test_stages_that_take_turns_do_not_wait_for_each_other(megatron: Megatron) -> None:
     """The benchmark's lock: held through a transfer, never through a message."""
-    hook = {"call": "tests.harness.rank:one_stage_at_a_time", "with": {}}
+    hook = {"call": "tests.harness.settings:one_stage_at_a_time", "with": {}}
     stock, turns = megatron.train(gpt(4)), megatron.train([*gpt(4), "--bpipe"], hooks=(hook,))
     assert difference(stock, turns) is None
     assert evicted(turns) > 0
@@ -44,7 +44,7 @@ def test_messages_and_collectives_of_a_rehearsal_change_nothing(
     megatron: Megatron, name: str, collectives: set[str]
 ) -> None:
     case = COMBINATIONS[name]
-    hook = {"call": "tests.harness.rank:as_in_a_rehearsal", "with": {}}
+    hook = {"call": "tests.harness.settings:as_in_a_rehearsal", "with": {}}
     stock = megatron.train(case.flags, world=case.world)
     staged = megatron.train(case.flags, world=case.world, hooks=(hook,))
     assert difference(stock, staged) is None

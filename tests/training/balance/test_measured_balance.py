@@ -209,7 +209,7 @@ def test_other_transports(megatron: Megatron, transport: str) -> None:
 def test_a_rank_whose_allocator_cannot_be_seen_stops_every_rank(
     megatron: Megatron, tmp_path: Path
 ) -> None:
-    hook = {"call": "tests.harness.rank:hide_allocator", "with": {"rank": 2}}
+    hook = {"call": "tests.harness.controls:hide_allocator", "with": {"rank": 2}}
     result = megatron.train([*CASES[QUICK].flags, *MEASURED], steps=STEPS, hooks=[hook])
     assert set(result.status.values()) == {2}
     assert "rank 2 cannot see them" in result.log(0)

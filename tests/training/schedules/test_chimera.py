@@ -24,8 +24,8 @@ from tests.training.combinations import LLAMA, Combination
 
 UNTIED = "--untie-embeddings-and-output-weights"
 CHIMERA = ("--bpipe-schedule", "chimera")
-ONE_SAMPLER = {"call": "tests.harness.rank:both_ways_are_fed_alike", "with": {}}
-NORM_OF_ALL = {"call": "tests.harness.rank:every_copy_counts", "with": {}}
+ONE_SAMPLER = {"call": "tests.harness.settings:both_ways_are_fed_alike", "with": {}}
+NORM_OF_ALL = {"call": "tests.harness.controls:every_copy_counts", "with": {}}
 STEPS = 3
 # clips every step
 FLAGS = gpt(4, 8, None, UNTIED, "--eval-iters", "2", "--eval-interval", "2", "--clip-grad", "0.5")

@@ -58,7 +58,7 @@ def two(*extra: str, m: int = 8, **more: Any) -> Case:
     return Case("pipedream-2bw", gpt(4, m, None, *ONCE, *extra), [1] * 4, **more)
 
 
-STEPS = 7  # some that see weights which are neither the first nor the newest
+STEPS = 10  # some that see weights which are neither the first nor the newest
 
 
 CASES = {

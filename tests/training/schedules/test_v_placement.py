@@ -23,9 +23,9 @@ from tests.harness.live_bytes import microbatches_held
 from tests.harness.models import gpt
 from tests.training.combinations import DISTRIBUTED_OPTIMIZER, LLAMA, MOE, Combination
 
-BY_NAME = {"call": "tests.harness.rank:parameters_by_name", "with": {}}
-TURN = {"call": "tests.harness.rank:wrong_at_the_turn", "with": {}}
-APART = {"call": "tests.harness.rank:tied_gradients_stay_apart", "with": {}}
+BY_NAME = {"call": "tests.harness.settings:parameters_by_name", "with": {}}
+TURN = {"call": "tests.harness.controls:wrong_at_the_turn", "with": {}}
+APART = {"call": "tests.harness.controls:tied_gradients_stay_apart", "with": {}}
 APEX = {"call": "tests.harness.fused_adam:instead_of_torch", "with": {}}
 UNTIED = "--untie-embeddings-and-output-weights"
 FULL = [

@@ -128,7 +128,7 @@ def test_one_flipped_bit_is_seen(megatron: Megatron) -> None:
 @pytest.mark.long
 def test_a_weight_gradient_left_out_is_seen(megatron: Megatron) -> None:
     """The control: without one W the gradients differ."""
-    lost = {"call": "tests.harness.rank:lose_one_weight_gradient", "with": {}}
+    lost = {"call": "tests.harness.controls:lose_one_weight_gradient", "with": {}}
     stock = megatron.train(four())
     assert difference(stock, megatron.train([*four(), *ZB_H1], hooks=[lost])) is not None
 
@@ -153,7 +153,7 @@ def test_transformer_engines_way(megatron: Megatron, schedule: str, lose: bool) 
         split = megatron.train([*flags, *ours], steps=3, hooks=[delayed(True, lose)])
         found = difference(stock, split)
     else:
-        by_name = {"call": "tests.harness.rank:parameters_by_name", "with": {}}
+        by_name = {"call": "tests.harness.settings:parameters_by_name", "with": {}}
         virtual = ("--num-virtual-stages-per-pipeline-rank", "2", "--clip-grad", "0")
         flags = gpt(2, 8, 4, *virtual, *DISTRIBUTED_OPTIMIZER)
         stock = megatron.train(flags, steps=3, hooks=[delayed(False), by_name])
