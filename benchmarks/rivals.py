@@ -162,7 +162,7 @@ def run(rival: Rival, asked: argparse.Namespace, out: Path) -> list[float]:
         from megatron_bpipe.integration.cpu.flags import cpu_flags
         from scripts.examples import forked_ranks
 
-        os.environ.update(variables, OMP_NUM_THREADS="1")
+        os.environ.update(variables)
         with log.open("w", encoding="utf-8") as sink:
             statuses = forked_ranks.train(
                 RANK, [*flags, *cpu_flags()], asked.stages, lambda line: _say(sink, line), _tick

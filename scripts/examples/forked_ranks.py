@@ -189,8 +189,12 @@ def _run_rank(
     tempfile.tempdir = folder
     code = 1
     try:
+        import torch
+
         from megatron_bpipe.integration.bootstrap.run_script import run_script
 
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(1)  # as torchrun has it; torch read the variable when imported
         if rank == ranks - 1:
             _tick_after_each_computation(ticks)
         run_script(str(script), flags)
