@@ -9,12 +9,13 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.rivals import pace, rivals
 from benchmarks.rivals_rank import paced
-from benchmarks.rivals_report import Rival, Row, _costs, best, draw, seconds_of_message, table
+from benchmarks.rivals_report import Rival, Row, _costs, best, draw, table
 from megatron_bpipe.schedule.bases.catalogue import EXECUTED, ScheduleSpec, make
 from megatron_bpipe.schedule.lowering.lower import lower
 from megatron_bpipe.simulate import simulate
@@ -63,35 +64,39 @@ def test_table_and_figure(tmp_path: Path) -> None:
     assert (tmp_path / "rivals.png").stat().st_size > 10_000
 
 
-def test_a_message_as_stock_has_it_foretells_the_measured_rivals() -> None:
-    """On the published measurement: one figure of stock's run, and every other within 7.5 %.
+def test_the_published_forecast_is_this_simulators_and_near_what_was_measured() -> None:
+    """One message's time and one rest make all thirteen; of stock's run, within 7.5 % of the rest.
 
-    Any two that differ by more than 3 % come in the measured order. Where messages cost nothing
+    Any two that differ by more than 4 % come in the measured order. Where messages cost nothing
     V-Min is 14 % too fast.
     """
     found = json.loads((ROOT / "docs" / "results" / "rivals.json").read_text())
     forward, p, m = found["pace_milliseconds"] / 1000, 4, 8
     whole = Costs((StageCosts((forward,), (2 * forward,)),) * p)
-    measured: dict[str, float] = {}
-    foretold: dict[str, float] = {}
-    free: dict[str, float] = {}
-    rest = send = 0.0
-    for each in found["rows"]:
-        rival, seconds = Rival(**each["rival"]), statistics.median(each["seconds"])
+    rivals = {each["rival"]["name"]: Rival(**each["rival"]) for each in found["rows"]}
+    measured = {r["rival"]["name"]: statistics.median(r["seconds"]) for r in found["rows"]}
+    foretold = {r["rival"]["name"]: r["predicted_seconds"] for r in found["rows"]}
+
+    def simulated(name: str, send: float) -> float:
+        rival = rivals[name]
         spec = ScheduleSpec(rival.schedule, p, m, rival.chunks, balanced=rival.balanced)
         schedule = lower(replace(make(spec), to_host=rival.to_host))
-        if rival.name == "1F1B":
-            # m + p - 1 forwards and backwards; what is beside them was recorded
-            rest = each["predicted_seconds"] - (m + p - 1) * 3 * forward
-            send = seconds_of_message(whole, m, seconds - rest)
-        measured[rival.name] = seconds
-        for foreseen, message in ((foretold, send), (free, 0.0)):
-            costs = _costs(rival, replace(whole, send=message))
-            foreseen[rival.name] = simulate(schedule, costs).seconds + rest
+        return simulate(schedule, _costs(rival, replace(whole, send=send))).seconds
+
+    low, high = 0.0, forward / 2  # 1F1B waits for its messages, interleaving has them beside
+    for _ in range(30):
+        send = (low + high) / 2
+        less = simulated("1F1B", send) - simulated("interleaved", send)
+        wide = less > foretold["1F1B"] - foretold["interleaved"]
+        low, high = (low, send) if wide else (send, high)
+    rest = foretold["1F1B"] - simulated("1F1B", send)
+    assert 0 < rest < 0.05 * foretold["1F1B"]
+    for name, seconds in foretold.items():
+        assert simulated(name, send) + rest == pytest.approx(seconds, rel=1e-3), name
     off = {name: foretold[name] / seconds - 1 for name, seconds in measured.items()}
     assert max(map(abs, off.values())) < 0.075
-    assert abs(off["1F1B"]) < 1e-6
-    assert free["V-Min"] / measured["V-Min"] < 0.86
+    assert abs(off["1F1B"]) < 2e-3
+    assert (simulated("V-Min", 0.0) + rest) / measured["V-Min"] < 0.88
     for a, b in itertools.combinations(measured, 2):
-        if abs(measured[a] / measured[b] - 1) > 0.03:
+        if abs(measured[a] / measured[b] - 1) > 0.04:
             assert (measured[a] < measured[b]) is (foretold[a] < foretold[b]), (a, b)
