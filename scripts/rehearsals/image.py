@@ -184,7 +184,9 @@ def quickstart(checks: Checks) -> None:
     script = "/opt/megatron_bpipe/scripts/examples/quickstart.py"
     said = run(container, "env", "GLOO_SOCKET_IFNAME=lo", "python", script, "--iterations", "3")
     same = re.search(r"losses identical: (.*)", said)
-    checks.add("quickstart: losses", same and same[1] == "yes, bitwise", same and same[1], said)
+    checks.add(
+        "quickstart: losses", same and same[1].startswith("yes, bitwise"), same and same[1], said
+    )
     output("buildah", "rm", container)
 
 
