@@ -15,6 +15,7 @@ Smaller ones than the largest that fits only move more.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 
 from megatron_bpipe.estimate.memory.stages import Verdict, verdict
 from megatron_bpipe.estimate.runs import Run
@@ -34,29 +35,14 @@ def tried(family: Family, look: Callable[[Run], Looked | None]) -> Iterator[Look
     """
     if not family:
         return
-    known: dict[int, Looked | None] = {}
 
-    def memory_at(n: int) -> Memory | None:
-        if n not in known:
-            known[n] = look(family[n])
-        found = known[n]
-        return None if found is None else found[1]
+    @cache
+    def found_at(n: int) -> Looked | None:
+        return look(family[n])
 
-    last = len(family) - 1
-    first, least = memory_at(0), memory_at(last)
-    if first is not None and first.fits == "yes":
-        needed = {0}
-    elif first is None or least is None:
-        needed = set(range(len(family)))
-    elif not _may_fit(first, least):
-        needed = {last}
-    else:
-        falls = [a >= b for a, b in zip(first.needed, least.needed, strict=True)]
-        needed = _needed(memory_at, len(family), falls)
     seen: set[Verdict] = set()
-    for n in sorted(needed):
-        memory_at(n)
-        found = known[n]
+    for n in sorted(_needed(found_at, len(family))):
+        found = found_at(n)
         if found is None:
             continue
         fits = found[1].fits
@@ -67,13 +53,17 @@ def tried(family: Family, look: Callable[[Run], Looked | None]) -> Iterator[Look
             return
 
 
-def _needed(
-    memory_at: Callable[[int], Memory | None], count: int, falls: Sequence[bool]
-) -> set[int]:
-    """Those that bisection looks at for the largest that is borderline and that surely fits.
-
-    ``falls`` says of which stages the memory falls from first to last.
-    """
+def _needed(found_at: Callable[[int], Looked | None], count: int) -> set[int]:
+    """Which of ``count`` say all: the two ends, and what bisection looks at between them."""
+    first = found_at(0)
+    if first is not None and first[1].fits == "yes":
+        return {0}
+    least = found_at(count - 1)
+    if first is None or least is None:
+        return set(range(count))
+    if not _may_fit(first[1], least[1]):
+        return {count - 1}
+    falls = [a >= b for a, b in zip(first[1].needed, least[1].needed, strict=True)]
     asked = {0, count - 1}
     wanted: tuple[set[Verdict], ...] = ({"yes", "borderline"}, {"yes"})
     for accepted in wanted:
@@ -81,9 +71,10 @@ def _needed(
         while low <= high:
             middle = (low + high) // 2
             asked.add(middle)
-            memory = memory_at(middle)
-            if memory is None:
+            found = found_at(middle)
+            if found is None:
                 return set(range(count))
+            memory = found[1]
             refused = {
                 fall
                 for fall, needed, there in zip(falls, memory.needed, memory.there, strict=True)

@@ -43,7 +43,6 @@ class Job:
     """A transfer: which op of which stage."""
 
     stage: int
-    index: int
     op: Op
 
 
@@ -166,7 +165,7 @@ def _line_steps(schedule: Schedule, stage: int, numbers: _Numbers, jobs: list[Jo
         elif kind is Kind.EVICT or kind is Kind.LOAD:
             started[kind, op.moved] = len(jobs)
             out.append((START, index, len(jobs)))
-            jobs.append(Job(stage, index, op))
+            jobs.append(Job(stage, op))
         elif kind is Kind.EVICT_WAIT:
             out.append((WAIT, index, started[Kind.EVICT, op.moved]))
         elif kind is Kind.LOAD_WAIT:

@@ -93,6 +93,11 @@ class SleepingStage:
         self.arriving: dict[tuple[Kind, int], Any] = {}
         self.sending: list[Any] = []
 
+    def neighbour(self, op: Op) -> int:
+        """The stage that a message goes to or comes from."""
+        ahead = op.kind in (Kind.SEND_FORWARD, Kind.RECV_BACKWARD)
+        return self.stage + 1 if ahead else self.stage - 1
+
     def spend(self, seconds: float) -> None:
         """A computation of so many seconds."""
         time.sleep(seconds)
@@ -101,8 +106,7 @@ class SleepingStage:
         """Labelled messages are waited for when they are needed, others at once."""
         works = []
         for op in ops:
-            i, ahead = op.microbatch, op.kind in (Kind.SEND_FORWARD, Kind.RECV_BACKWARD)
-            other = self.stage + 1 if ahead else self.stage - 1
+            i, other = op.microbatch, self.neighbour(op)
             if op.kind is Kind.SEND_FORWARD:
                 works.append(dist.isend(self.sent(self.outputs[i].detach()), other))
             elif op.kind is Kind.SEND_BACKWARD:
@@ -181,10 +185,7 @@ class ClockedStage(SleepingStage):
         if ops[0].label is not None:
             super().exchange(ops)
             return
-        others = [
-            self.stage + (1 if op.kind in (Kind.SEND_FORWARD, Kind.RECV_BACKWARD) else -1)
-            for op in ops
-        ]
+        others = [self.neighbour(op) for op in ops]
         mine = torch.tensor([self.now], dtype=torch.float64)
         theirs = [torch.empty(1, dtype=torch.float64) for _ in ops]
         works = [dist.isend(mine, other, tag=1) for other in others]

@@ -11,6 +11,7 @@ from megatron_bpipe.estimate.memory.stages import BF16, FP16, FP32, StateBytes
 from megatron_bpipe.estimate.refusals import IN_PLACE, RERUN, refusals_of
 from megatron_bpipe.estimate.runs import Attention
 from megatron_bpipe.estimate.settings import Recompute, Settings
+from megatron_bpipe.placement.report import PLACEMENTS
 from megatron_bpipe.schedule.bases.catalogue import CATALOGUE, EXECUTED
 
 NOT_MODELLED = {
@@ -114,8 +115,8 @@ def settings_of(given: argparse.Namespace) -> Settings:
 def _placement(given: argparse.Namespace) -> str | None:
     """--bpipe-placement; raises EstimateError where experts are cut otherwise than it can."""
     asked: str | None = given.bpipe_placement
-    if asked not in (None, "pair-adjacent", "megatron"):
-        raise EstimateError(f"--bpipe-placement {asked}: use pair-adjacent or megatron")
+    if asked not in (None, *PLACEMENTS):
+        raise EstimateError(f"--bpipe-placement {asked}: use {' or '.join(PLACEMENTS)}")
     tp, etp = given.tensor_model_parallel_size, given.expert_tensor_parallel_size
     if asked == "pair-adjacent" and etp is not None and tp is not None and etp != tp:
         raise EstimateError(

@@ -105,7 +105,7 @@ def slots(schedule: Schedule, evictor_stage: int) -> int:
     return max(occupancy(schedule.stages[evictor_stage], schedule.parts)[1], default=0)
 
 
-def _lives(schedule: Schedule) -> list[list[Span]]:
+def _lives(schedule: Schedule) -> list[tuple[Span, ...]]:
     """The spans of every stage of a schedule still to be balanced."""
     for line in schedule.stages:
         for op in line:
@@ -115,9 +115,9 @@ def _lives(schedule: Schedule) -> list[list[Span]]:
 
 
 @lru_cache(maxsize=256)
-def _spans(line: tuple[Op, ...], parts: int) -> list[Span]:
-    """As `spans`, once where a schedule is balanced with many budgets; nobody changes the list."""
-    return spans(line, parts)
+def _spans(line: tuple[Op, ...], parts: int) -> tuple[Span, ...]:
+    """As `spans`, once where a schedule is balanced with many budgets."""
+    return tuple(spans(line, parts))
 
 
 def _least_budget(schedule: Schedule, lives: Sequence[Sequence[Span]]) -> float:

@@ -35,7 +35,7 @@ def _check_save(args: Any, schedule: str) -> None:
             flag = "ckpt-fully-parallel-save"
         abort(
             f"--bpipe-schedule {schedule} cannot save --use-distributed-optimizer by bucket: a "
-            f"bucket holds each rank's own layers, which another schedule would load as its own; "
+            "bucket holds each rank's own layers, which another schedule would load as its own; "
             f"add --{flag}"
         )
     if _saves_both_ends(args):
@@ -61,11 +61,15 @@ def is_by_rank(args: Any) -> bool:
     return bool(getattr(args, "ckpt_format", "torch") == "torch")
 
 
+def has_distributed_state(args: Any) -> bool:
+    """Whether checkpoints hold the distributed optimizer's state."""
+    distributed = getattr(args, "use_distributed_optimizer", False)
+    return bool(distributed and not getattr(args, "no_save_optim", False))
+
+
 def is_by_bucket(args: Any) -> bool:
     """Whether the distributed optimizer's state is saved by bucket, not by parameter."""
-    if not getattr(args, "use_distributed_optimizer", False):
-        return False
-    if getattr(args, "no_save_optim", False):
+    if not has_distributed_state(args):
         return False
     if hasattr(args, "dist_ckpt_optim_fully_reshardable"):  # from 0.15
         return not args.dist_ckpt_optim_fully_reshardable

@@ -20,7 +20,11 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_bpipe.integration.checks.schedules.v_placement import is_by_bucket, is_by_rank
+from megatron_bpipe.integration.checks.schedules.v_placement import (
+    has_distributed_state,
+    is_by_bucket,
+    is_by_rank,
+)
 from megatron_bpipe.integration.log import abort
 from megatron_bpipe.schedule.bases.catalogue import CATALOGUE
 
@@ -51,8 +55,7 @@ def with_buckets_checked(
     @functools.wraps(stock)
     def get_megatron_optimizer(*positional: Any, **named: Any) -> Any:
         args = get_args()
-        saves = args.save and not args.no_save_optim and args.use_distributed_optimizer
-        if saves:
+        if args.save and has_distributed_state(args):
             bound = inspect.signature(stock).bind(*positional, **named)
             here = filled_up(bound.arguments["model_chunks"])
             everywhere = [here] * dist.get_world_size()
